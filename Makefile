@@ -1,0 +1,35 @@
+# Every target works alone on a fresh machine: the environment is made once, in .venv, and reused.
+PYTHON ?= python3
+BIN := .venv/bin
+ENVIRONMENT := .venv/installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, write runs/demo/report.html
+	$(BIN)/multitask demo
+
+test: $(ENVIRONMENT)  ## everything that needs no minutes of training
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(ENVIRONMENT)  ## tests that train for minutes or start a cluster of their own
+	$(BIN)/python -m pytest -m slow
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
+	for file in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); \
+		$(BIN)/python -m benchmarks.$$name --out benchmarks/results/$${name}_$$(date +%F).json || exit 1; \
+	done
+
+clean:
+	rm -rf .venv runs
+
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "This project needs Python 3.11 or newer; name one with: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(ENVIRONMENT)
