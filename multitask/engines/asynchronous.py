@@ -1,0 +1,155 @@
+"""Engine `async`: one actor per worker around a parameter-server actor; no worker waits for another.
+
+Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from multitask.engines import Outcome, Watch
+from multitask.job import Job
+from multitask.server.messages import Push, Reply
+from multitask.server.parameter_server import ParameterServer
+from multitask.worker import TrainingError, train_steps
+
+POLL_S = 0.5
+
+
+class ServerActor:
+    """The parameter server in a process of its own."""
+
+    def __init__(self, job: Job) -> None:
+        self._server = job.make_server()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._server, method)(*arguments)
+
+
+class _Remote:
+    """A server in another process."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    def push(self, push: Push) -> "ray.ObjectRef[Reply]":
+        return self._actor.call.remote("push", push)
+
+    def wait(self, handle: "ray.ObjectRef[Reply]") -> Reply:
+        return ray.get(handle)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return ray.get(self._actor.call.remote(method, *arguments))
+
+
+class WorkerActor:
+    """One task worker in a process of its own."""
+
+    def __init__(self, job: Job, name: str, server: ActorHandle) -> None:
+        torch.set_num_threads(job.spec.resources.threads_per_worker)
+        self._spec = job.spec
+        self._server = _Remote(server)
+        self._worker = job.make_worker(name)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def train(self) -> None:
+        for _ in train_steps(self._worker, self._server, self._spec.steps, self._spec.engine.in_flight):
+            pass
+
+    def complete(self) -> None:
+        self._worker.complete(self._server)
+
+    def private_state(self) -> dict[str, torch.Tensor]:
+        """Copies of the task's private tensors as this worker holds them."""
+        return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
+
+
+def run(job: Job, watch: Watch) -> Outcome:
+    """Train on the Ray cluster that this process is connected to, or on one started here for the run.
+
+    Raises:
+        TrainingError: a worker failed (with its name, task and traceback) or workers found no place in time.
+    """
+    with ray_session(), actors(job) as (server, workers):
+        processes = _await_start(job, {name: worker.process.remote() for name, worker in workers.items()})
+        _await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
+        _await_all(server, {name: worker.complete.remote() for name, worker in workers.items()}, job, watch)
+        return Outcome(ray.get(server.call.remote("result")), processes)
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for a run: the session that exists, the cluster that RAY_ADDRESS names, or one in this process."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    embedded: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING", **embedded)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def actors(job: Job) -> Iterator[tuple[ActorHandle, dict[str, ActorHandle]]]:
+    """The server and all workers as actors, ended with the block."""
+    resources = job.spec.resources
+    cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
+    shared_job = ray.put(job)
+    server = ray.remote(ServerActor).options(num_cpus=0).remote(shared_job)
+    actor_class = ray.remote(WorkerActor).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker)
+    workers = {name: actor_class.remote(shared_job, name, server) for name in job.workers}
+    try:
+        yield server, workers
+    finally:
+        for actor in (*workers.values(), server):
+            ray.kill(actor)
+
+
+def worker_cpus(cluster_cpus: float, workers: int) -> float:
+    """CPUs that each worker asks for: an equal share rounded down to hundredths, at most one."""
+    return min(1.0, max(0.01, math.floor(100 * cluster_cpus / workers) / 100))
+
+
+def _await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[int]"]) -> dict[str, int]:
+    timeout_s = job.spec.resources.start_timeout_s
+    _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
+    if missing:
+        late = [name for name, start in starts.items() if start in missing]
+        raise TrainingError(
+            f"Workers {late} did not start within {timeout_s:g} s. The cluster has {ray.cluster_resources()}, "
+            f"of which {ray.available_resources()} is free. Stop other jobs, or lower resources.cpus_per_worker "
+            "or resources.gpus_per_worker."
+        )
+    return {name: _result(job, name, start) for name, start in starts.items()}
+
+
+def _await_all(server: ActorHandle, calls: Mapping[str, "ray.ObjectRef[None]"], job: Job, watch: Watch) -> None:
+    waiting = {call: name for name, call in calls.items()}
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
+        for call in done:
+            _result(job, waiting.pop(call), call)
+        watch(*ray.get(server.call.remote("drain")))
+
+
+def _result(job: Job, worker: str, call: "ray.ObjectRef[Any]") -> Any:
+    """A finished call's value; a failure names the worker and its task and carries the traceback."""
+    where = f"Worker '{worker}' of task '{job.workers[worker]}'"
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        raise TrainingError(f"{where} failed: {error.cause}\n{error.traceback_str}") from None
+    except (RayActorError, GetTimeoutError) as error:
+        raise TrainingError(f"{where} was lost: {error}") from None

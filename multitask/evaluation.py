@@ -1,0 +1,53 @@
+"""Accuracy on held-out images, and running statistics measured anew."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from multitask.data import Batch
+from multitask.server.layout import training_norms
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device | None = None) -> dict[str, float]:
+    """Top-1, top-5 (percent) and mean cross-entropy over batches; leaves the model in eval mode.
+
+    Args:
+        model: images (B, 3, R, R) -> logits (B, C).
+        batches: read once; a label has to lie below C.
+    """
+    model.eval()
+    images = top1 = top5 = 0
+    loss = 0.0
+    for batch in batches:
+        logits = model(batch.images.to(device, memory_format=torch.channels_last))
+        labels = batch.labels.to(device)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        images += len(labels)
+        top1 += int(ranked[:, 0].sum())
+        top5 += int(ranked.sum())
+        loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+
+
+@torch.no_grad()
+def reestimate_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Measure running means and variances anew as the plain average over batches; no parameter changes.
+
+    Only layers whose statistics move in train mode are measured: attach `norm_statistics` to make them private.
+    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, Table 6, middle row.
+    """
+    norms = list(training_norms(model.train()).values())
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for the cumulative average
+        norm.training = True
+    for batch in batches:
+        model(batch.images.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

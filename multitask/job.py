@@ -1,0 +1,219 @@
+"""A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import patches
+from multitask.data import Batch, ImageTable, TrainBatches, eval_batches, open_table
+from multitask.server.group import ParameterGroup
+from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
+from multitask.server.messages import GroupValues
+from multitask.server.optimizers import make_optimizer
+from multitask.server.parameter_server import ParameterServer
+from multitask.server.schedules import SCHEDULES, Schedule
+from multitask.spec import JobSpec, SpecError, TaskSpec
+from multitask.worker import TaskWorker, task_loss
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors that the same tasks share, or one task's private ones."""
+
+    name: str
+    tasks: tuple[str, ...]
+    private: bool
+    on_server: bool
+    layout: Layout
+    values: Tensor
+    """Starting values, shape (layout.size,), float32."""
+    counters: Tensor
+    """Starting batch counters, shape (layout.counters,), int64."""
+
+
+class Job:
+    """What the driver prepares once and every process of the run builds its part from; picklable."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        """Build the backbone and every task's model, open every table: what can fail fails here, before Ray starts.
+
+        Raises:
+            SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
+        """
+        self.spec = spec
+        for task in spec.tasks:
+            self._check_data(task)
+        self._backbone = load_backbone(spec)
+        models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
+        self.groups = {group.name: group for group in plan_groups(models, {t.name: t.workers for t in spec.tasks})}
+        self.workers = {f"{task.name}/{rank}": task.name for task in spec.tasks for rank in range(task.workers)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers and server take values from the groups; the backbone's own tensors stay with the driver."""
+        return {key: value for key, value in vars(self).items() if key != "_backbone"}
+
+    def task(self, name: str) -> TaskSpec:
+        return next(task for task in self.spec.tasks if task.name == name)
+
+    def groups_of(self, task: str) -> dict[str, Group]:
+        return {name: group for name, group in self.groups.items() if task in group.tasks}
+
+    def parameters(self) -> int:
+        """Parameters of all tasks' models together, each shared one counted once; running statistics not counted."""
+        return sum(group.layout.parameters for group in self.groups.values())
+
+    def make_server(self) -> ParameterServer:
+        """Groups that no push touches (a frozen backbone) stay with the workers, who hold them from the start."""
+        served = [group for group in self.groups.values() if group.on_server and group.layout.pushed]
+        return ParameterServer(
+            groups={group.name: self._parameter_group(group) for group in served},
+            uses={t.name: [group.name for group in served if t.name in group.tasks] for t in self.spec.tasks},
+            workers=self.workers,
+            schedule=make_schedule(self.spec),
+            evaluate_every_rounds=self.spec.evaluate_every,
+        )
+
+    def make_worker(self, name: str) -> TaskWorker:
+        spec, task, rank = self.spec, self.task(self.workers[name]), int(name.rpartition("/")[2])
+        # The structure alone: values come from the groups, so no worker reads a weights file.
+        backbone = patches.load_backbone(
+            spec.backbone.name, None, spec.backbone.num_classes, seed=spec.seed, **spec.backbone.options
+        )
+        groups = self.groups_of(task.name)
+        return TaskWorker(
+            name,
+            task.name,
+            attach_task(backbone, task, spec),
+            layouts={group.name: group.layout for group in groups.values()},
+            initial={group.name: (group.values, group.counters) for group in groups.values()},
+            private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
+            batches=self._train_batches(task, rank),
+            loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
+            validation=partial(validation_batches, task, task.validation_images) if rank == 0 else None,
+            device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
+        )
+
+    def state(self, states: Mapping[str, GroupValues]) -> dict[str, dict[str, Tensor]]:
+        """Full state of a version: "backbone" and each task -> name -> tensor.
+
+        The backbone's entry holds trained shared tensors, and starting values wherever tasks own theirs.
+        """
+        result = {"backbone": {name: tensor.clone() for name, tensor in self._backbone.network.state_dict().items()}}
+        for group in self.groups.values():
+            values, counters = group.values.clone(), group.counters.clone()
+            if group.name in states:
+                values[: group.layout.pushed] = torch.from_numpy(states[group.name].values)
+                counters = torch.from_numpy(states[group.name].counters)
+            owner = group.tasks[0] if group.private else "backbone"
+            result.setdefault(owner, {}).update(group.layout.tensors(values, counters))
+        return result
+
+    def _parameter_group(self, group: Group) -> ParameterGroup:
+        options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
+        make = partial(make_optimizer, self.spec.optimizer.name, **options)
+        return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make)
+
+    def _train_batches(self, task: TaskSpec, rank: int) -> Iterator[Batch]:
+        return TrainBatches(
+            open_table(f"{task.data}/train"),
+            batch_size=task.batch_size,
+            resolution=task.resolution,
+            mean=task.mean,
+            std=task.std,
+            augment=task.augment,
+            seed=self.spec.seed,
+            rank=rank,
+            workers=task.workers,
+            undecodable=task.undecodable,
+        )
+
+    def _check_data(self, task: TaskSpec) -> None:
+        train, validation = open_table(f"{task.data}/train"), open_table(f"{task.data}/validation")
+        if train.classes != validation.classes:
+            raise SpecError(
+                f"Task '{task.name}': train and validation under '{task.data}' have other class lists "
+                f"({len(train.classes)} and {len(validation.classes)} classes). Import both with one class list."
+            )
+        head = task.num_classes or self.spec.backbone.num_classes
+        if len(train.classes) > head:
+            where = "tasks.num_classes" if task.num_classes else "backbone.num_classes (the head that this task shares)"
+            raise SpecError(
+                f"Task '{task.name}': its data has {len(train.classes)} classes, but its head has {head} outputs. "
+                f"Set {where} to {len(train.classes)} or more."
+            )
+
+
+def load_backbone(spec: JobSpec) -> patches.Backbone:
+    backbone = spec.backbone
+    return patches.load_backbone(
+        backbone.name, backbone.weights, backbone.num_classes, seed=spec.seed, **backbone.options
+    )
+
+
+def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> patches.PatchedModel:
+    """A task's model as the job trains it, in train mode."""
+    model = patches.attach(backbone, task.method, task.num_classes, seed=spec.seed, **task.options)
+    model.set_shared_trainable(spec.train_shared)
+    return model.train()
+
+
+def make_schedule(spec: JobSpec) -> Schedule:
+    options = {key: value for key, value in asdict(spec.schedule).items() if key != "name"}
+    if spec.schedule.name == "cosine":
+        options["rounds"] = spec.steps
+    return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
+
+
+def validation_batches(task: TaskSpec, images: int | None = None) -> Iterable[Batch]:
+    """The task's validation images in order, all or the first ones."""
+    table = open_table(f"{task.data}/validation")
+    batches = table_batches(table, task)
+    return batches if images is None else islice(batches, -(-images // task.batch_size))
+
+
+def table_batches(table: ImageTable, task: TaskSpec) -> Iterable[Batch]:
+    return eval_batches(
+        table,
+        batch_size=task.batch_size,
+        resolution=task.resolution,
+        mean=task.mean,
+        std=task.std,
+        undecodable=task.undecodable,
+    )
+
+
+def plan_groups(models: Mapping[str, patches.PatchedModel], workers: Mapping[str, int]) -> list[Group]:
+    """Partition all tasks' tensors into groups: one for each set of tasks that share tensors, one for each patch.
+
+    Args:
+        models: task -> its model, in train mode.
+        workers: task -> number of workers; with several, the private group lies on the server too.
+    """
+    live = {task: named_tensors(model.network) for task, model in models.items()}
+    roles: dict[str, dict[str, Any]] = {}
+    momenta: dict[str, dict[str, float]] = {}
+    for task, model in models.items():
+        roles[task], momenta[task] = tensor_roles(model.network)
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(name for model in models.values() for name in model.shared_names):
+        tasks = tuple(task for task, model in models.items() if name in model.shared_names)
+        shared.setdefault(tasks, []).append(name)
+    members = [(tasks, False, names) for tasks, names in shared.items()]
+    members += [((task,), True, list(model.private_names)) for task, model in models.items() if model.private_names]
+    groups = []
+    for tasks, private, names in members:
+        first = tasks[0]
+        # In the order of the state dict: sets have none, and the layout has to be the same in every process.
+        tensors = {name: tensor for name, tensor in live[first].items() if name in set(names)}
+        for task in tasks[1:]:
+            assert all(roles[task][name] == roles[first][name] for name in tensors)
+        layout = make_layout(tensors, roles[first], momenta[first])
+        values, counters = flatten(tensors, layout)
+        name = f"{'private' if private else 'shared'}:{'+'.join(tasks)}"
+        groups.append(Group(name, tasks, private, not private or workers[first] > 1, layout, values, counters))
+    return groups

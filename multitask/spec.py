@@ -1,0 +1,306 @@
+"""The job spec: one YAML file, validated before anything starts."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Unknown keys are errors; the strings under the fields are the schema's descriptions."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class SpecError(ValueError):
+    """A job spec that cannot run; the message names the file, the key and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BackboneSpec:
+    name: str
+    """A key of patches.backbones()."""
+    weights: str | None = None
+    """A torchvision weight name, a .safetensors or .pth file, or nothing for random weights."""
+    num_classes: Count = 1000
+    """Size of the backbone's own head, which tasks without num_classes share."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What this backbone's constructor takes, for example width_mult."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TaskSpec:
+    name: Name
+    """Names the task in metrics and in its bundle; unique in a job."""
+    data: str
+    """Folder (path or pyarrow filesystem URI) of the tables train, validation and test."""
+    method: str
+    """Patch method, or several joined by '+'."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the patch method."""
+    num_classes: Count | None = None
+    """Size of the task's own head; without it the task uses the backbone's."""
+    resolution: Annotated[int, Field(ge=8)]
+    """Side of the square images, in pixels."""
+    batch_size: Count = 64
+    """Images for each worker and step."""
+    workers: Count = 1
+    """Workers of this task; several share its patch through the server."""
+    augment: Literal["none", "crop_flip"] = "none"
+    """Training images: only resized, or random resized crops and horizontal flips."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Rate, Rate, Rate] = (0.229, 0.224, 0.225)
+    label_smoothing: Share = 0.0
+    auxiliary_weight: Amount = 0.4
+    """Weight of the loss of an auxiliary classifier (InceptionV3)."""
+    undecodable: Literal["fail", "skip"] = "fail"
+    """What an image that cannot be decoded does: end the run, or be skipped and counted."""
+    validation_images: Count | None = None
+    """How many validation images the evaluations during training read; all by default."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RMSpropSpec:
+    name: Literal["rmsprop"]
+    rate: Rate
+    decay: Share = 0.9
+    momentum: Share = 0.9
+    eps: Rate = 1.0
+    """Inside the square root, as TensorFlow has it."""
+    weight_decay: Amount = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SGDSpec:
+    name: Literal["sgd"]
+    rate: Rate
+    momentum: Share = 0.9
+    nesterov: bool = False
+    weight_decay: Amount = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamWSpec:
+    name: Literal["adamw"]
+    rate: Rate
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: Amount = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConstantSpec:
+    name: Literal["constant"] = "constant"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExponentialSpec:
+    name: Literal["exponential"]
+    factor: Annotated[float, Field(gt=0, le=1)]
+    every_rounds: Count
+    """The rate is multiplied by `factor` after this many rounds, for all tasks alike."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CosineSpec:
+    name: Literal["cosine"]
+    """From the full rate to 0 over the job's steps."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AsyncSpec:
+    """Workers as Ray actors around one parameter-server actor; nobody waits for another worker."""
+
+    name: Literal["async"] = "async"
+    in_flight: Annotated[int, Field(ge=0, le=1)] = 0
+    """Pushes unanswered while the next gradient is computed: 1 hides the server's time behind one step of staleness."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LocalSpec:
+    """All workers in this process, one update each in turn: the numerical reference, and where breakpoints work."""
+
+    name: Literal["local"]
+    delay: Annotated[int, Field(ge=0)] = 0
+    """Updates of its own that a worker's values lag behind."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ResourcesSpec:
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """By default an equal share of the cluster's CPUs, at most one."""
+    gpus_per_worker: Amount = 0.0
+    threads_per_worker: Count = 1
+    start_timeout_s: Rate = 300.0
+    """How long workers may take to start before the job gives up and says who is missing."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackingSpec:
+    uri: str | None = None
+    """MLflow tracking URI; by default an SQLite file beside the run directories."""
+    experiment: str = "multitask"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class JobSpec:
+    name: Name
+    """Names the run and its directory."""
+    backbone: BackboneSpec
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+    train_shared: bool
+    """Train the shared tensors too (one backbone learned by all tasks), or keep the backbone frozen."""
+    steps: Count
+    """Steps of each worker."""
+    evaluate_every: Count
+    """Rounds between evaluations on the validation tables; the end is always evaluated."""
+    optimizer: Annotated[RMSpropSpec | SGDSpec | AdamWSpec, Field(discriminator="name")]
+    schedule: Annotated[ConstantSpec | ExponentialSpec | CosineSpec, Field(discriminator="name")] = ConstantSpec()
+    engine: Annotated[AsyncSpec | LocalSpec, Field(discriminator="name")] = AsyncSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+    directory: str | None = None
+    """Where everything that the run makes goes; runs/NAME by default."""
+
+    @model_validator(mode="after")
+    def _task_names_are_unique(self) -> Self:
+        names = [task.name for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"task names {repeated} appear more than once; give every task its own name")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.directory or f"runs/{self.name}")
+
+
+_ADAPTER = TypeAdapter(JobSpec)
+
+
+def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mapping[str, Any] | None = None) -> JobSpec:
+    """Read and check a job spec.
+
+    Args:
+        source: a YAML file, the same as a mapping, or a spec already built. In a file, `base: OTHER.yaml` names a spec
+            that this one changes, `task_defaults` holds keys for every task, and relative data and weight paths start
+            at the file's folder.
+        overrides: keys that replace the source's, nested like the spec.
+    Raises:
+        SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
+    """
+    if isinstance(source, JobSpec):
+        if not overrides:
+            return source
+        source = dump_spec(source)
+    if isinstance(source, Mapping):
+        where, raw = "job spec", dict(source)
+    else:
+        where, raw = str(source), _read_file(Path(source))
+    raw = _merge(raw, overrides or {})
+    defaults = raw.pop("task_defaults", None) or {}
+    if defaults and isinstance(raw.get("tasks"), list):
+        raw["tasks"] = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
+    try:
+        return _ADAPTER.validate_python(raw)
+    except ValidationError as error:
+        raise SpecError(_explain(where, error)) from None
+
+
+def dump_spec(spec: JobSpec) -> dict[str, Any]:
+    """The spec as plain data that `load_spec` reads back to an equal spec."""
+    return _ADAPTER.dump_python(spec, mode="json")
+
+
+def dump_yaml(spec: JobSpec) -> str:
+    return yaml.safe_dump(dump_spec(spec), sort_keys=False)
+
+
+def with_directory(spec: JobSpec, directory: Path) -> JobSpec:
+    return replace(spec, directory=str(directory))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SpecError(f"Job spec '{path}' is not a file. Name a YAML file, for example one of jobs/specs/.")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise SpecError(f"{path}: expected keys and values at the top, found {type(raw).__name__}.")
+    _anchor_paths(raw, path.parent)
+    base = raw.pop("base", None)
+    return raw if base is None else _merge(_read_file(path.parent / base), raw)
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Relative data and weight paths in a file start at the file's folder, wherever the command runs."""
+    tasks = raw.get("tasks") if isinstance(raw.get("tasks"), list) else []
+    for holder, key in [
+        (raw.get("backbone"), "weights"),
+        (raw.get("task_defaults"), "data"),
+        *((t, "data") for t in tasks),
+    ]:
+        value = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            holder[key] = str((folder / value).resolve())
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, unless `name` differs: another optimiser takes none of the first one's options."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        ):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _explain(where: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        key, allowed = _locate(problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            near = difflib.get_close_matches(str(problem["loc"][-1]), allowed)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            message = f"unknown key; {hint}allowed here: {', '.join(allowed)}"
+        elif problem["type"] in ("missing", "missing_argument"):
+            message = "this key is required"
+        elif isinstance(problem.get("input"), str | int | float | bool):
+            message += f", found {problem['input']!r}"
+        lines.append(f"{where}: {key or 'spec'}: {message}")
+    return "\n".join(lines)
+
+
+def _locate(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
+    """The dotted key of an error's location as the file has it, and the keys allowed beside it."""
+    schema = _ADAPTER.json_schema()
+    node, allowed, key = schema, list(schema["properties"]), ""
+    for part in location:
+        if part in node.get("discriminator", {}).get("mapping", {}):
+            # pydantic names the union member that `name` chose; the file has no such key.
+            node = schema["$defs"][node["discriminator"]["mapping"][part].rpartition("/")[2]]
+            continue
+        key += f"[{part}]" if isinstance(part, int) else f".{part}"
+        allowed = list(node.get("properties", {}))
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return key.removeprefix("."), allowed
