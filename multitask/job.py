@@ -98,20 +98,25 @@ class Job:
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
         )
 
-    def state(self, states: Mapping[str, GroupValues]) -> dict[str, dict[str, Tensor]]:
-        """Full state of a version: "backbone" and each task -> name -> tensor.
+    def state(self, states: Mapping[str, GroupValues]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """One version as named tensors: the backbone's, and task -> its private ones.
 
-        The backbone's entry holds trained shared tensors, and starting values wherever tasks own theirs.
+        The backbone holds trained shared tensors, and starting values wherever tasks own theirs.
+
+        Args:
+            states: group -> what training changed; groups left out kept their starting values.
         """
-        result = {"backbone": {name: tensor.clone() for name, tensor in self._backbone.network.state_dict().items()}}
+        backbone = {name: tensor.clone() for name, tensor in self._backbone.network.state_dict().items()}
+        private: dict[str, dict[str, Tensor]] = {task.name: {} for task in self.spec.tasks}
         for group in self.groups.values():
             values, counters = group.values.clone(), group.counters.clone()
             if group.name in states:
                 values[: group.layout.pushed] = torch.from_numpy(states[group.name].values)
                 counters = torch.from_numpy(states[group.name].counters)
-            owner = group.tasks[0] if group.private else "backbone"
-            result.setdefault(owner, {}).update(group.layout.tensors(values, counters))
-        return result
+            owner = private[group.tasks[0]] if group.private else backbone
+            # Clones: a view would be saved, or pickled, with its whole buffer.
+            owner.update((name, view.clone()) for name, view in group.layout.tensors(values, counters).items())
+        return backbone, private
 
     def _parameter_group(self, group: Group) -> ParameterGroup:
         options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}

@@ -1,21 +1,11 @@
 """Engines: how the gradients of all workers meet. One function each, with the same arguments and result."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from multitask.engines import asynchronous, local
+from multitask.engines.interface import Outcome, Watch
 from multitask.job import Job
-from multitask.server.messages import Evaluation, Snapshot, StepRecord
 
+ENGINES: dict[str, Callable[[Job, Watch], Outcome]] = {"async": asynchronous.run, "local": local.run}
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an engine hands back when all workers have made their steps."""
-
-    versions: dict[str, Snapshot]
-    """The versions `last` and `best`."""
-    processes: dict[str, int]
-    """Worker -> id of the process it ran in."""
-
-
-Watch = Callable[[list[StepRecord], list[Evaluation]], None]
-"""Called now and then with what happened since the last call."""
+__all__ = ["ENGINES", "Outcome", "Watch"]

@@ -14,10 +14,9 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from multitask.engines import Outcome, Watch
+from multitask.engines.interface import Outcome, Watch
 from multitask.job import Job
 from multitask.server.messages import Push, Reply
-from multitask.server.parameter_server import ParameterServer
 from multitask.worker import TrainingError, train_steps
 
 POLL_S = 0.5

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from multitask.engines import Outcome, Watch
+from multitask.engines.interface import Outcome, Watch
 from multitask.job import Job
 from multitask.server.messages import Push, Reply
 from multitask.server.parameter_server import ParameterServer
