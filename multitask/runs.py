@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from patches.files import write_atomic
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -13,7 +14,6 @@ import patches
 from multitask.data import open_table
 from multitask.job import attach_task
 from multitask.spec import JobSpec, dump_yaml, load_spec
-from patches.files import write_atomically
 
 Version = Literal["best", "last"]
 
@@ -97,10 +97,8 @@ def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.Patch
     if not paths or not (folder / "backbone.safetensors").is_file():
         raise RunError(f"'{folder}' holds no backbone.safetensors with bundles beside it. Run `multitask export RUN`.")
     architecture = patches.inspect_bundle(paths[0]).backbone
-    options = dict(architecture["options"])
-    backbone = patches.load_backbone(
-        architecture["name"], str(folder / "backbone.safetensors"), options.pop("num_classes"), **options
-    )
+    weights = folder / "backbone.safetensors"
+    backbone = patches.load_backbone(architecture["name"], weights, **architecture["options"])
     return backbone, {path.stem: patches.load_bundle(path, backbone) for path in paths}
 
 
@@ -109,15 +107,15 @@ def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str
     tensors = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
     for task, private in tasks.items():
         tensors |= {f"tasks/{task}/{name}": tensor for name, tensor in private.items()}
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def write_spec(path: Path, spec: JobSpec) -> None:
-    write_atomically(path, dump_yaml(spec).encode())
+    write_atomic(path, dump_yaml(spec).encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
