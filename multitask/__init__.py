@@ -1,0 +1,8 @@
+"""The trainer: many tasks on one shared backbone, their patches private, on Ray."""
+
+from multitask.runs import Run
+from multitask.spec import JobSpec, SpecError, load_spec
+from multitask.trainer import train
+from multitask.worker import TrainingError
+
+__all__ = ["JobSpec", "Run", "SpecError", "TrainingError", "load_spec", "train"]

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from patches.files import write_atomic
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 import patches
 from multitask.data import open_table
-from multitask.job import attach_task
+from multitask.evaluation import evaluate
+from multitask.job import attach_task, table_batches
 from multitask.spec import JobSpec, dump_yaml, load_spec
 
 Version = Literal["best", "last"]
@@ -100,6 +101,18 @@ def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.Patch
     weights = folder / "backbone.safetensors"
     backbone = patches.load_backbone(architecture["name"], weights, **architecture["options"])
     return backbone, {path.stem: patches.load_bundle(path, backbone) for path in paths}
+
+
+def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) -> dict[str, dict[str, float]]:
+    """Task -> top1 and top5 (percent) and loss of its model on a whole table of its data.
+
+    Args:
+        split: "train", "validation" or "test".
+    """
+    return {
+        task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
+        for task in spec.tasks
+    }
 
 
 def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -150,10 +150,10 @@ def _progress(console: Console | None) -> Progress:
 
 
 def _check_directory(directory: Path, overwrite: bool) -> None:
-    """An old run is replaced on request only, and what is no run never."""
+    """A finished run is replaced on request only, and what is no run never."""
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not (directory / "spec.yaml").is_file():
         raise SpecError(f"Run directory '{directory}' holds other files and no run. Name another with `directory`.")
-    if not overwrite:
+    if (directory / "result.json").is_file() and not overwrite:
         raise SpecError(f"Run directory '{directory}' holds a run. Name another with `directory`, or use --overwrite.")

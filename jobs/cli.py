@@ -1,0 +1,171 @@
+"""The `multitask` command: one verb per job. Each reads its input, calls one function and shows the result."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_is_help=True)
+app.add_typer(bundle_app, name="bundle")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
+Bundle = Annotated[Path, typer.Argument(help="A .patch file.")]
+Weights = Annotated[
+    Path, typer.Option("--backbone", help="The backbone.safetensors that the bundle was exported with.")
+]
+
+
+def main() -> None:
+    """Entry point: errors become one message and exit status 1; `--debug` shows the traceback instead."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"])
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps per task, fewer for a quick look.")] = None,
+) -> None:
+    """Train three real tasks three ways, export the patches, check them in a fresh process, write a report."""
+    from jobs.demo import run_demo
+
+    run_demo(directory, steps)
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(help="A job spec (YAML).")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    json_output: AsJson = False,
+) -> None:
+    """Run a training job."""
+    import multitask
+
+    run = multitask.train(spec, overwrite=overwrite)
+    if json_output:
+        print(json.dumps(run.result))
+        return
+    _show_metrics(f"Validation of the best version ({run.result['best']['version']})", run.result["best"]["tasks"])
+    print(f"{run.directory}\nNext: multitask export {run.directory}")
+
+
+@app.command()
+def export(
+    run: RunDirectory,
+    to: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/export by default.")] = None,
+    version: Annotated[Literal["best", "last"], typer.Option(help="By validation, or the end.")] = "best",
+    json_output: AsJson = False,
+) -> None:
+    """Write the backbone and one bundle per task, all from one version of a run."""
+    from multitask.runs import Run
+
+    exported = Run(run).export(version, to)
+    sizes = {str(path): path.stat().st_size for path in (exported.backbone, *exported.bundles.values())}
+    if json_output:
+        print(json.dumps(sizes))
+        return
+    table = Table("file", "bytes", "of the backbone")
+    for name, size in sizes.items():
+        table.add_row(name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
+    Console().print(table)
+
+
+@app.command()
+def evaluate(
+    run: RunDirectory,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which of the tables.")] = "test",
+    json_output: AsJson = False,
+) -> None:
+    """Evaluate a run's exported bundles on one of their tasks' tables."""
+    from multitask.runs import Run, evaluate_models, open_export
+
+    opened = Run(run)
+    _, models = open_export(run / "export")
+    metrics = evaluate_models(models, opened.spec, split)
+    if json_output:
+        print(json.dumps(metrics))
+    else:
+        _show_metrics(f"{split} of {run / 'export'}", metrics)
+
+
+@bundle_app.command()
+def inspect(bundle: Bundle, json_output: AsJson = False) -> None:
+    """Show what a bundle says of itself; no model is built."""
+    import patches
+
+    described = _plain(patches.inspect_bundle(bundle))
+    if json_output:
+        print(json.dumps(described))
+        return
+    table = Table(show_header=False)
+    for key, value in described.items():
+        table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
+    Console().print(table)
+
+
+@bundle_app.command()
+def verify(bundle: Bundle, backbone: Weights) -> None:
+    """Check a bundle's own hash, and that it fits the backbone; exit status 1 when it does not."""
+    import patches
+
+    patches.verify_bundle(bundle, _backbone_of(bundle, backbone))
+    print(f"{bundle} is whole and fits {backbone}")
+
+
+@bundle_app.command()
+def fold(
+    bundle: Bundle,
+    backbone: Weights,
+    to: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Fold a bundle into a plain network with the same outputs and write its state dict."""
+    import safetensors.torch
+    from patches.files import write_atomic
+
+    import patches
+
+    plain = patches.fold(patches.load_bundle(bundle, _backbone_of(bundle, backbone)))
+    write_atomic(to, safetensors.torch.save(plain.state_dict()))
+    print(f"{to}: state dict of the folded {type(plain).__name__}, {to.stat().st_size:,} bytes")
+
+
+def _backbone_of(bundle: Path, weights: Path) -> Any:
+    import patches
+
+    architecture = patches.inspect_bundle(bundle).backbone
+    return patches.load_backbone(architecture["name"], weights, **architecture["options"])
+
+
+def _show_metrics(title: str, metrics: dict[str, dict[str, float]]) -> None:
+    table = Table("task", "top-1 %", "top-5 %", "loss", title=title)
+    for task, values in metrics.items():
+        table.add_row(task, f"{values['top1']:.2f}", f"{values['top5']:.2f}", f"{values['loss']:.4f}")
+    Console().print(table)
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(report)
+
+
+if __name__ == "__main__":
+    main()
