@@ -71,7 +71,7 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         "seconds": time.perf_counter() - start,
         "seed": run.spec.seed,
         "environment": _environment(),
-        "tasks": {task.name: _task(run.spec, task.name, directory) for task in run.spec.tasks},
+        "tasks": {task.name: _task(run.spec, task.name) for task in run.spec.tasks},
         "modes": modes,
         "backbone": {
             "path": str(export.backbone),
@@ -164,7 +164,7 @@ def _evaluate_in_a_fresh_process(run: Run) -> dict[str, dict[str, float]]:
     return json.loads(finished.stdout)
 
 
-def _task(spec: JobSpec, name: str, directory: Path) -> dict[str, Any]:
+def _task(spec: JobSpec, name: str) -> dict[str, Any]:
     task = next(task for task in spec.tasks if task.name == name)
     tables = {split: open_table(f"{task.data}/{split}") for split in ("train", "validation", "test")}
     return {

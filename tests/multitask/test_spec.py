@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
+
+SPECS = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+
+TASK = {"name": "pets", "data": "somewhere", "method": "scale_bias", "resolution": 16}
+SPEC = {
+    "name": "job",
+    "backbone": {"name": "mobilenet_v2"},
+    "tasks": [TASK],
+    "train_shared": True,
+    "steps": 3,
+    "evaluate_every": 1,
+    "optimizer": {"name": "adamw", "rate": 0.001},
+}
+
+
+def error_of(**changes: object) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec({**SPEC, **changes})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_shipped_specs_are_valid_and_survive_a_round_trip(path: Path) -> None:
+    spec = load_spec(path)
+
+    assert load_spec(yaml.safe_load(dump_yaml(spec))) == spec
+    assert load_spec(dump_spec(spec)) == spec
+
+
+def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({**SPEC, "engine": {"name": "async", "in_fligt": 1}}))
+
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+
+    assert str(caught.value) == f"{path}: engine.in_fligt: unknown key; did you mean in_flight? allowed here: name, in_flight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"steps": 0}, ["job spec: steps:", "greater than or equal to 1", "found 0"]),
+        ({"steps": "many"}, ["steps", "valid integer", "found 'many'"]),
+        ({"optimizer": {"name": "adam", "rate": 1}}, ["optimizer", "'rmsprop', 'sgd', 'adamw'"]),
+        ({"optimizer": {"name": "sgd", "rate": -1.0}}, ["optimizer.rate", "greater than 0"]),
+        ({"optimizer": {"name": "sgd", "rate": float("nan")}}, ["optimizer.rate", "finite"]),
+        ({"tasks": []}, ["tasks", "at least 1"]),
+        ({"tasks": [TASK, TASK]}, ["'pets'", "more than once"]),
+        ({"tasks": [{**TASK, "name": "a b"}]}, ["tasks[0].name", "pattern"]),
+        ({"tasks": [{**TASK, "metod": "full"}]}, ["tasks[0].metod", "did you mean method?"]),
+        ({"tasks": [{key: TASK[key] for key in ("name", "data", "method")}]}, ["tasks[0].resolution", "required"]),
+        ({"engine": {"name": "async", "in_flight": 2}}, ["engine.in_flight", "less than or equal to 1"]),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(changes: dict[str, object], parts: list[str]) -> None:
+    message = error_of(**changes)
+
+    assert all(part in message for part in parts), message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(error_of(steps=0, evaluate_every=0).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["just words", "- a list", "a: [1", "!!python/object/apply:os.system ['true']"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+
+    with pytest.raises(SpecError, match=str(path)):
+        load_spec(path)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(SpecError, match=r"nowhere\.yaml"):
+        load_spec("nowhere.yaml")
+
+
+def test_a_variant_names_its_base_and_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**SPEC, "task_defaults": {"batch_size": 8, "augment": "crop_flip"}}))
+    (tmp_path / "variant.yaml").write_text(
+        "base: base.yaml\nname: other\ntask_defaults: {batch_size: 4}\noptimizer: {name: sgd, rate: 0.5}\n"
+    )
+
+    variant = load_spec(tmp_path / "variant.yaml")
+
+    assert (variant.name, variant.steps) == ("other", 3)
+    assert (variant.tasks[0].batch_size, variant.tasks[0].augment) == (4, "crop_flip")
+    # Another optimiser: none of the first one's options stay.
+    assert variant.optimizer.name == "sgd"
+    assert variant.optimizer.rate == 0.5
+
+
+def test_a_dotted_data_path_starts_at_the_files_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "specs"
+    folder.mkdir()
+    tasks = [{**TASK, "data": "../data/a"}, {**TASK, "name": "other", "data": "s3://bucket/b"}]
+    (folder / "job.yaml").write_text(yaml.safe_dump({**SPEC, "tasks": tasks}))
+
+    spec = load_spec(folder / "job.yaml")
+
+    assert [task.data for task in spec.tasks] == [str(tmp_path / "data" / "a"), "s3://bucket/b"]
+
+
+def test_overrides_reach_nested_keys() -> None:
+    spec = load_spec(SPEC, {"optimizer": {"rate": 0.25}})
+
+    assert isinstance(spec, JobSpec)
+    assert (spec.optimizer.name, spec.optimizer.rate) == ("adamw", 0.25)
+    assert load_spec(spec, {"steps": 7}).steps == 7
