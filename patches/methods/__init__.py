@@ -1,0 +1,20 @@
+"""Every patch method by name. A new one is a file in this folder and a line here."""
+
+from typing import TYPE_CHECKING
+
+from patches.methods.depthwise import Depthwise
+from patches.methods.full import Full
+from patches.methods.last_layer import LastLayer
+from patches.methods.norm_statistics import NormStatistics
+from patches.methods.scale_bias import ScaleBias
+
+if TYPE_CHECKING:
+    from patches.patch import Patch
+
+METHODS: "dict[str, type[Patch]]" = {
+    "scale_bias": ScaleBias,
+    "depthwise": Depthwise,
+    "last_layer": LastLayer,
+    "norm_statistics": NormStatistics,
+    "full": Full,
+}

@@ -1,0 +1,191 @@
+"""A backbone: one torchvision network, read as the sequence stem, block 1 to N, tail, head."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from patches.errors import BackboneError
+from patches.families import FAMILIES
+from patches.files import write_atomic
+from patches.names import unknown_name_message
+from patches.structure import copy_structure, meta, tensors_sha256
+from patches.weights import load_weights
+
+NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+
+class Backbone:
+    """A network and the names of its parts.
+
+    Attributes:
+        name: the name in torchvision, for instance "mobilenet_v2".
+        options: everything the architecture was built from, `num_classes` included; JSON-able.
+        network: torchvision's module. Changing its dtype, device or memory format (`to`) is for before the first
+            `attach`: the patched models alias its storage.
+        steps: names of the steps in order: "stem", "block1" to "blockN", "tail", "head". The tail gives the pooled
+            features (batch, width), the head the logits.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], network: nn.Module) -> None:
+        self.name = name
+        self.options = options
+        self.network = network
+        self._family = FAMILIES[name]
+        self._steps = self._family.steps(network)
+        self.steps = tuple(step.name for step in self._steps)
+
+    @property
+    def num_blocks(self) -> int:
+        """N; block i is step i, the tail is step N + 1, the head step N + 2."""
+        return len(self.steps) - 3
+
+    @property
+    def auxiliary(self) -> str | None:
+        """Path of the branch that only training runs (InceptionV3's), or None."""
+        path = self._family.auxiliary
+        return path if path is not None and getattr(self.network, path) is not None else None
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run the steps[start:stop].
+
+        Args:
+            x: what step `start` reads: images (batch, 3, height, width) for 0, else the output of step start - 1.
+        Returns:
+            The output of the last step run; `run(images)` is `network(images)` bit for bit in eval mode. In train
+            mode it is the main logits alone, where InceptionV3 itself also returns its auxiliary ones.
+        """
+        for step in self._steps[start:stop]:
+            for call in step.calls:
+                x = self.network.get_submodule(call)(x) if isinstance(call, str) else call(self.network, x)
+        return x
+
+    def block_shapes(self, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Output shape of every step for one image, without the batch axis; computes no values.
+
+        Args:
+            image_size: side in pixels, or (height, width).
+        """
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        hollow = Backbone(self.name, self.options, copy_structure(self.network, meta).eval())
+        x = torch.empty(1, 3, height, width, device="meta", dtype=next(self.network.parameters()).dtype)
+        shapes = {}
+        with torch.no_grad():
+            for index, name in enumerate(self.steps):
+                x = hollow.run(x, index, index + 1)
+                shapes[name] = tuple(x.shape[1:])
+        return shapes
+
+    def step_of(self, tensor_name: str) -> int:
+        """Index of the step that uses the state-dict tensor; an auxiliary branch counts with the head."""
+        for index, step in enumerate(self._steps):
+            if step.owns(tensor_name):
+                return index
+        raise BackboneError(f"Backbone '{self.name}' has no tensor '{tensor_name}'. See network.state_dict().")
+
+    def norm_layers(self) -> dict[str, nn.Module]:
+        """Module path -> layer, for every BatchNorm2d, LayerNorm and GroupNorm."""
+        return dict(self._modules(NORM_LAYERS))
+
+    def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """Module path -> layer, for every BatchNorm2d."""
+        return {path: layer for path, layer in self._modules(nn.BatchNorm2d) if isinstance(layer, nn.BatchNorm2d)}
+
+    def depthwise_layers(self) -> dict[str, nn.Conv2d]:
+        """Module path -> layer, for every convolution with one group per channel."""
+        convolutions = {path: layer for path, layer in self._modules(nn.Conv2d) if isinstance(layer, nn.Conv2d)}
+        return {path: layer for path, layer in convolutions.items() if layer.groups == layer.in_channels > 1}
+
+    def heads(self) -> dict[str, nn.Linear]:
+        """Module path -> layer, the main head first; InceptionV3's auxiliary classifier has one too."""
+        modules = dict(self.network.named_modules())
+        found = {path: modules[path] for path in self._family.heads if path in modules}
+        return {path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `nn.Module.to`, for the network; before anything is attached."""
+        self.network.to(*args, **kwargs)
+        return self
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the sorted names, shapes, dtypes and contiguous bytes of the state dict."""
+        return tensors_sha256(self.network.state_dict())
+
+    def architecture(self) -> dict[str, Any]:
+        """`name` and `options`: what `load_backbone(name, weights=file, **options)` needs beside the file."""
+        return {"name": self.name, "options": json.loads(json.dumps(self.options))}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state dict to a .safetensors file, atomically, in contiguous order."""
+        state = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.network.state_dict().items()
+        }
+        write_atomic(path, safetensors.torch.save(state))
+
+    def _modules(self, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+        return ((path, module) for path, module in self.network.named_modules() if isinstance(module, kinds))
+
+
+def load_backbone(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int = 1000,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Backbone:
+    """Build a torchvision network and give it weights. It comes in eval mode, on the CPU.
+
+    Args:
+        name: "mobilenet_v2", "inception_v3", "resnet18", "resnet50", "vit_b_16" or "swin_b".
+        weights: None for random weights; a torchvision name such as "IMAGENET1K_V2", whose trunk is taken and whose
+            head too unless `num_classes` differs; or the path of a .safetensors, .pth or .pt state dict, which must
+            fit exactly. The network takes the file's floating dtype.
+        num_classes: size of the head.
+        seed: of the random weights; the global random state is left as it was.
+        options: of the family (`patches.families.FAMILIES`), such as width_mult, stem_stride (1 for small images),
+            last_channel (width before the head) or image_size; and `norm_momentum`, the momentum of every BatchNorm
+            layer (default: the network's own).
+    Raises:
+        BackboneError: unknown name or option, a value torchvision refuses, or weights that do not fit.
+    """
+    if name not in FAMILIES:
+        raise BackboneError(unknown_name_message("backbone", name, FAMILIES))
+    family = FAMILIES[name]
+    defaults = {**family.options, "norm_momentum": None}
+    for option in options:
+        if option not in defaults:
+            raise BackboneError(unknown_name_message(f"option of backbone '{name}'", option, defaults))
+    pretrained = isinstance(weights, str) and not weights.endswith((".safetensors", ".pth", ".pt"))
+    resolved = {**defaults, **(family.pretrained_options if pretrained else {}), **options}
+    network = _build(name, {"num_classes": num_classes, **resolved}, seed)
+    backbone = Backbone(name, {"num_classes": num_classes, **resolved}, network)
+    if weights is not None:
+        load_weights(backbone.network, name, weights, heads=tuple(backbone.heads()), auxiliary=family.auxiliary)
+    network.eval()
+    return backbone
+
+
+def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
+    """The network with random weights. Only the CPU's generator is used, and put back."""
+    arguments = {key: value for key, value in options.items() if key != "norm_momentum"}
+    before = torch.get_rng_state()
+    try:
+        json.dumps(options)
+        torch.default_generator.manual_seed(seed)
+        network = FAMILIES[name].build(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise BackboneError(f"Backbone '{name}' cannot be built from {given}: {error}. Change that option.") from error
+    finally:
+        torch.set_rng_state(before)
+    if options["norm_momentum"] is not None:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = options["norm_momentum"]
+    return network

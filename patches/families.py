@@ -1,0 +1,245 @@
+"""How each torchvision network is built and how it reads as a sequence: stem, blocks, tail, head.
+
+A step is a list of module paths and of functions defined in this file, never a closure over modules: the same steps
+run a structural copy of the network.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NetworkFunction = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a network."""
+
+    name: str
+    calls: tuple[str | NetworkFunction, ...]
+    """In order: module paths, and functions of (network, x) for what the network's forward does between modules."""
+    tensors: tuple[str, ...] = ()
+    """Modules or tensors that only those functions use."""
+
+    def owns(self, tensor_name: str) -> bool:
+        """Whether the state-dict tensor `tensor_name` is used by this step."""
+        prefixes = [call for call in self.calls if isinstance(call, str)]
+        return any(
+            tensor_name == prefix or tensor_name.startswith(f"{prefix}.") for prefix in (*prefixes, *self.tensors)
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the code must know of one torchvision network."""
+
+    build: Callable[..., nn.Module]
+    """Takes num_classes and every option, returns a randomly initialised network."""
+    steps: Callable[[nn.Module], list[Step]]
+    heads: tuple[str, ...]
+    """Paths of the classifying Linear layers, the main one first; those a network lacks are left out."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Default of every option."""
+    pretrained_options: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults that differ when torchvision's own weights are asked for by name."""
+    auxiliary: str | None = None
+    """Path of a branch that only training runs."""
+
+
+def _flatten(_network: nn.Module, x: Tensor) -> Tensor:
+    return torch.flatten(x, 1)
+
+
+def _sequence(stem: Step, blocks: list[tuple[str, ...]], tail: Step, head: Step) -> list[Step]:
+    numbered = [Step(f"block{index}", calls) for index, calls in enumerate(blocks, start=1)]
+    return [stem, *numbered, tail, head]
+
+
+# MobileNetV2
+
+
+def _build_mobilenet_v2(num_classes: int, stem_stride: int, last_channel: int | None, **options: Any) -> nn.Module:
+    from torchvision.models import MobileNetV2
+    from torchvision.ops import Conv2dNormActivation
+
+    network = MobileNetV2(num_classes=num_classes, **options)
+    if stem_stride not in (1, 2):
+        raise ValueError(f"stem_stride={stem_stride}, and only 1 (small images) and 2 (the paper's) are possible")
+    network.features[0][0].stride = (stem_stride, stem_stride)
+    if last_channel is not None:
+        # The class has no argument for the width before the head, so its last convolution and head are replaced.
+        tail = Conv2dNormActivation(
+            network.features[-1][0].in_channels, last_channel, kernel_size=1, activation_layer=nn.ReLU6
+        )
+        nn.init.kaiming_normal_(tail[0].weight, mode="fan_out")
+        head = nn.Linear(last_channel, num_classes)
+        nn.init.normal_(head.weight, 0, 0.01)
+        nn.init.zeros_(head.bias)
+        network.features[-1], network.classifier[1], network.last_channel = tail, head, last_channel
+    return network
+
+
+def _pool_and_flatten(_network: nn.Module, x: Tensor) -> Tensor:
+    return torch.flatten(nn.functional.adaptive_avg_pool2d(x, (1, 1)), 1)
+
+
+def _mobilenet_v2_steps(network: nn.Module) -> list[Step]:
+    last = len(network.get_submodule("features")) - 1  # type: ignore[arg-type]
+    return _sequence(
+        Step("stem", ("features.0",)),
+        [(f"features.{index}",) for index in range(1, last)],
+        Step("tail", (f"features.{last}", _pool_and_flatten)),
+        Step("head", ("classifier",)),
+    )
+
+
+# InceptionV3
+
+_INCEPTION_STEM = (
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
+    *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+)
+_INCEPTION_BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+
+
+def _build_inception_v3(num_classes: int, **options: Any) -> nn.Module:
+    from torchvision.models import Inception3
+
+    return Inception3(num_classes=num_classes, init_weights=True, **options)
+
+
+def _transform_input(network: nn.Module, x: Tensor) -> Tensor:
+    return network._transform_input(x)  # type: ignore[operator]
+
+
+def _inception_v3_steps(network: nn.Module) -> list[Step]:
+    auxiliary = ("AuxLogits",) if network.AuxLogits is not None else ()
+    return _sequence(
+        Step("stem", (_transform_input, *_INCEPTION_STEM)),
+        [(f"Mixed_{name}",) for name in _INCEPTION_BLOCKS],
+        Step("tail", ("avgpool", _flatten)),
+        # The auxiliary branch reads Mixed_6e in training only: nothing else needs it, so it counts with the head.
+        Step("head", ("dropout", "fc"), tensors=auxiliary),
+    )
+
+
+# ResNet
+
+
+def _build_resnet18(num_classes: int) -> nn.Module:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=num_classes)
+
+
+def _build_resnet50(num_classes: int) -> nn.Module:
+    from torchvision.models import resnet50
+
+    return resnet50(num_classes=num_classes)
+
+
+def _resnet_steps(network: nn.Module) -> list[Step]:
+    stages = [f"layer{index}" for index in range(1, 5)]
+    return _sequence(
+        Step("stem", ("conv1", "bn1", "relu", "maxpool")),
+        [(f"{stage}.{index}",) for stage in stages for index, _ in enumerate(network.get_submodule(stage).children())],
+        Step("tail", ("avgpool", _flatten)),
+        Step("head", ("fc",)),
+    )
+
+
+# ViT
+
+
+def _build_vit_b_16(num_classes: int, **options: Any) -> nn.Module:
+    from torchvision.models import vit_b_16
+
+    return vit_b_16(num_classes=num_classes, **options)
+
+
+def _embed_patches(network: Any, x: Tensor) -> Tensor:
+    tokens = network._process_input(x)
+    tokens = torch.cat([network.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+    return network.encoder.dropout(tokens + network.encoder.pos_embedding)
+
+
+def _class_token(_network: nn.Module, x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def _vit_steps(network: nn.Module) -> list[Step]:
+    layers = [name for name, _ in network.get_submodule("encoder.layers").named_children()]
+    return _sequence(
+        Step("stem", (_embed_patches,), tensors=("conv_proj", "class_token", "encoder.pos_embedding")),
+        [(f"encoder.layers.{name}",) for name in layers],
+        Step("tail", ("encoder.ln", _class_token)),
+        Step("head", ("heads",)),
+    )
+
+
+# Swin
+
+
+def _build_swin_b(num_classes: int, **options: Any) -> nn.Module:
+    from torchvision.models import SwinTransformer
+
+    # The function swin_b fixes the stochastic depth at 0.5; the class takes it.
+    return SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=128,
+        depths=[2, 2, 18, 2],
+        num_heads=[4, 8, 16, 32],
+        window_size=[7, 7],
+        num_classes=num_classes,
+        **options,
+    )
+
+
+def _swin_steps(network: nn.Module) -> list[Step]:
+    blocks: list[tuple[str, ...]] = []
+    entry: tuple[str, ...] = ()
+    for index, part in enumerate(network.get_submodule("features")[1:], start=1):  # type: ignore[index]
+        if not isinstance(part, nn.Sequential):
+            # A merging opens the next stage's first block, so that a block's output is the block's own.
+            entry = (f"features.{index}",)
+            continue
+        for position, _ in enumerate(part):
+            blocks.append((*entry, f"features.{index}.{position}"))
+            entry = ()
+    return _sequence(
+        Step("stem", ("features.0",)),
+        blocks,
+        Step("tail", ("norm", "permute", "avgpool", "flatten")),
+        Step("head", ("head",)),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "mobilenet_v2": Family(
+        _build_mobilenet_v2,
+        _mobilenet_v2_steps,
+        heads=("classifier.1",),
+        options={
+            "width_mult": 1.0,
+            "inverted_residual_setting": None,
+            "stem_stride": 2,
+            "last_channel": None,
+            "dropout": 0.2,
+        },
+    ),
+    "inception_v3": Family(
+        _build_inception_v3,
+        _inception_v3_steps,
+        heads=("fc", "AuxLogits.fc"),
+        options={"aux_logits": True, "transform_input": False, "dropout": 0.5},
+        pretrained_options={"transform_input": True},
+        auxiliary="AuxLogits",
+    ),
+    "resnet18": Family(_build_resnet18, _resnet_steps, heads=("fc",)),
+    "resnet50": Family(_build_resnet50, _resnet_steps, heads=("fc",)),
+    "vit_b_16": Family(_build_vit_b_16, _vit_steps, heads=("heads.head",), options={"image_size": 224}),
+    "swin_b": Family(_build_swin_b, _swin_steps, heads=("head",), options={"stochastic_depth_prob": 0.0}),
+}

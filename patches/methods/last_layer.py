@@ -1,0 +1,28 @@
+"""A private head."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from patches.backbone import Backbone
+
+
+@dataclass
+class LastLayer:
+    """Give each task its own head; InceptionV3's auxiliary classifier has a last layer too, and it is owned as well.
+
+    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703.
+    """
+
+    paths: frozenset[str] = field(init=False, default=frozenset())
+
+    kind: ClassVar[str] = "selection"
+    foldable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+
+    def attach(self, copy: Backbone) -> None:
+        self.paths = frozenset(copy.heads())
+
+    def owns(self, key: str, module: nn.Module) -> bool:  # noqa: ARG002
+        return key.rpartition(".")[0] in self.paths

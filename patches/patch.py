@@ -1,0 +1,325 @@
+"""Attaching a patch: which tensors are a task's own, and the model they make with a backbone's shared ones."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from patches.backbone import Backbone
+from patches.errors import PatchError
+from patches.layers import FixedLinear, PatchedBatchNorm2d, draw_linear
+from patches.methods import METHODS
+from patches.names import unknown_name_message
+from patches.structure import alias, copy_structure, dtype_name, tensors_sha256
+
+HeadOwner = Literal["shared", "private", "fixed"]
+
+
+class Patch(Protocol):
+    """A way to fit a shared backbone to one task; its fields are its options (a dataclass, `init` fields).
+
+    A selection method owns some of the network's own tensors. Later kinds keep this protocol: an insertion method adds
+    modules to the copy in `attach` and owns their tensors too; a side method also says from which step on it computes
+    the logits itself.
+    """
+
+    kind: ClassVar[str]
+    """"selection", "insertion" or "side"."""
+    foldable: ClassVar[bool]
+    """Whether `fold` can turn the patched model into a plain network."""
+    identity_at_start: ClassVar[bool]
+    """Whether a fresh patch leaves the backbone's features as they are, in eval mode."""
+
+    def attach(self, copy: Backbone) -> None:
+        """Check and change, in place, the task's own copy of the network; its tensors still alias the backbone's."""
+
+    def owns(self, key: str, module: nn.Module) -> bool:
+        """Say whether the state-dict tensor `key`, held directly by `module`, is the task's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method before it is attached."""
+
+    kind: str
+    foldable: bool
+    identity_at_start: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Sizes of a patch, in numbers (not bytes)."""
+
+    trained: int
+    """Private parameters."""
+    stored: int
+    """Private floats that a bundle carries: the parameters and BatchNorm's running mean and variance. The integer batch
+    counters travel too and are not counted."""
+
+
+def methods() -> dict[str, MethodInfo]:
+    """Every patch method: what `attach` takes, alone or joined with "+"."""
+    return {
+        name: MethodInfo(kind=part.kind, foldable=part.foldable, identity_at_start=part.identity_at_start)
+        for name, part in METHODS.items()
+    }
+
+
+class PatchedModel(nn.Module):
+    """A task's model: a network whose shared tensors alias the backbone's storage. `attach` makes it.
+
+    Fresh, it is in eval mode and frozen: shared parameters take no gradient and shared BatchNorm layers stay in eval
+    mode, whatever `train()` is called on. `set_shared_trainable(True)` switches to joint training.
+
+    Attributes:
+        network: torchvision's module. `model(images)` is `network(images)`; InceptionV3 in train mode returns
+            (logits, aux_logits).
+        backbone: the Backbone it is attached to.
+        method, options, num_classes: as given to `attach`, the options complete.
+        head: who holds the head: "shared" (the backbone), "private" (the patch), or "fixed" (random, from `seed`).
+        seed: of a fresh or fixed head.
+        private_names, shared_names: state-dict names in `network`, every one in exactly one of the two.
+        first_private_block: index of the first step that uses a private tensor; `backbone.run(x, 0, this)` is the
+            same for every task on a frozen backbone in eval mode.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        network: nn.Module,
+        *,
+        method: str,
+        options: dict[str, Any],
+        num_classes: int,
+        head: HeadOwner,
+        seed: int,
+        private_names: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.backbone = backbone
+        self.method = method
+        self.options = options
+        self.num_classes = num_classes
+        self.head = head
+        self.seed = seed
+        names = list(network.state_dict())
+        self.private_names = tuple(name for name in names if name in private_names)
+        self.shared_names = tuple(name for name in names if name not in private_names)
+        self.first_private_block = min(backbone.step_of(name) for name in self.private_names)
+        self.set_shared_trainable(False)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits (batch, num_classes) of images (batch, 3, height, width)."""
+        return self.network(x)
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `Backbone.run`, with this task's tensors."""
+        return self._copy().run(x, start, stop)
+
+    def private_state(self) -> dict[str, Tensor]:
+        """The live private parameters and buffers by name: what a bundle carries."""
+        return self._state(self.private_names)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The live shared parameters and buffers by name: aliases of the backbone's, under the same names."""
+        return self._state(self.shared_names)
+
+    @property
+    def fixed_head(self) -> dict[str, Any] | None:
+        """For a fixed random head its seed and the SHA-256 of its tensors, else None."""
+        if self.head != "fixed":
+            return None
+        tensors: dict[str, Tensor] = {}
+        for path, layer in self._copy().heads().items():
+            tensors |= {f"{path}.weight": layer.weight, f"{path}.bias": layer.bias}
+        return {"seed": self.seed, "sha256": tensors_sha256(tensors)}
+
+    @property
+    def shared_trainable(self) -> bool:
+        """Whether the shared tensors train jointly; False is frozen."""
+        return self._shared_trainable
+
+    def set_shared_trainable(self, on: bool) -> None:
+        """Joint training (True): shared parameters take gradients and shared BatchNorm layers follow `train()`.
+
+        Frozen (False): neither. A layer's running statistics decide who holds it, so under `norm_statistics` every
+        layer follows `train()`; under `scale_bias` with source statistics none does.
+        """
+        self._shared_trainable = on
+        for tensor in self.shared_state().values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(on)
+        private = set(self.private_names)
+        for path, norm in self._copy().batch_norms().items():
+            if f"{path}.running_mean" not in private:
+                assert isinstance(norm, PatchedBatchNorm2d)
+                norm.frozen = not on
+                norm.train(self.network.training)
+
+    def parameter_counts(self, include_auxiliary: bool = True) -> ParameterCounts:
+        """Count the private floats, with or without those of InceptionV3's auxiliary branch."""
+        floats = [
+            tensor
+            for name, tensor in self.private_state().items()
+            if tensor.is_floating_point() and (include_auxiliary or not name.startswith(f"{self.backbone.auxiliary}."))
+        ]
+        return ParameterCounts(
+            trained=sum(tensor.numel() for tensor in floats if isinstance(tensor, nn.Parameter)),
+            stored=sum(tensor.numel() for tensor in floats),
+        )
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values into the private tensors, in place. All is checked before anything is written.
+
+        Raises:
+            PatchError: names, shapes or dtypes are not exactly this model's.
+        """
+        own = self.private_state()
+        expected, found = _signatures(own), _signatures(state)
+        for name in [*expected, *found]:
+            if expected.get(name) != found.get(name):
+                raise PatchError(
+                    f"Private tensor '{name}': expected {expected.get(name, 'none')}, found {found.get(name, 'none')}. "
+                    f"Load a state of method '{self.method}' with {self.num_classes} classes on backbone "
+                    f"'{self.backbone.name}'; nothing was changed."
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`, in place; `assign=True` would part the model from its backbone."""
+        if assign:
+            raise PatchError(
+                "load_state_dict(assign=True) would replace the tensors that alias the backbone. "
+                "Leave assign out, or load the backbone first and attach afterwards."
+            )
+        return super().load_state_dict(state_dict, strict)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Every conversion (`to`, `half`, `cuda`, ...) comes through here; one that changes a tensor is refused."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if fn(tensor) is not tensor:
+                raise PatchError(
+                    f"Changing dtype, device or memory format would part '{name}' from the backbone's storage. "
+                    "Keep the order: load the backbone, change it with backbone.to(...), then attach."
+                )
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy or unpickled model has a backbone of its own, and aliases that."""
+        super().__setstate__(state)
+        base = self.backbone.network.state_dict()
+        for name, tensor in self.shared_state().items():
+            tensor.data = base[name]
+
+    def _copy(self) -> Backbone:
+        return Backbone(self.backbone.name, self.backbone.options, self.network)
+
+    def _state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        state = self.network.state_dict(keep_vars=True)
+        return {name: state[name] for name in names}
+
+
+def attach(
+    backbone: Backbone, method: str, num_classes: int | None = None, *, seed: int = 0, **options: Any
+) -> PatchedModel:
+    """Make a task's model on a backbone, whose values it starts from and whose shared tensors it aliases.
+
+    Args:
+        backbone: with its weights, dtype and device final.
+        method: names from `methods()`, joined with "+" ("scale_bias+last_layer").
+        num_classes: None for the backbone's own head (shared, or copied where the method owns the head). A number
+            makes a new head: random and private where the method owns the head; random, frozen and outside the state
+            dict otherwise.
+        seed: of the new head, drawn on the CPU without touching the global random state.
+        options: each goes to the one method that declares it.
+    Raises:
+        PatchError: unknown method or option, or a method that finds nothing to own in this backbone.
+    """
+    parts = _make_parts(method, options)
+    if num_classes is not None and num_classes < 1:
+        raise PatchError(f"num_classes={num_classes}, but a head needs 1 or more. Leave it out to use the backbone's.")
+    copy = Backbone(backbone.name, backbone.options, copy_structure(backbone.network, alias))
+    for norm in copy.batch_norms().values():
+        norm.__class__ = PatchedBatchNorm2d  # same data, and a train() that a frozen layer ignores
+    for part in parts:
+        part.attach(copy)
+    private = {
+        key
+        for key in copy.network.state_dict()
+        if any(part.owns(key, copy.network.get_submodule(key.rpartition(".")[0])) for part in parts)
+    }
+    head: HeadOwner = "private" if any(f"{path}.weight" in private for path in copy.heads()) else "shared"
+    if num_classes is not None:
+        head = "private" if head == "private" else "fixed"
+        _replace_heads(copy, num_classes, seed, fixed=head == "fixed")
+    for key in private:
+        path, _, name = key.rpartition(".")
+        module = copy.network.get_submodule(path)
+        own = getattr(module, name).detach().clone()
+        setattr(module, name, nn.Parameter(own) if name in module._parameters else own)
+    return PatchedModel(
+        backbone,
+        copy.network,
+        method=method,
+        options=_complete_options(parts),
+        num_classes=num_classes or backbone.options["num_classes"],
+        head=head,
+        seed=seed,
+        private_names=frozenset(private),
+    )
+
+
+def _make_parts(method: str, options: dict[str, Any]) -> list[Patch]:
+    """The methods of a combination, each with the options it declares."""
+    names = method.split("+")
+    for name in names:
+        if name not in METHODS:
+            raise PatchError(unknown_name_message("patch method", name, METHODS))
+        if names.count(name) > 1:
+            raise PatchError(f"Patch method '{method}' names '{name}' twice. Name each method once.")
+    declared = {name: _declared_options(METHODS[name]) for name in names}
+    for option in options:
+        claimants = [name for name in names if option in declared[name]]
+        if not claimants:
+            allowed = [known for known_options in declared.values() for known in known_options]
+            raise PatchError(unknown_name_message(f"option of patch method '{method}'", option, allowed))
+        if len(claimants) > 1:
+            raise PatchError(
+                f"Option '{option}' of patch method '{method}' is declared by {' and '.join(claimants)}. "
+                "Attach methods that share no option name."
+            )
+    parts: dict[str, Any] = {name: METHODS[name] for name in names}
+    return [part(**{key: options[key] for key in declared[name] if key in options}) for name, part in parts.items()]
+
+
+def _declared_options(part: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(part) if field.init]
+
+
+def _complete_options(parts: list[Patch]) -> dict[str, Any]:
+    """Every option with its value, the defaults too, as JSON would give it back."""
+    return json.loads(json.dumps({name: getattr(part, name) for part in parts for name in _declared_options(part)}))
+
+
+def _replace_heads(copy: Backbone, num_classes: int, seed: int, fixed: bool) -> None:
+    """Put fresh heads of `num_classes` outputs in place, all drawn in order from one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, old in copy.heads().items():
+        weight, bias = (tensor.to(old.weight) for tensor in draw_linear(old.in_features, num_classes, generator))
+        layer = FixedLinear(weight, bias) if fixed else nn.Linear(old.in_features, num_classes, device="meta")
+        if not fixed:
+            layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        copy.network.set_submodule(path, layer)
+    if hasattr(copy.network, "num_classes"):
+        copy.network.num_classes = num_classes  # type: ignore[assignment]
+
+
+def _signatures(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"shape {list(tensor.shape)} {dtype_name(tensor)}" for name, tensor in state.items()}

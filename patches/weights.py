@@ -1,0 +1,118 @@
+"""Reading weights, from a file or from torchvision, into a network they fit."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from patches.errors import BackboneError
+from patches.names import unknown_name_message
+from patches.structure import dtype_name
+
+FILE_TYPES = (".safetensors", ".pth", ".pt")
+COUNTER = "num_batches_tracked"
+
+
+def load_weights(
+    network: nn.Module, name: str, weights: str | os.PathLike[str], heads: tuple[str, ...], auxiliary: str | None
+) -> None:
+    """Copy weights into `network`; all is checked before anything is written.
+
+    Args:
+        name: the backbone's name in torchvision.
+        weights: a file (.safetensors, .pth, .pt) that must fit exactly, or the name of torchvision weights, of which a
+            head of another size and an auxiliary branch the network lacks are left out.
+        heads: paths of the network's heads.
+        auxiliary: path of the family's auxiliary branch.
+    Raises:
+        BackboneError: the weights do not exist, cannot be read or do not fit.
+    """
+    if str(weights).endswith(FILE_TYPES):
+        state = _read_file(Path(weights))
+        source = f"Weights file '{weights}'"
+        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        if len(dtypes) == 1:
+            network.to(dtypes.pop())
+    else:
+        state = _from_torchvision(name, str(weights))
+        source = f"Weights '{weights}'"
+        own = network.state_dict()
+        left_out = []
+        if auxiliary is not None and getattr(network, auxiliary) is None:
+            left_out.append(auxiliary)
+        if any(own[f"{head}.bias"].shape != state[f"{head}.bias"].shape for head in heads):
+            left_out += heads
+        state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{p}." for p in left_out))}
+        state |= {key: value for key, value in own.items() if key.startswith(tuple(f"{head}." for head in left_out))}
+    _check_fit(network.state_dict(), state, source, name)
+    network.load_state_dict(state)
+
+
+def _from_torchvision(name: str, weights: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(name).__members__
+    if weights not in known:
+        message = unknown_name_message(f"weights of backbone '{name}'", weights, known)
+        raise BackboneError(f"{message} A file must end in {', '.join(FILE_TYPES)}.")
+    try:
+        return dict(known[weights].get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"Weights '{weights}' of backbone '{name}' could not be fetched: {error}. "
+            "Fetch them on a machine with a network and give the file's path instead."
+        ) from error
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BackboneError(f"Weights file '{path}' does not exist. Check the path.") from error
+    except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise BackboneError(
+            f"Weights file '{path}' cannot be read: {error}. It must be a whole safetensors file, or a state dict "
+            "saved with torch.save that holds tensors only."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BackboneError(
+            f"Weights file '{path}' holds a {type(state).__name__}, not a state dict of tensors. "
+            "Save model.state_dict() itself."
+        )
+    return dict(state)
+
+
+def _check_fit(own: Mapping[str, Tensor], state: dict[str, Tensor], source: str, name: str) -> None:
+    """Name the first missing, unexpected and mis-shaped tensors; fill in the counters that old checkpoints lack."""
+    if not any(key.endswith(COUNTER) for key in state):
+        state |= {key: value for key, value in own.items() if key.endswith(COUNTER)}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    differing = [
+        f"'{key}' (expected {list(own[key].shape)} {dtype_name(own[key])}, "
+        f"found {list(value.shape)} {dtype_name(value)})"
+        for key, value in state.items()
+        if key in own and (value.shape != own[key].shape or value.dtype != own[key].dtype)
+    ]
+    found = [
+        f"{kind}, {len(names)} in all, first {names[0]}"
+        for kind, names in (
+            ("missing", [f"'{key}'" for key in missing]),
+            ("unexpected", [f"'{key}'" for key in unexpected]),
+            ("mis-shaped", differing),
+        )
+        if names
+    ]
+    if found:
+        raise BackboneError(
+            f"{source} does not fit backbone '{name}': {'; '.join(found)}. "
+            "Build the backbone with the num_classes and options that the weights were made with."
+        )
