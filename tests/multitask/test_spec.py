@@ -40,7 +40,10 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(path)
 
-    assert str(caught.value) == f"{path}: engine.in_fligt: unknown key; did you mean in_flight? allowed here: name, in_flight"
+    assert (
+        str(caught.value)
+        == f"{path}: engine.in_fligt: unknown key; did you mean in_flight? allowed here: name, in_flight"
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,9 @@ def test_a_missing_file_is_named() -> None:
 
 
 def test_a_variant_names_its_base_and_what_differs(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**SPEC, "task_defaults": {"batch_size": 8, "augment": "crop_flip"}}))
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({**SPEC, "task_defaults": {"batch_size": 8, "augment": "crop_flip"}})
+    )
     (tmp_path / "variant.yaml").write_text(
         "base: base.yaml\nname: other\ntask_defaults: {batch_size: 4}\noptimizer: {name: sgd, rate: 0.5}\n"
     )

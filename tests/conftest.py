@@ -1,0 +1,96 @@
+"""What the tests share: generated tables, a small job spec, one local Ray."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multitask.data import write_table
+from multitask.spec import JobSpec, load_spec
+
+MakeData = Callable[..., str]
+
+
+def png(seed: int, label: int, size: int = 12) -> bytes:
+    """A noisy picture whose brightness tells its label."""
+    noise = np.random.default_rng(seed).integers(0, 80, (size, size, 3))
+    buffer = io.BytesIO()
+    Image.fromarray((noise + 40 * label).astype(np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
+    """Write the tables train, validation and test of one data set and return their folder."""
+
+    def make(classes: int = 4, rows: int = 24, seed: int = 0, size: int = 12) -> str:
+        folder = tmp_path_factory.mktemp("data")
+        for number, split in enumerate(("train", "validation", "test")):
+            images = (
+                (png(10_000 * seed + 1000 * number + row, row % classes, size), row % classes) for row in range(rows)
+            )
+            write_table(folder / split, images, [f"class {label}" for label in range(classes)])
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_folders(make_data: MakeData) -> dict[str, str]:
+    return {name: make_data(seed=seed) for seed, name in enumerate(("pets", "cars", "food"))}
+
+
+@pytest.fixture
+def make_spec(data_folders: dict[str, str], tmp_path: Path) -> Callable[..., JobSpec]:
+    """A job that trains in seconds: a MobileNetV2 of three blocks on 8 px images; keywords change the spec."""
+
+    def make(tasks: dict[str, dict[str, Any]] | None = None, **changes: Any) -> JobSpec:
+        tasks = tasks or {"pets": {}, "cars": {}}
+        spec: dict[str, Any] = {
+            "name": "job",
+            "backbone": {
+                "name": "mobilenet_v2",
+                "num_classes": 4,
+                "options": {
+                    "stem_stride": 1,
+                    "inverted_residual_setting": [[1, 8, 1, 1], [2, 8, 2, 1], [2, 8, 1, 1]],
+                    "last_channel": 16,
+                    "dropout": 0.0,
+                },
+            },
+            "task_defaults": {"method": "scale_bias+last_layer", "num_classes": 4, "resolution": 8, "batch_size": 8},
+            "tasks": [{"name": name, "data": data_folders[name.split("_")[0]], **own} for name, own in tasks.items()],
+            "train_shared": True,
+            "steps": 4,
+            "evaluate_every": 2,
+            "optimizer": {"name": "adamw", "rate": 0.01},
+            "engine": {"name": "local"},
+            "directory": str(tmp_path / "runs" / "job"),
+        }
+        return load_spec(spec, changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits are compared across processes: one thread everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
