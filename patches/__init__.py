@@ -1,7 +1,9 @@
 """Patches: small sets of private tensors that fit one shared backbone to many tasks."""
 
 from patches.backbone import Backbone, load_backbone
+from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle, verify_bundle
 from patches.errors import BackboneError, BundleError, PatchError
+from patches.fold import fold
 from patches.names import unknown_name_message
 from patches.patch import MethodInfo, ParameterCounts, PatchedModel, attach, methods
 
@@ -9,12 +11,18 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "BundleError",
+    "BundleInfo",
     "MethodInfo",
     "ParameterCounts",
     "PatchError",
     "PatchedModel",
     "attach",
+    "fold",
+    "inspect_bundle",
     "load_backbone",
+    "load_bundle",
     "methods",
+    "save_bundle",
     "unknown_name_message",
+    "verify_bundle",
 ]

@@ -1,0 +1,267 @@
+"""The file that carries one task's patch: a safetensors file with a JSON manifest in its header.
+
+The manifest begins with a SHA-256 of the whole file, taken with the 64 digits of the hash itself as zeros. It covers
+header, manifest and tensors, so that one changed byte anywhere is found before a value is used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from patches.backbone import Backbone
+from patches.errors import BundleError
+from patches.files import write_atomic
+from patches.patch import PatchedModel, attach
+from patches.structure import dtype_name
+
+FORMAT = 1
+_ZEROS = "0" * 64
+_HASH_START = rb'"manifest":"{\"payload_sha256\":\"'  # as the header's JSON writes a string that holds JSON
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What a bundle's manifest says."""
+
+    payload_sha256: str
+    """Of the whole file with these digits as zeros."""
+    format: int
+    method: str
+    options: dict[str, Any]
+    num_classes: int
+    head: str
+    """Who holds the head: "shared", "private" or "fixed"."""
+    fixed_head: dict[str, Any] | None
+    """`seed` and `sha256` of a fixed random head, which the file does not carry."""
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    metrics: dict[str, Any]
+    backbone: dict[str, Any]
+    """`name`, `options` and `content_hash` of the one backbone it fits."""
+    tensors: dict[str, Any]
+    """Tensor name -> `shape` and `dtype`."""
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("payload_sha256", "method", "head"), str),
+    **dict.fromkeys(("format", "num_classes"), int),
+    **dict.fromkeys(("options", "preprocessing", "metrics", "backbone", "tensors"), dict),
+    "classes": list,
+    "fixed_head": (dict, type(None)),
+}
+
+
+def save_bundle(
+    model: PatchedModel,
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str],
+    preprocessing: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+) -> BundleInfo:
+    """Write the model's private tensors and what is needed to use them again, atomically and bit for bit.
+
+    Args:
+        classes: a name for each output, in order.
+        preprocessing: how an image becomes the network's input (size, mean, standard deviation); JSON-able.
+        metrics: what was measured on this patch; JSON-able.
+    Raises:
+        BundleError: class names that do not match the head, values JSON cannot hold, or shared tensors that are no
+            longer the backbone's.
+    """
+    if len(classes) != model.num_classes or not all(isinstance(name, str) for name in classes):
+        raise BundleError(
+            f"Bundle '{path}': expected {model.num_classes} class names (strings), one for each output, "
+            f"found {len(classes)}. Pass classes=[...] in the order of the labels."
+        )
+    base = model.backbone.network.state_dict()
+    for name, tensor in model.shared_state().items():
+        if tensor.data_ptr() != base[name].data_ptr() and not torch.equal(tensor, base[name]):
+            raise BundleError(
+                f"Bundle '{path}': expected shared tensor '{name}' to be the backbone's, found other values. "
+                "Write the trained shared tensors into the backbone before saving bundles."
+            )
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.private_state().items()
+    }
+    manifest = {
+        "payload_sha256": _ZEROS,  # first: _HASH_START finds it
+        "format": FORMAT,
+        "method": model.method,
+        "options": model.options,
+        "num_classes": model.num_classes,
+        "head": model.head,
+        "fixed_head": model.fixed_head,
+        "classes": list(classes),
+        "preprocessing": dict(preprocessing),
+        "metrics": dict(metrics or {}),
+        "backbone": {**model.backbone.architecture(), "content_hash": model.backbone.content_hash()},
+        "tensors": _describe(tensors),
+    }
+    try:
+        text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"Bundle '{path}': expected preprocessing and metrics that JSON can hold, found one it cannot: {error}. "
+            "Use numbers (no NaN), strings, lists and dicts."
+        ) from error
+    data = safetensors.torch.save(tensors, {"manifest": text})
+    start = data.index(_HASH_START) + len(_HASH_START)
+    digest = _hash_but(data, start)
+    write_atomic(path, data[:start] + digest.encode() + data[start + len(_ZEROS) :])
+    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
+
+
+def inspect_bundle(path: str | os.PathLike[str]) -> BundleInfo:
+    """Read the manifest and check the file's own hash; needs no backbone and builds no model.
+
+    Raises:
+        BundleError: no whole, unedited bundle of a format this version knows.
+    """
+    return _read(path)[0]
+
+
+def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedModel:
+    """Attach a bundle's patch to its backbone.
+
+    Raises:
+        BundleError: a file that `inspect_bundle` refuses, another backbone, or tensors that do not fit. Nothing is
+            changed then; the backbone never is.
+    """
+    info, data = _read(path)
+    _check_backbone(path, info, backbone)
+    try:
+        tensors = safetensors.torch.load(data)
+        if _describe(tensors) != info.tensors:
+            raise ValueError("the tensors are not those the manifest lists")
+        model = attach(
+            backbone,
+            info.method,
+            None if info.head == "shared" else info.num_classes,
+            seed=info.fixed_head["seed"] if info.fixed_head else 0,
+            **info.options,
+        )
+        model.load_private_state(tensors)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise _refusal(
+            path,
+            f"a patch of method '{info.method}' that fits backbone '{backbone.name}'",
+            f"one that does not: {error}",
+            "Export the bundle again with this version.",
+        ) from error
+    if (model.head, model.fixed_head, model.num_classes) != (info.head, info.fixed_head, info.num_classes):
+        raise _refusal(
+            path,
+            f"a {info.head} head {info.fixed_head or ''} with {info.num_classes} outputs",
+            f"a {model.head} head {model.fixed_head or ''} with {model.num_classes} outputs",
+            "The seed draws other values here: use the torch version that wrote the bundle, or export with a private "
+            "head ('+last_layer').",
+        )
+    return model
+
+
+def verify_bundle(path: str | os.PathLike[str], backbone: Backbone) -> BundleInfo:
+    """Check all that `load_bundle` checks, and give the manifest.
+
+    Raises:
+        BundleError: as `load_bundle`.
+    """
+    load_bundle(path, backbone)
+    return inspect_bundle(path)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
+    """The checked manifest and the whole file."""
+    whole = "a whole, unedited bundle"
+    again = "Fetch or export the file again."
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise _refusal(path, "a readable file", f"none: {error.strerror}", "Check the path.") from error
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise _refusal(path, whole, f"{len(data)} bytes that end before the header does", again)
+    try:
+        manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["manifest"])
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _refusal(path, whole, f"a header without a readable manifest ({error!r})", again) from error
+    if version != FORMAT:
+        raise _refusal(path, f"format {FORMAT}", f"format {version!r}", "Use the version that wrote the bundle.")
+    start = data.find(_HASH_START, 8, 8 + length) + len(_HASH_START)
+    if manifest.get("payload_sha256") != _hash_but(data, start):
+        raise _refusal(
+            path,
+            f"the payload hash {manifest.get('payload_sha256')!r} that the manifest states",
+            _hash_but(data, start),
+            f"The file was cut or edited. {again}",
+        )
+    if not _well_formed(manifest):
+        raise _refusal(path, f"a manifest of format {FORMAT}", "missing, unknown or ill-typed entries", again)
+    return BundleInfo(**manifest), data
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    if set(manifest) != {field.name for field in fields(BundleInfo)}:
+        return False
+    if not all(isinstance(manifest[key], kind) for key, kind in _TYPES.items()):
+        return False
+    backbone, head = manifest["backbone"], manifest["fixed_head"]
+    return (
+        set(backbone) == {"name", "options", "content_hash"}
+        and isinstance(backbone["options"], dict)
+        and len(manifest["classes"]) == manifest["num_classes"]
+        and (head is None or set(head) == {"seed", "sha256"})
+    )
+
+
+def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Backbone) -> None:
+    expected, found = info.backbone, backbone.architecture()
+    if expected["name"] != found["name"]:
+        raise _refusal(
+            path, f"backbone '{expected['name']}'", f"'{found['name']}'", "Load the backbone the bundle names."
+        )
+    for key in sorted(expected["options"].keys() | found["options"].keys()):
+        wanted, given = expected["options"].get(key, "no such option"), found["options"].get(key, "no such option")
+        if wanted != given:
+            raise _refusal(
+                path,
+                f"backbone '{backbone.name}' with {key}={wanted!r}",
+                f"{key}={given!r}",
+                "Build it with load_backbone(name, weights=file, **options), the options as inspect_bundle shows them.",
+            )
+    content_hash = backbone.content_hash()
+    if expected["content_hash"] != content_hash:
+        raise _refusal(
+            path,
+            f"a backbone with content hash {expected['content_hash']}",
+            content_hash,
+            "Load the weights file that was exported with the bundle.",
+        )
+
+
+def _refusal(path: str | os.PathLike[str], expected: str, found: str, advice: str) -> BundleError:
+    return BundleError(f"Bundle '{path}': expected {expected}, found {found}. {advice}")
+
+
+def _hash_but(data: bytes, start: int) -> str:
+    """SHA-256 (hex) of `data` with the 64 bytes at `start` as zeros."""
+    view = memoryview(data)
+    digest = hashlib.sha256(view[:start])
+    digest.update(_ZEROS.encode())
+    digest.update(view[start + len(_ZEROS) :])
+    return digest.hexdigest()
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor)} for name, tensor in tensors.items()}
