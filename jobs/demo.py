@@ -76,7 +76,7 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         "backbone": {
             "path": str(export.backbone),
             "bytes": export.backbone.stat().st_size,
-            "hash": patches.inspect_bundle(next(iter(export.bundles.values()))).backbone["hash"],
+            "hash": patches.inspect_bundle(next(iter(export.bundles.values()))).backbone["content_hash"],
         },
         "bundles": {
             task: {"path": str(path), "bytes": path.stat().st_size, "top1": fresh[task]["top1"]}

@@ -80,8 +80,8 @@ def run(job: Job, watch: Watch) -> Outcome:
     """
     with ray_session(), actors(job) as (server, workers):
         processes = _await_start(job, {name: worker.process.remote() for name, worker in workers.items()})
-        _await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
-        _await_all(server, {name: worker.complete.remote() for name, worker in workers.items()}, job, watch)
+        await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
+        await_all(server, {name: worker.complete.remote() for name, worker in workers.items()}, job, watch)
         return Outcome(ray.get(server.call.remote("result")), processes)
 
 
@@ -134,7 +134,7 @@ def _await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[int]"]) -> dict[s
     return {name: _result(job, name, start) for name, start in starts.items()}
 
 
-def _await_all(server: ActorHandle, calls: Mapping[str, "ray.ObjectRef[None]"], job: Job, watch: Watch) -> None:
+def await_all(server: ActorHandle, calls: Mapping[str, "ray.ObjectRef[None]"], job: Job, watch: Watch) -> None:
     waiting = {call: name for name, call in calls.items()}
     while waiting:
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
@@ -149,6 +149,6 @@ def _result(job: Job, worker: str, call: "ray.ObjectRef[Any]") -> Any:
     try:
         return ray.get(call)
     except RayTaskError as error:
-        raise TrainingError(f"{where} failed: {error.cause}\n{error.traceback_str}") from None
+        raise TrainingError(f"{where} failed: {error.cause}\n{error}") from None
     except (RayActorError, GetTimeoutError) as error:
         raise TrainingError(f"{where} was lost: {error}") from None

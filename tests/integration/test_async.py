@@ -1,0 +1,134 @@
+"""Engine `async` with real actors."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from multitask.engines import ENGINES
+from multitask.engines.asynchronous import actors, await_all, worker_cpus
+from multitask.job import Job
+from multitask.server.messages import Evaluation, Snapshot, StepRecord
+from multitask.spec import JobSpec
+from multitask.worker import TrainingError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+MakeSpec = Callable[..., JobSpec]
+
+
+def run(spec: JobSpec) -> tuple[dict[str, Snapshot], dict[str, int], list[StepRecord]]:
+    records: list[StepRecord] = []
+
+    def watch(new_records: list[StepRecord], _: list[Evaluation]) -> None:
+        records.extend(new_records)
+
+    outcome = ENGINES[spec.engine.name](Job(spec), watch)
+    return outcome.versions, outcome.processes, records
+
+
+def all_values(snapshot: Snapshot) -> dict[str, bytes]:
+    return {name: group.values.tobytes() + group.counters.tobytes() for name, group in snapshot.groups.items()}
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec, behind: int) -> None:
+    """Nothing in flight is `local`; one step in flight is `local` with a delay of one."""
+    changes = {"steps": 6, "schedule": {"name": "cosine"}}
+    local, _, local_records = run(make_spec({"pets": {}}, engine={"name": "local", "delay": behind}, **changes))
+    remote, processes, records = run(make_spec({"pets": {}}, engine={"name": "async", "in_flight": behind}, **changes))
+
+    assert processes["pets/0"] != os.getpid()
+    assert [record.loss for record in records] == [record.loss for record in local_records]
+    assert [record.staleness for record in records] == [record.staleness for record in local_records]
+    for version in ("best", "last"):
+        assert all_values(remote[version]) == all_values(local[version])
+        assert remote[version].metrics == local[version].metrics
+    assert len({record.loss for record in records}) == 6
+
+
+def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> None:
+    versions, processes, records = run(make_spec({"pets": {}, "cars": {}, "food": {}}, engine={"name": "async"}))
+
+    assert len({*processes.values(), os.getpid()}) == 4
+    assert {record.task: record.step for record in records} == {"pets": 3, "cars": 3, "food": 3}
+    assert sorted(record.version for record in records) == list(range(1, 13))
+    assert all(0 <= record.staleness < 12 for record in records)
+    assert set(versions["last"].metrics) == {"pets", "cars", "food"}
+
+
+def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)
+    job = Job(spec)
+
+    with actors(job) as (server, workers):
+        start = ray.get(workers["pets/0"].private_state.remote())
+        ray.get([worker.train.remote() for worker in workers.values()])
+        ray.get([worker.complete.remote() for worker in workers.values()])
+        first, second = ray.get([workers[f"pets/{rank}"].private_state.remote() for rank in range(2)])
+        records, _ = ray.get(server.call.remote("drain"))
+
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in first)
+    # Both workers' pushes went into the one patch: its counters saw ten batches.
+    assert first["features.0.1.num_batches_tracked"] == 10
+    assert sum(record.task == "pets" for record in records) == 10
+
+
+def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {}, "cars": {"std": [1e-38, 1e-38, 1e-38]}}, engine={"name": "async"}, steps=50)
+
+    with pytest.raises(TrainingError) as caught:
+        run(spec)
+
+    message = str(caught.value)
+    assert "Worker 'cars/0' of task 'cars' failed" in message
+    assert "the loss is nan at step 0" in message
+    assert "Traceback" in message
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_name(make_spec: MakeSpec) -> None:
+    killed = []
+
+    def watch(records: list[StepRecord], _: list[Evaluation]) -> None:
+        if records and not killed:
+            os.kill(processes["cars/0"], signal.SIGKILL)
+            killed.append(True)
+
+    job = Job(make_spec(engine={"name": "async"}, steps=100_000, evaluate_every=100_000))
+    with actors(job) as (server, workers):
+        processes = {name: ray.get(worker.process.remote()) for name, worker in workers.items()}
+        calls = {name: worker.train.remote() for name, worker in workers.items()}
+        with pytest.raises(TrainingError, match="Worker 'cars/0' of task 'cars' was lost"):
+            await_all(server, calls, job, watch)
+
+
+def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
+    spec = make_spec(engine={"name": "async"}, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
+
+    with pytest.raises(TrainingError, match=r"Workers \['.*/0'\] did not start within 8 s.*'CPU': 2"):
+        run(spec)
+
+
+def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
+    job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
+    worker = job.make_worker("pets/0")
+
+    with actors(job) as (server, _):
+        push, _ = worker.compute()
+        first = ray.get(server.call.remote("push", push))
+        again = ray.get(server.call.remote("push", push))
+
+    assert first.version == again.version == 1
+    assert np.array_equal(first.groups["shared:pets"].values, again.groups["shared:pets"].values)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "share"), [(2, 3, 0.66), (2, 2, 1.0), (64, 3, 1.0), (2, 5, 0.4), (1, 500, 0.01)]
+)
+def test_workers_share_the_cpus(cpus: float, workers: int, share: float) -> None:
+    assert worker_cpus(cpus, workers) == share

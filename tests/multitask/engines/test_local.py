@@ -1,0 +1,233 @@
+"""Engine `local` against training loops written here with torch's own parts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+import patches
+from multitask.data import TrainBatches, open_table
+from multitask.engines import ENGINES
+from multitask.engines.interface import Outcome
+from multitask.job import Job
+from multitask.server.messages import Evaluation, StepRecord
+from multitask.spec import JobSpec
+from multitask.worker import TrainingError
+
+MakeSpec = Callable[..., JobSpec]
+
+
+def run(spec: JobSpec) -> tuple[Job, Outcome, list[StepRecord], list[Evaluation]]:
+    records: list[StepRecord] = []
+    evaluations: list[Evaluation] = []
+
+    def watch(new_records: list[StepRecord], new_evaluations: list[Evaluation]) -> None:
+        records.extend(new_records)
+        evaluations.extend(new_evaluations)
+
+    job = Job(spec)
+    return job, ENGINES[spec.engine.name](job, watch), records, evaluations
+
+
+def train_batches(spec: JobSpec, index: int) -> TrainBatches:
+    task = spec.tasks[index]
+    table = open_table(f"{task.data}/train")
+    return TrainBatches(
+        table, batch_size=8, resolution=8, mean=task.mean, std=task.std, augment=task.augment, seed=spec.seed
+    )
+
+
+def plain_model(spec: JobSpec) -> torch.nn.Module:
+    backbone = spec.backbone
+    return patches.load_backbone(backbone.name, None, backbone.num_classes, seed=spec.seed, **backbone.options).network
+
+
+@pytest.mark.parametrize("method", ["full", "last_layer"])
+def test_one_task_equals_a_plain_torch_loop(make_spec: MakeSpec, method: str) -> None:
+    """The head is the backbone's in both; running statistics are compared too."""
+    # SGD, since Adam blows rounding noise up where a gradient is zero in exact arithmetic (a bias before a BatchNorm).
+    optimizer_spec = {"name": "sgd", "rate": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    spec = make_spec(
+        {"pets": {"method": method, "num_classes": None}},
+        steps=5,
+        schedule={"name": "cosine"},
+        optimizer=optimizer_spec,
+    )
+    job, outcome, records, _ = run(spec)
+    backbone, private = job.state(outcome.versions["last"].groups)
+    trained = backbone | private["pets"]
+
+    model = plain_model(spec).train()
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+    losses = []
+    batches = train_batches(spec, 0)
+    for _ in range(5):
+        batch = next(batches)
+        loss = functional.cross_entropy(model(batch.images.contiguous(memory_format=torch.channels_last)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+
+    assert [record.loss for record in records] == pytest.approx(losses, rel=1e-5)
+    assert losses[0] != losses[-1]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(
+            trained[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_shared_statistics_are_those_of_one_process_taking_tasks_in_turn(make_spec: MakeSpec) -> None:
+    """At a rate near 0 only running statistics move, as in one torch model that reads the tasks' batches in turn."""
+    spec = make_spec(
+        {"pets": {"method": "last_layer"}, "cars": {"method": "last_layer"}},
+        optimizer={"name": "sgd", "rate": 1e-12, "momentum": 0.0},
+        steps=3,
+    )
+    job, outcome, _, _ = run(spec)
+    backbone, _ = job.state(outcome.versions["last"].groups)
+
+    model = plain_model(spec).train()
+    batches = [train_batches(spec, index) for index in range(2)]
+    with torch.no_grad():
+        for _ in range(3):
+            for task_batches in batches:
+                model(next(task_batches).images)
+
+    expected = {name: tensor for name, tensor in model.state_dict().items() if "running" in name or "tracked" in name}
+    assert expected["features.0.1.num_batches_tracked"] == 6
+    for name, tensor in expected.items():
+        torch.testing.assert_close(backbone[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec: MakeSpec) -> None:
+    job = Job(make_spec())
+    server = job.make_server()
+    pets, cars = (job.make_worker(f"{name}/0") for name in ("pets", "cars"))
+    for worker in (pets, cars):
+        push, private = worker.compute()
+        worker.absorb(server.push(push), private)
+    group = cars._private["private:cars"]
+    tensors = {name: tensor.clone() for name, tensor in cars.model.private_state().items()}
+    values, slots = group.values.clone(), repr(group.optimizer_state())
+    shared_before = server.pull("cars/0").groups["shared:pets+cars"].values.copy()
+
+    for _ in range(2):
+        push, private = pets.compute()
+        pets.absorb(server.push(push), private)
+
+    assert (server.pull("cars/0").groups["shared:pets+cars"].values != shared_before).any()
+    assert torch.equal(group.values, values)
+    assert repr(group.optimizer_state()) == slots
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in cars.model.private_state().items())
+    # The server never holds what is private to a task with one worker.
+    assert set(server.pull("pets/0").groups) == {"shared:pets+cars"}
+
+
+def test_private_statistics_never_reach_the_shared_group(make_spec: MakeSpec) -> None:
+    job = Job(make_spec())
+
+    shared = [slot.name for slot in job.groups["shared:pets+cars"].layout.slots]
+    private = [slot.name for slot in job.groups["private:pets"].layout.slots]
+
+    assert not any("running" in name for name in shared)
+    assert sum("running_mean" in name for name in private) == len(Job(make_spec())._backbone.batch_norms())
+    assert not set(shared) & set(private)
+
+
+def test_groups_follow_the_sets_of_tasks_that_share_tensors(make_spec: MakeSpec) -> None:
+    """Two resolutions share the backbone's head, which the third task replaces."""
+    spec = make_spec(
+        {
+            "pets": {"method": "scale_bias", "num_classes": None},
+            "pets_large": {"method": "scale_bias", "num_classes": None, "resolution": 12},
+            "cars": {},
+        }
+    )
+    job = Job(spec)
+
+    names = {group.name: {slot.name for slot in group.layout.slots} for group in job.groups.values()}
+
+    assert names["shared:pets+pets_large"] == {"classifier.1.weight", "classifier.1.bias"}
+    assert "features.0.0.weight" in names["shared:pets+pets_large+cars"]
+    assert "classifier.1.weight" in names["private:cars"]
+    assert len(names) == 5
+    all_names = set(job._backbone.network.state_dict())
+    for task in ("pets", "pets_large", "cars"):
+        held = [name for group in job.groups_of(task) for name in names[group]]
+        assert sorted(held) == sorted(all_names)
+
+
+def test_a_frozen_backbone_is_never_pushed_and_stays_bit_identical(make_spec: MakeSpec) -> None:
+    job, outcome, records, _ = run(make_spec(train_shared=False))
+
+    backbone, private = job.state(outcome.versions["last"].groups)
+
+    start = plain_model(job.spec).state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in backbone.items())
+    assert not torch.equal(private["pets"]["features.0.1.weight"], start["features.0.1.weight"])
+    assert len(records) == 8
+
+
+def test_rates_of_two_tasks_coincide_step_by_step(make_spec: MakeSpec) -> None:
+    _, _, records, _ = run(make_spec({"pets": {"batch_size": 4}, "cars": {}}, schedule={"name": "cosine"}, steps=6))
+
+    traces = {task: [record.rate for record in records if record.task == task] for task in ("pets", "cars")}
+
+    assert traces["pets"] == traces["cars"]
+    assert len(set(traces["pets"])) == 6
+
+
+def test_delay_keeps_values_one_update_behind(make_spec: MakeSpec) -> None:
+    _, _, prompt, _ = run(make_spec({"pets": {}}, steps=4))
+    _, _, late, _ = run(make_spec({"pets": {}}, steps=4, engine={"name": "local", "delay": 1}))
+
+    assert [record.staleness for record in prompt] == [0, 0, 0, 0]
+    assert [record.staleness for record in late] == [0, 1, 1, 1]
+    # The second gradient is computed on the starting values again.
+    assert late[0].loss == prompt[0].loss
+    assert late[1].loss != prompt[1].loss
+
+
+def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec: MakeSpec) -> None:
+    """A version put aside by the first worker's push holds the second worker's private tensors from before its own."""
+    job = Job(make_spec(evaluate_every=1, steps=2))
+    server = job.make_server()
+    pets, cars = (job.make_worker(f"{name}/0") for name in ("pets", "cars"))
+    due = {}
+    history = {}
+    for _ in range(2):
+        for worker in (cars, pets):
+            push, private = worker.compute()
+            reply = server.push(push)
+            for version, state in worker.absorb(reply, private).items():
+                due[version, worker.task] = state[f"private:{worker.task}"].values
+            history[reply.version, worker.task] = worker._private[f"private:{worker.task}"].values.numpy().copy()
+
+    # Versions 2 and 4 were made by pushes of pets; cars had pushed last at versions 1 and 3.
+    pushed = job.groups["private:pets"].layout.pushed
+    assert (due[2, "pets"] == history[2, "pets"][:pushed]).all()
+    assert (due[2, "cars"] == history[1, "cars"][:pushed]).all()
+    assert (due[2, "cars"] != history[3, "cars"][:pushed]).any()
+
+
+def test_best_and_last_are_complete_and_evaluated(make_spec: MakeSpec) -> None:
+    job, outcome, _, evaluations = run(make_spec(steps=6))
+
+    means = {evaluation.version: evaluation.mean_top1 for evaluation in evaluations}
+
+    assert set(outcome.versions["last"].groups) == set(job.groups)
+    assert outcome.versions["last"].version == 12
+    assert sorted(means) == [4, 8, 12]
+    assert means[outcome.versions["best"].version] == max(means.values())
+
+
+def test_a_loss_that_is_not_finite_names_worker_task_and_step(make_spec: MakeSpec) -> None:
+    with pytest.raises(TrainingError, match=r"Worker 'pets/0' \(task 'pets'\): the loss is nan at step 0"):
+        run(make_spec({"pets": {"std": [1e-38, 1e-38, 1e-38]}}))
