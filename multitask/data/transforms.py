@@ -79,7 +79,7 @@ def resize_images(images: Sequence[Tensor], resolution: int, crops: Sequence[Cro
 
     Args:
         images: each of shape (3, h, w), uint8; at least one.
-        resolution: height and width of the result, in pixels.
+        resolution: height and width of the result, in pixels, at least 2.
         crops: for each image the part to keep; None keeps all of it.
     Returns:
         Shape (n, 3, resolution, resolution), uint8.
