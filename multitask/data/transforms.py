@@ -1,0 +1,116 @@
+"""From encoded images to the float tensors a model reads.
+
+Axes: n image of a batch, c channel (red, green, blue), h and w pixels. Nothing here touches a global random state.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+Augment = Literal["none", "crop_flip"]
+CROP_AREA = (0.08, 1.0)
+"""Share of the image's area that a crop covers before it is resized."""
+CROP_ASPECT = (3 / 4, 4 / 3)
+"""Width over height of a crop."""
+CROP_TRIES = 10
+
+
+class Crop(NamedTuple):
+    """A part of an image, in pixels, and whether it is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def decode(encoded: Tensor) -> Tensor:
+    """Pixels of one PNG or JPEG; a grey image gets three equal channels, transparency is dropped.
+
+    Args:
+        encoded: shape (bytes,), uint8.
+    Returns:
+        Shape (3, h, w), uint8.
+    Raises:
+        RuntimeError: the bytes are no whole image of a known format.
+    """
+    image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
+    if image_chw.ndim != 3:
+        raise RuntimeError(f"Found an animation of {len(image_chw)} images, expected a single one.")
+    return F.to_dtype(image_chw, torch.uint8, scale=True)
+
+
+def draw_crop(height: int, width: int, key: Sequence[int]) -> Crop:
+    """A random crop of an image and, for every other one, a flip: the draw of torchvision's RandomResizedCrop.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        key: numbers that fix the draw, such as (seed, epoch, row); each at least 0.
+    """
+    random = np.random.default_rng(list(key))
+    flip = bool(random.random() < 0.5)
+    for _ in range(CROP_TRIES):
+        area = height * width * random.uniform(*CROP_AREA)
+        aspect = math.exp(random.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(random.integers(height - crop_height + 1))
+            left = int(random.integers(width - crop_width + 1))
+            return Crop(top, left, crop_height, crop_width, flip)
+    # No crop fits in a long, thin image: take the largest one in its middle.
+    crop_width = max(1, min(width, round(height * CROP_ASPECT[1])))
+    crop_height = max(1, min(height, round(width / CROP_ASPECT[0])))
+    return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
+
+
+def resize_images(images: Sequence[Tensor], resolution: int, crops: Sequence[Crop] | None = None) -> Tensor:
+    """Bring images of any sizes to one square size, bilinear with antialiasing.
+
+    Images of one size are resized in one call, which is several times faster for small ones and changes no value.
+
+    Args:
+        images: each of shape (3, h, w), uint8; at least one.
+        resolution: height and width of the result, in pixels, at least 2.
+        crops: for each image the part to keep; None keeps all of it.
+    Returns:
+        Shape (n, 3, resolution, resolution), uint8.
+    """
+    if crops is not None:
+        images = [_cut(image, crop) for image, crop in zip(images, crops, strict=True)]
+    places: dict[torch.Size, list[int]] = {}
+    for place, image_chw in enumerate(images):
+        places.setdefault(image_chw.shape, []).append(place)
+    resized_nchw = torch.empty(len(images), 3, resolution, resolution, dtype=torch.uint8)
+    for same_size in places.values():
+        stacked_nchw = torch.stack([images[place] for place in same_size])
+        resized_nchw[same_size] = F.resize(
+            stacked_nchw, [resolution, resolution], interpolation=InterpolationMode.BILINEAR, antialias=True
+        )
+    return resized_nchw
+
+
+def _cut(image_chw: Tensor, crop: Crop) -> Tensor:
+    part_chw = image_chw[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return part_chw.flip(-1) if crop.flip else part_chw
+
+
+def normalise(images_nchw: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels 0 to 255 as (pixel / 255 - mean) / std.
+
+    Args:
+        images_nchw: shape (n, 3, h, w), uint8.
+        mean: for each of the three channels, on the scale 0 to 1.
+        std: for each of the three channels, on the scale 0 to 1.
+    Returns:
+        Shape (n, 3, h, w), float32.
+    """
+    return F.normalize(F.to_dtype(images_nchw, torch.float32, scale=True), list(mean), list(std), inplace=True)
