@@ -138,9 +138,9 @@ def fold(
 ) -> None:
     """Fold a bundle into a plain network with the same outputs and write its state dict."""
     import safetensors.torch
-    from patches.files import write_atomic
 
     import patches
+    from patches.files import write_atomic
 
     plain = patches.fold(patches.load_bundle(bundle, _backbone_of(bundle, backbone)))
     write_atomic(to, safetensors.torch.save(plain.state_dict()))

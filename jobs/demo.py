@@ -13,14 +13,14 @@ from typing import Any
 
 import ray
 import torch
-from multitask.report import accuracy_table, write_report
 from rich.console import Console
 
 import multitask
 import patches
 from multitask.data import TrainBatches, open_table
 from multitask.engines.asynchronous import ray_session
-from multitask.evaluation import reestimate_statistics
+from multitask.evaluation import reestimate_statistics, torch_threads
+from multitask.report import accuracy_table, write_report
 from multitask.runs import Export, Run, evaluate_models, write_json
 from multitask.spec import JobSpec, load_spec
 
@@ -141,7 +141,8 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
             augment="none",
             seed=run.spec.seed,
         )
-        reestimate_statistics(model, islice(batches, REESTIMATION_BATCHES))
+        with torch_threads(run.spec.resources.threads_per_worker):
+            reestimate_statistics(model, islice(batches, REESTIMATION_BATCHES))
         models[task.name] = model
         files.append(folder / f"{task.name}.patch")
         patches.save_bundle(

@@ -1,6 +1,7 @@
 """Accuracy on held-out images, and running statistics measured anew."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -8,6 +9,17 @@ from torch.nn import functional
 
 from multitask.data import Batch
 from multitask.server.layout import training_norms
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Compute with this many threads: a fixed number for fixed bits, and few where other processes compute too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.inference_mode()

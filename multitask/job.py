@@ -13,7 +13,7 @@ import patches
 from multitask.data import Batch, ImageTable, TrainBatches, eval_batches, open_table
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
-from multitask.server.messages import GroupValues
+from multitask.server.messages import GroupValues, as_tensor
 from multitask.server.optimizers import make_optimizer
 from multitask.server.parameter_server import ParameterServer
 from multitask.server.schedules import SCHEDULES, Schedule
@@ -111,8 +111,8 @@ class Job:
         for group in self.groups.values():
             values, counters = group.values.clone(), group.counters.clone()
             if group.name in states:
-                values[: group.layout.pushed] = torch.from_numpy(states[group.name].values)
-                counters = torch.from_numpy(states[group.name].counters)
+                values[: group.layout.pushed] = as_tensor(states[group.name].values)
+                counters = as_tensor(states[group.name].counters)
             owner = private[group.tasks[0]] if group.private else backbone
             # Clones: a view would be saved, or pickled, with its whole buffer.
             owner.update((name, view.clone()) for name, view in group.layout.tensors(values, counters).items())

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from patches.files import write_atomic
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import patches
 from multitask.data import open_table
-from multitask.evaluation import evaluate
+from multitask.evaluation import evaluate, torch_threads
 from multitask.job import attach_task, table_batches
 from multitask.spec import JobSpec, dump_yaml, load_spec
+from patches.files import write_atomic
 
 Version = Literal["best", "last"]
 
@@ -109,10 +109,11 @@ def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) 
     Args:
         split: "train", "validation" or "test".
     """
-    return {
-        task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
-        for task in spec.tasks
-    }
+    with torch_threads(spec.resources.threads_per_worker):
+        return {
+            task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
+            for task in spec.tasks
+        }
 
 
 def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

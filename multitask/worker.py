@@ -14,7 +14,7 @@ from multitask.data import Batch
 from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, bind, training_norms
-from multitask.server.messages import GroupValues, Push, Reply
+from multitask.server.messages import GroupValues, Push, Reply, as_tensor
 from patches import PatchedModel
 
 
@@ -184,8 +184,8 @@ class TaskWorker:
 
     def _load(self, groups: Mapping[str, GroupValues]) -> None:
         for name, state in groups.items():
-            self._values[name][: self._layouts[name].pushed].copy_(torch.from_numpy(state.values))
-            self._counters[name].copy_(torch.from_numpy(state.counters))
+            self._values[name][: self._layouts[name].pushed].copy_(as_tensor(state.values))
+            self._counters[name].copy_(as_tensor(state.counters))
 
 
 def hand_in(worker: TaskWorker, server: Server, version: int, private: dict[str, GroupValues]) -> None:

@@ -93,7 +93,7 @@ def ray_session() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     embedded: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level="WARNING", **embedded)
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **embedded)
     try:
         yield
     finally:

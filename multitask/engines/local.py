@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-import torch
-
 from multitask.engines.interface import Outcome, Watch
+from multitask.evaluation import torch_threads
 from multitask.job import Job
 from multitask.server.messages import Push, Reply
 from multitask.server.parameter_server import ParameterServer
@@ -30,9 +29,7 @@ class _Direct:
 
 def run(job: Job, watch: Watch) -> Outcome:
     """Train with every worker in this process: the numerical reference of the other engines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(job.spec.resources.threads_per_worker)
-    try:
+    with torch_threads(job.spec.resources.threads_per_worker):
         server = job.make_server()
         direct = _Direct(server)
         workers = [job.make_worker(name) for name in job.workers]
@@ -44,6 +41,4 @@ def run(job: Job, watch: Watch) -> Outcome:
         for worker in workers:
             worker.complete(direct)
         watch(*server.drain())
-    finally:
-        torch.set_num_threads(threads)
     return Outcome(server.result(), dict.fromkeys(job.workers, os.getpid()))

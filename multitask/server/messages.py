@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 class PushRejectedError(ValueError):
@@ -94,3 +96,8 @@ class Snapshot:
     round: int
     groups: dict[str, GroupValues]
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor that may be written to: what comes out of Ray's object store is read-only."""
+    return torch.from_numpy(np.require(array, requirements="W"))

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
-import torch
 
 from multitask.server.group import ParameterGroup
 from multitask.server.messages import (
@@ -16,6 +15,7 @@ from multitask.server.messages import (
     Reply,
     Snapshot,
     StepRecord,
+    as_tensor,
 )
 from multitask.server.schedules import Schedule
 
@@ -78,7 +78,7 @@ class ParameterServer:
             return self._reply(push.worker)
         rate = self._schedule(math.floor(self._rounds))
         for name, gradient in push.gradients.items():
-            self._groups[name].apply(torch.from_numpy(np.require(gradient, requirements="W")), rate)
+            self._groups[name].apply(as_tensor(gradient), rate)
         self._records.append(
             StepRecord(
                 worker=push.worker,
