@@ -83,7 +83,7 @@ class TrainBatches:
         self.rows_per_epoch = len(range(rank, table.num_rows, workers))
         """Rows this worker consumes in one epoch."""
         self._order: tuple[int, NDArray[np.int64]] | None = None
-        self._bad_in_a_row = 0
+        self._bad_rows: set[int] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -95,15 +95,15 @@ class TrainBatches:
         skipped = 0
         while len(images) < self._batch_size:
             epoch, row = self._row(self.position)
-            image_chw = _decoded(self._table, row, self._undecodable)
+            # A row found bad before is not tried, and not named in the log, once more in each epoch.
+            image_chw = None if row in self._bad_rows else _decoded(self._table, row, self._undecodable)
             self.position += 1
             if image_chw is None:
                 skipped += 1
-                self._bad_in_a_row += 1
-                if self._bad_in_a_row == self.rows_per_epoch:
-                    raise _nothing_decodable(self._table, self.rows_per_epoch)
+                self._bad_rows.add(row)
+                if len(self._bad_rows) == self._table.num_rows:
+                    raise _nothing_decodable(self._table)
                 continue
-            self._bad_in_a_row = 0
             images.append(image_chw)
             rows.append(row)
             if self._augment == "crop_flip":
@@ -162,7 +162,7 @@ def _eval_batches(
         images.append(image_chw)
         rows.append(row)
     if not images:
-        raise _nothing_decodable(table, table.num_rows)
+        raise _nothing_decodable(table)
     yield batch()
 
 
@@ -185,9 +185,9 @@ def _labels(table: ImageTable, rows: Sequence[int]) -> Tensor:
     return torch.from_numpy(table.labels[rows])
 
 
-def _nothing_decodable(table: ImageTable, rows: int) -> DataError:
+def _nothing_decodable(table: ImageTable) -> DataError:
     return DataError(
-        f"{table.uri}: found no image that can be decoded in {rows} rows, expected PNG or JPEG. "
+        f"{table.uri}: found no image that can be decoded in {table.num_rows} rows, expected PNG or JPEG. "
         "Check that the column 'image' holds whole encoded files, then write the table anew."
     )
 
@@ -196,7 +196,8 @@ def _check_options(
     batch_size: int, resolution: int, mean: Sequence[float], std: Sequence[float], undecodable: str
 ) -> None:
     _check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
-    _check_option("resolution", resolution, resolution >= 1, "1 or more pixels")
+    # torch 2.15 cannot resize uint8 to a single pixel (an internal assertion fails).
+    _check_option("resolution", resolution, resolution >= 2, "2 or more pixels")
     _check_option("mean", mean, len(mean) == 3, "three numbers, one for each channel")
     _check_option("std", std, len(std) == 3 and min(std) > 0, "three numbers above 0, one for each channel")
     choices = get_args(Undecodable)

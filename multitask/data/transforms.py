@@ -42,6 +42,7 @@ def decode(encoded: Tensor) -> Tensor:
     Raises:
         RuntimeError: the bytes are no whole image of a known format.
     """
+    # torchvision 0.29 calls its decoders deprecated in favour of torchcodec; this is the only place that calls one.
     image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
     if image_chw.ndim != 3:
         raise RuntimeError(f"Found an animation of {len(image_chw)} images, expected a single one.")
@@ -79,7 +80,7 @@ def resize_images(images: Sequence[Tensor], resolution: int, crops: Sequence[Cro
 
     Args:
         images: each of shape (3, h, w), uint8; at least one.
-        resolution: height and width of the result, in pixels.
+        resolution: height and width of the result, in pixels, at least 2.
         crops: for each image the part to keep; None keeps all of it.
     Returns:
         Shape (n, 3, resolution, resolution), uint8.

@@ -1,0 +1,234 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multitask.data import DataError, ImageTable, open_table, write_table
+from multitask.data.table import _pieces
+from tests.multitask.data.tables import CLASSES, number_image, numbered_table, rewrite_shard, small_table
+
+
+def edit_index(path: Path, **changes: object) -> None:
+    index = json.loads((path / "index.json").read_text())
+    (path / "index.json").write_text(json.dumps(index | changes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.binary(max_size=40), st.integers(0, 2)), min_size=1, max_size=30),
+    rows_per_shard=st.integers(1, 31),
+)
+def test_a_table_returns_every_byte_label_and_place(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, int]], rows_per_shard: int
+) -> None:
+    path = tmp_path_factory.mktemp("table") / "train"
+    write_table(path, iter(rows), CLASSES, rows_per_shard=rows_per_shard)
+    table = open_table(path)
+
+    assert table.classes == tuple(CLASSES)
+    assert table.num_rows == len(rows)
+    assert table.labels.dtype == np.int64
+    assert [(table.encoded(i), table.labels[i]) for i in range(len(rows))] == rows
+    assert [table.source(i) for i in range(len(rows))] == [
+        f"{path}/shard-{i // rows_per_shard:05d}.parquet, row {i % rows_per_shard}" for i in range(len(rows))
+    ]
+
+
+def test_a_shard_of_several_row_groups_keeps_rows_and_places(tmp_path: Path) -> None:
+    rows = [(str(i).encode(), i % 3) for i in range(2500)]
+    write_table(tmp_path / "train", rows, CLASSES, rows_per_shard=2400)
+    assert pq.ParquetFile(tmp_path / "train/shard-00000.parquet").num_row_groups == 3
+
+    table = open_table(tmp_path / "train")
+
+    assert [table.encoded(i) for i in range(2500)] == [image for image, _ in rows]
+    assert table.source(2399).endswith("shard-00000.parquet, row 2399")
+    assert table.source(2400).endswith("shard-00001.parquet, row 0")
+
+
+def test_rows_keep_their_place_when_arrow_splits_or_slices_a_shard() -> None:
+    # Arrow does so to columns above 2 GB.
+    chunks = pa.chunked_array([pa.array([b"-", b"a", b"bc"])[1:], pa.array([], pa.binary()), pa.array([b"d"])])
+    table = ImageTable("t", ["x"], np.zeros(3, np.int64), _pieces(pa.table({"image": chunks}), "f"))
+    assert [table.encoded(i) for i in range(3)] == [b"a", b"bc", b"d"]
+    assert [table.source(i) for i in range(3)] == ["f, row 0", "f, row 1", "f, row 2"]
+
+
+def test_encoded_images_alias_arrow_memory(tmp_path: Path) -> None:
+    table = open_table(small_table(tmp_path / "train"))
+    first, second = table.encoded_tensor(0), table.encoded_tensor(1)
+    assert second.data_ptr() == first.data_ptr() + len(first)
+    assert not table.labels.flags.writeable
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_table_opens_from_a_path_or_a_uri(tmp_path: Path, prefix: str) -> None:
+    assert open_table(f"{prefix}{small_table(tmp_path / 'train')}/").num_rows == 7
+
+
+def test_a_table_opens_from_another_filesystem_and_errors_name_its_uri(tmp_path: Path) -> None:
+    small_table(tmp_path / "train")
+    # Arrow's in-memory stand-in for a remote store; it lives as long as the object and so cannot come from a URI.
+    remote = pa.fs._MockFileSystem()
+    pa.fs.copy_files(str(tmp_path), "bucket", pa.fs.LocalFileSystem(), remote)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multitask.data.table._resolve", lambda uri: (remote, uri.removeprefix("mock://")))
+        table = open_table("mock://bucket/train")
+        assert table.encoded(6) == number_image(6)
+        assert table.source(6) == "mock://bucket/train/shard-00002.parquet, row 0"
+        with pytest.raises(DataError, match=r"mock://bucket/tran: found no index\.json"):
+            open_table("mock://bucket/tran")
+
+
+@pytest.mark.parametrize("index", [-1, 7])
+def test_a_row_outside_the_table_is_an_error(tmp_path: Path, index: int) -> None:
+    table = open_table(small_table(tmp_path / "train"))
+    for read in (table.encoded, table.source, table.encoded_tensor):
+        with pytest.raises(IndexError, match="rows 0 to 6"):
+            read(index)
+
+
+def test_a_label_outside_the_classes_is_named_with_file_and_row(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    shard = pq.read_table(path / "shard-00001.parquet")
+    labels = pa.array([0, 3, -1], pa.int64())
+    rewrite_shard(path, 1, shard.set_column(1, "label", labels).replace_schema_metadata(shard.schema.metadata))
+    with pytest.raises(
+        DataError, match=r"shard-00001.parquet, row 1: found label 3, but 3 classes allow 0 to 2 \(2 such rows"
+    ):
+        open_table(path)
+
+
+def test_a_table_of_zero_images_is_refused(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    edit_index(path, rows=0, rows_of_class=[0, 0, 0], shards=[])
+    with pytest.raises(DataError, match="found zero images"):
+        open_table(path)
+
+
+def test_a_missing_index_or_shard_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: found no index\.json, expected a directory made by write_table"):
+        open_table(tmp_path / "nowhere")
+    path = small_table(tmp_path / "train")
+    (path / "shard-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.parquet: found no such file"):
+        open_table(path)
+
+
+def test_a_location_of_no_known_filesystem_is_refused() -> None:
+    with pytest.raises(DataError, match=r"nosuch://bucket/train: found a location that cannot be read"):
+        open_table("nosuch://bucket/train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "found no table index"),
+        ("[]", "found no table index"),
+        ("{}", r"found no table index \(KeyError\('format'\)\), expected JSON with 'format'"),
+        ('{"format": 2}', "found format 2, expected 1"),
+        ('{"format": 1}', "found None for 'classes' of the index, expected list"),
+        (
+            '{"format": 1, "classes": ["cat"], "rows": 1, "rows_of_class": [1], "shards": [{"file": 3}]}',
+            "found 3 for 'file' of shard 0, expected str",
+        ),
+        (
+            '{"format": 1, "classes": ["cat"], "rows": 1, "rows_of_class": [1], "shards": ["a"]}',
+            "found 'a' for 'file' of shard 0, expected str",
+        ),
+    ],
+)
+def test_an_index_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = small_table(tmp_path / "train")
+    (path / "index.json").write_text(text)
+    with pytest.raises(DataError, match=rf"index\.json: {message}"):
+        open_table(path)
+
+
+def test_counts_of_the_index_must_agree_with_the_shards(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    edit_index(path, rows=8)
+    with pytest.raises(DataError, match=r"found 7 rows, \[3, 2, 2\] for each class, expected 8 rows"):
+        open_table(path)
+    edit_index(path, rows=7, rows_of_class=[2, 3, 2])
+    with pytest.raises(DataError, match=r"expected 7 rows, \[2, 3, 2\]"):
+        open_table(path)
+
+
+def test_a_shard_with_another_number_of_rows_is_refused(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    rewrite_shard(path, 0, pq.read_table(path / "shard-00000.parquet").slice(1))
+    with pytest.raises(DataError, match=r"shard-00000\.parquet: found 2 rows, expected 3 from the index"):
+        open_table(path)
+
+
+def test_an_edited_shard_is_refused_by_its_length_or_its_hash(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    shard = path / "shard-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=rf"found {len(content) - 1} bytes, expected {len(content)}"):
+        open_table(path, verify=False)
+    assert content[-60] != 0
+    content[-60] = 0
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00000\.parquet: found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        open_table(path)
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    shard = path / "shard-00000.parquet"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(DataError, match=r"shard-00000\.parquet: cannot be read as Parquet"):
+        open_table(path, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": pa.array(["a", "b", "c"]), "label": pa.array([0, 1, 2])}, "found string as column 'image'"),
+        ({"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([0.0, 1.0, 2.0])}, "found double as column 'label'"),
+        ({"image": pa.array([b"a", b"b", b"c"])}, "found no such column as column 'label', expected int64"),
+        ({"image": pa.array([b"a", None, b"c"]), "label": pa.array([0, 1, 2])}, None),
+        ({"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([0, 1, None])}, None),
+    ],
+)
+def test_a_shard_of_another_schema_is_refused(
+    tmp_path: Path, columns: dict[str, pa.Array], message: str | None
+) -> None:
+    path = small_table(tmp_path / "train")
+    metadata = pq.read_schema(path / "shard-00000.parquet").metadata
+    rewrite_shard(path, 0, pa.table(columns).replace_schema_metadata(metadata))
+    with pytest.raises(DataError, match=message or r"row [12]: found no (image|label), expected one in each row"):
+        open_table(path)
+
+
+def test_a_shard_of_another_table_is_refused(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    write_table(tmp_path / "other", [(b"", 0)] * 3, ["dog", "cat", "bird"])
+    rewrite_shard(path, 0, pq.read_table(tmp_path / "other/shard-00000.parquet"))
+    with pytest.raises(DataError, match=r"as multitask\.classes in its schema.*another table"):
+        open_table(path)
+
+
+def test_further_columns_are_ignored(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    table = pq.read_table(path / "shard-00000.parquet")
+    rewrite_shard(path, 0, table.append_column("source", pa.array(["a", "b", "c"])))
+    assert open_table(path).encoded(2) == number_image(2)
+
+
+def test_data_errors_cross_process_borders(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        numbered_table(tmp_path / "train", 0)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is DataError
+    assert str(copy) == str(caught.value)
