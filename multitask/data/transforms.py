@@ -42,6 +42,7 @@ def decode(encoded: Tensor) -> Tensor:
     Raises:
         RuntimeError: the bytes are no whole image of a known format.
     """
+    # torchvision 0.29 calls its decoders deprecated in favour of torchcodec; this is the only place that calls one.
     image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
     if image_chw.ndim != 3:
         raise RuntimeError(f"Found an animation of {len(image_chw)} images, expected a single one.")

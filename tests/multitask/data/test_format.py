@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,14 +27,18 @@ def test_equal_rows_give_equal_files(tmp_path: Path) -> None:
 
 
 def test_an_existing_directory_is_left_as_it_is(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[bytes, int]]:
+        raise AssertionError("no image should be read before the directory is refused")
+        yield
+
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"train exists, .* remove it first"):
-        small_table(tmp_path / "train")
+        write_table(tmp_path / "train", rows(), CLASSES)
     assert list(tmp_path.rglob("*")) == [tmp_path / "train"]
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def rows() -> object:
+    def rows() -> Iterator[tuple[bytes, int]]:
         yield from ((number_image(i), 0) for i in range(5))
         assert len(list(tmp_path.iterdir())) == 1, "the first shard should have been written by now"
         raise KeyboardInterrupt

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitask.data import DataError, open_table, write_table
+from multitask.data import DataError, ImageTable, open_table, write_table
+from multitask.data.table import _pieces
 from tests.multitask.data.tables import CLASSES, number_image, numbered_table, rewrite_shard, small_table
 
 
@@ -50,6 +51,14 @@ def test_a_shard_of_several_row_groups_keeps_rows_and_places(tmp_path: Path) -> 
     assert [table.encoded(i) for i in range(2500)] == [image for image, _ in rows]
     assert table.source(2399).endswith("shard-00000.parquet, row 2399")
     assert table.source(2400).endswith("shard-00001.parquet, row 0")
+
+
+def test_rows_keep_their_place_when_arrow_splits_or_slices_a_shard() -> None:
+    # Arrow does so to columns above 2 GB.
+    chunks = pa.chunked_array([pa.array([b"-", b"a", b"bc"])[1:], pa.array([], pa.binary()), pa.array([b"d"])])
+    table = ImageTable("t", ["x"], np.zeros(3, np.int64), _pieces(pa.table({"image": chunks}), "f"))
+    assert [table.encoded(i) for i in range(3)] == [b"a", b"bc", b"d"]
+    assert [table.source(i) for i in range(3)] == ["f, row 0", "f, row 1", "f, row 2"]
 
 
 def test_encoded_images_alias_arrow_memory(tmp_path: Path) -> None:
