@@ -1,16 +1,15 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import patches
-from multitask.data import Batch, ImageTable, TrainBatches, eval_batches, open_table
+from multitask.data import Batch, TrainBatches, eval_batches, open_table
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, as_tensor
@@ -94,7 +93,7 @@ class Job:
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
             batches=self._train_batches(task, rank),
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
-            validation=partial(validation_batches, task, task.validation_images) if rank == 0 else None,
+            validation=partial(validation_batches, task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
         )
 
@@ -174,21 +173,21 @@ def make_schedule(spec: JobSpec) -> Schedule:
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
 
 
-def validation_batches(task: TaskSpec, images: int | None = None) -> Iterable[Batch]:
-    """The task's validation images in order, all or the first ones."""
-    table = open_table(f"{task.data}/validation")
-    batches = table_batches(table, task)
-    return batches if images is None else islice(batches, -(-images // task.batch_size))
+def validation_batches(task: TaskSpec) -> Iterator[Batch]:
+    """What the evaluations during training read."""
+    return table_batches(task, "validation", task.validation_images)
 
 
-def table_batches(table: ImageTable, task: TaskSpec) -> Iterable[Batch]:
+def table_batches(task: TaskSpec, split: str, rows: int | None = None) -> Iterator[Batch]:
+    """One of the task's tables in order, as its model reads images: all rows, or so many spread over the table."""
     return eval_batches(
-        table,
+        open_table(f"{task.data}/{split}"),
         batch_size=task.batch_size,
         resolution=task.resolution,
         mean=task.mean,
         std=task.std,
         undecodable=task.undecodable,
+        rows=rows,
     )
 
 

@@ -110,10 +110,7 @@ def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) 
         split: "train", "validation" or "test".
     """
     with torch_threads(spec.resources.threads_per_worker):
-        return {
-            task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
-            for task in spec.tasks
-        }
+        return {task.name: evaluate(models[task.name], table_batches(task, split)) for task in spec.tasks}
 
 
 def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

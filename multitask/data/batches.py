@@ -129,14 +129,28 @@ def eval_batches(
     mean: Sequence[float],
     std: Sequence[float],
     undecodable: Undecodable = "fail",
+    rows: int | None = None,
 ) -> Iterator[Batch]:
-    """All rows in order, once; only the last batch may be short. Arguments as for `TrainBatches`."""
+    """All rows in order, once; only the last batch may be short. Arguments as for `TrainBatches`.
+
+    Args:
+        rows: read only this many, spread evenly over the table (which may be sorted by class).
+    """
     _check_options(batch_size, resolution, mean, std, undecodable)
-    return _eval_batches(table, batch_size, resolution, tuple(mean), tuple(std), undecodable)
+    _check_option("rows", rows, rows is None or rows >= 1, "1 or more")
+    chosen = range(table.num_rows) if rows is None else _spread(rows, table.num_rows)
+    return _eval_batches(table, chosen, batch_size, resolution, tuple(mean), tuple(std), undecodable)
+
+
+def _spread(rows: int, of: int) -> list[int]:
+    """`rows` row numbers at even distances; all where there are fewer."""
+    count = min(rows, of)
+    return [place * of // count for place in range(count)]
 
 
 def _eval_batches(
     table: ImageTable,
+    chosen: Sequence[int],
     batch_size: int,
     resolution: int,
     mean: Sequence[float],
@@ -150,7 +164,7 @@ def _eval_batches(
     def batch() -> Batch:
         return Batch(normalise(resize_images(images, resolution), mean, std), _labels(table, rows), skipped)
 
-    for row in range(table.num_rows):
+    for row in chosen:
         image_chw = _decoded(table, row, undecodable)
         if image_chw is None:
             skipped += 1

@@ -266,3 +266,14 @@ def test_options_out_of_range_are_refused_at_once(
 def test_a_stream_out_of_range_is_refused(tables: dict[int, ImageTable], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(tables[7], **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, [0]), (3, [0, 5, 10]), (5, [0, 3, 6, 9, 12]), (99, list(range(16)))]
+)
+def test_a_limited_evaluation_reads_rows_spread_over_the_whole_table(
+    tables: dict[int, ImageTable], rows: int, expected: list[int]
+) -> None:
+    batches = eval_batches(tables[16], **PLAIN, batch_size=4, rows=rows)
+
+    assert [number for batch in batches for number in numbers(batch.images)] == expected
