@@ -1,0 +1,170 @@
+"""A whole training with engine `local`: what stands in the run directory, in MLflow and in the bundles."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import multitask
+import patches
+from multitask.data import DataError, write_table
+from multitask.job import Job
+from multitask.runs import Run, RunError, evaluate_models, open_export
+from multitask.spec import JobSpec, SpecError
+from tests.conftest import png
+
+MakeSpec = Callable[..., JobSpec]
+
+
+def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=4, evaluate_every=2)
+
+    run = multitask.train(spec)
+
+    assert {path.name for path in run.directory.iterdir()} == {
+        "spec.yaml",
+        "best.safetensors",
+        "last.safetensors",
+        "result.json",
+    }
+    assert Run(run.directory).spec == spec
+    assert run.result["last"]["version"] == 8
+    assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [2, 4]
+    assert run.result["tasks"]["cars"]["pushes"] == 4
+
+    client = MlflowClient(f"sqlite:///{run.directory.parent}/mlflow.db")
+    parent = client.get_run(run.result["mlflow_run_id"])
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {child.info.run_name for child in children} == {"pets", "cars"}
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    for child in children:
+        for metric in ("loss", "rate", "staleness", "samples_per_s"):
+            assert [point.step for point in client.get_metric_history(child.info.run_id, metric)] == [0, 1, 2, 3]
+        assert len(client.get_metric_history(child.info.run_id, "validation_top1")) == 2
+    assert parent.data.params["optimizer.name"] == "adamw"
+
+
+def test_exported_bundles_give_the_trained_models_in_a_fresh_process(make_spec: MakeSpec) -> None:
+    run = multitask.train(make_spec(steps=6, evaluate_every=3))
+    export = run.export()
+    trained = evaluate_models(run.models("best")[1], run.spec, "test")
+
+    command = [sys.executable, "-m", "jobs.cli", "evaluate", str(run.directory), "--json"]
+    fresh = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert fresh == trained
+    backbone, models = open_export(export.backbone.parent)
+    assert {path.name for path in export.backbone.parent.iterdir()} == {
+        "backbone.safetensors",
+        "cars.patch",
+        "pets.patch",
+    }
+    for name, model in run.models("best")[1].items():
+        assert all(
+            torch.equal(tensor, models[name].network.state_dict()[key])
+            for key, tensor in model.network.state_dict().items()
+        )
+        info = patches.verify_bundle(export.bundles[name], backbone)
+        assert info.classes == [f"class {label}" for label in range(4)]
+        assert info.preprocessing["resolution"] == 8
+        assert info.metrics["validation_top1"] == run.result["best"]["tasks"][name]["top1"]
+
+
+def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec) -> None:
+    """The validation metrics of the restored models are those noted during training, bit for bit."""
+    run = multitask.train(make_spec(steps=9, evaluate_every=1, optimizer={"name": "sgd", "rate": 0.5}))
+    assert run.result["best"]["version"] != run.result["last"]["version"]
+
+    for version in ("best", "last"):
+        _, models = run.models(version)
+        assert evaluate_models(models, run.spec, "validation") == run.result[version]["tasks"]
+
+
+def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=1)
+    first = multitask.train(spec)
+
+    with pytest.raises(SpecError, match="holds a run"):
+        multitask.train(spec)
+    second = multitask.train(spec, overwrite=True)
+
+    assert first.result["mlflow_run_id"] != second.result["mlflow_run_id"]
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=1)
+    spec.run_directory.mkdir(parents=True)
+    (spec.run_directory / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(SpecError, match="holds other files"):
+        multitask.train(spec, overwrite=True)
+
+    assert (spec.run_directory / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no finished run"):
+        Run(tmp_path)
+    with pytest.raises(RunError, match="multitask export"):
+        open_export(tmp_path)
+
+
+def test_a_failed_run_is_marked_so_in_mlflow(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {"std": [1e-38] * 3}})
+
+    with pytest.raises(multitask.TrainingError):
+        multitask.train(spec)
+
+    client = MlflowClient(f"sqlite:///{spec.run_directory.parent}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert {run.info.status for run in runs} == {"FAILED"}
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ({"method": "scale_bas"}, patches.PatchError, "scale_bias"),
+        ({"options": {"statistic": "source"}}, patches.PatchError, "statistics"),
+        ({"num_classes": 3}, SpecError, "4 classes.*3 outputs.*tasks.num_classes"),
+        ({"data": "no/such/folder"}, DataError, "no/such/folder"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(make_spec: MakeSpec, task: dict, error: type, message: str) -> None:
+    spec = make_spec({"pets": task})
+
+    with pytest.raises(error, match=message):
+        multitask.train(spec)
+
+    assert not spec.run_directory.exists()
+
+
+def test_an_unknown_backbone_lists_near_names(make_spec: MakeSpec) -> None:
+    with pytest.raises(patches.BackboneError, match="mobilenet_v2"):
+        Job(make_spec(backbone={"name": "mobilenet_v3"}))
+
+
+def test_a_shared_head_smaller_than_the_classes_is_named(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {"method": "scale_bias", "num_classes": None}}, backbone={"num_classes": 2})
+
+    with pytest.raises(SpecError, match=r"backbone\.num_classes"):
+        Job(spec)
+
+
+@pytest.mark.parametrize("undecodable", ["fail", "skip"])
+def test_an_undecodable_image_fails_or_is_counted(make_spec: MakeSpec, tmp_path: Path, undecodable: str) -> None:
+    rows = [(png(row, row % 4), row % 4) for row in range(16)]
+    for split in ("train", "validation"):
+        broken = [(b"no image", 3)] if split == "train" else []
+        write_table(tmp_path / "data" / split, rows + broken, [f"class {label}" for label in range(4)])
+    spec = make_spec({"pets": {"data": str(tmp_path / "data"), "undecodable": undecodable}}, steps=4)
+
+    if undecodable == "fail":
+        with pytest.raises(DataError, match=r"shard-00000\.parquet, row 16"):
+            multitask.train(spec)
+    else:
+        assert multitask.train(spec).result["tasks"]["pets"]["skipped_images"] >= 1
