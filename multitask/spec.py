@@ -245,7 +245,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Relative data and weight paths in a file start at the file's folder, wherever the command runs."""
-    tasks = raw.get("tasks") if isinstance(raw.get("tasks"), list) else []
+    tasks = raw["tasks"] if isinstance(raw.get("tasks"), list) else []
     for holder, key in [
         (raw.get("backbone"), "weights"),
         (raw.get("task_defaults"), "data"),

@@ -4,6 +4,7 @@ Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3.
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,15 +12,17 @@ from typing import Any
 
 import ray
 import torch
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from multitask.engines.interface import Outcome, Watch
 from multitask.job import Job
-from multitask.server.messages import Push, Reply
+from multitask.server.messages import Push, Reply, Snapshot
+from multitask.spec import AsyncSpec
 from multitask.worker import TrainingError, train_steps
 
 POLL_S = 0.5
+Actor = Any
+"""A handle; Ray's own types differ between a class and its options."""
 
 
 class ServerActor:
@@ -35,7 +38,7 @@ class ServerActor:
 class _Remote:
     """A server in another process."""
 
-    def __init__(self, actor: ActorHandle) -> None:
+    def __init__(self, actor: Actor) -> None:
         self._actor = actor
 
     def push(self, push: Push) -> "ray.ObjectRef[Reply]":
@@ -51,9 +54,10 @@ class _Remote:
 class WorkerActor:
     """One task worker in a process of its own."""
 
-    def __init__(self, job: Job, name: str, server: ActorHandle) -> None:
+    def __init__(self, job: Job, name: str, server: Actor) -> None:
         torch.set_num_threads(job.spec.resources.threads_per_worker)
-        self._spec = job.spec
+        assert isinstance(job.spec.engine, AsyncSpec)
+        self._steps, self._in_flight = job.spec.steps, job.spec.engine.in_flight
         self._server = _Remote(server)
         self._worker = job.make_worker(name)
 
@@ -61,7 +65,7 @@ class WorkerActor:
         return os.getpid()
 
     def train(self) -> None:
-        for _ in train_steps(self._worker, self._server, self._spec.steps, self._spec.engine.in_flight):
+        for _ in train_steps(self._worker, self._server, self._steps, self._in_flight):
             pass
 
     def complete(self) -> None:
@@ -82,7 +86,8 @@ def run(job: Job, watch: Watch) -> Outcome:
         processes = _await_start(job, {name: worker.process.remote() for name, worker in workers.items()})
         await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
         await_all(server, {name: worker.complete.remote() for name, worker in workers.items()}, job, watch)
-        return Outcome(ray.get(server.call.remote("result")), processes)
+        versions: dict[str, Snapshot] = ray.get(server.call.remote("result"))
+        return Outcome(versions, processes)
 
 
 @contextlib.contextmanager
@@ -93,7 +98,7 @@ def ray_session() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     embedded: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **embedded)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **embedded)
     try:
         yield
     finally:
@@ -101,13 +106,13 @@ def ray_session() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def actors(job: Job) -> Iterator[tuple[ActorHandle, dict[str, ActorHandle]]]:
+def actors(job: Job) -> Iterator[tuple[Actor, dict[str, Actor]]]:
     """The server and all workers as actors, ended with the block."""
     resources = job.spec.resources
     cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
     shared_job = ray.put(job)
-    server = ray.remote(ServerActor).options(num_cpus=0).remote(shared_job)
-    actor_class = ray.remote(WorkerActor).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker)
+    server: Actor = ray.remote(ServerActor).options(num_cpus=0).remote(shared_job)
+    actor_class: Any = ray.remote(WorkerActor).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker)
     workers = {name: actor_class.remote(shared_job, name, server) for name in job.workers}
     try:
         yield server, workers
@@ -134,7 +139,7 @@ def _await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[int]"]) -> dict[s
     return {name: _result(job, name, start) for name, start in starts.items()}
 
 
-def await_all(server: ActorHandle, calls: Mapping[str, "ray.ObjectRef[None]"], job: Job, watch: Watch) -> None:
+def await_all(server: Actor, calls: Mapping[str, "ray.ObjectRef[None]"], job: Job, watch: Watch) -> None:
     waiting = {call: name for name, call in calls.items()}
     while waiting:
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)

@@ -8,6 +8,7 @@ from multitask.evaluation import torch_threads
 from multitask.job import Job
 from multitask.server.messages import Push, Reply
 from multitask.server.parameter_server import ParameterServer
+from multitask.spec import LocalSpec
 from multitask.worker import train_steps
 
 
@@ -29,11 +30,13 @@ class _Direct:
 
 def run(job: Job, watch: Watch) -> Outcome:
     """Train with every worker in this process: the numerical reference of the other engines."""
+    assert isinstance(job.spec.engine, LocalSpec)
+    delay = job.spec.engine.delay
     with torch_threads(job.spec.resources.threads_per_worker):
         server = job.make_server()
         direct = _Direct(server)
         workers = [job.make_worker(name) for name in job.workers]
-        loops = [train_steps(worker, direct, job.spec.steps, job.spec.engine.delay) for worker in workers]
+        loops = [train_steps(worker, direct, job.spec.steps, delay) for worker in workers]
         # One step of each worker in turn, until the loops end (all in the same turn).
         while loops:
             loops = [loop for loop in loops if next(loop, "ended") != "ended"]
