@@ -158,6 +158,10 @@ def test_a_changed_padding_byte_is_refused(tmp_path: Path) -> None:
         if whole[end - 1 : end] == b" ":
             break
     assert "edited" in refused(tmp_path / "edited.patch", whole[: end - 1] + b"\t" + whole[end:])
+    shorter = struct.pack("<Q", end - 9) + whole[8:]  # the header without its last padding byte is still JSON
+    (tmp_path / "edited.patch").write_bytes(shorter)
+    with pytest.raises(BundleError, match="edited"):
+        patches.inspect_bundle(tmp_path / "edited.patch")
 
 
 @QUICK
@@ -306,6 +310,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         save(trained("last_layer"), tmp_path / "task.patch")
     assert [path.name for path in tmp_path.iterdir()] == ["task.patch"]
     assert (tmp_path / "task.patch").read_bytes() == whole
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path: Path) -> None:
+    whole = save(trained(), tmp_path / "task.patch")
+    with open(tmp_path / "task.patch", "rb") as reader:
+        assert save(trained("last_layer"), tmp_path / "task.patch") != whole
+        assert reader.read() == whole
 
 
 def test_the_info_is_frozen(tmp_path: Path) -> None:
