@@ -33,7 +33,7 @@ def fold(model: PatchedModel) -> nn.Module:
                 f"Patch method '{name}' cannot be folded: it computes what no layer of a plain network does. "
                 "Run the patched model itself."
             )
-    plain = copy_structure(model.network, torch.clone).eval().requires_grad_(True)
+    plain = copy_structure(model.network, torch.clone).requires_grad_(True)
     for path, layer in list(plain.named_modules()):
         if isinstance(layer, FixedLinear):
             plain.set_submodule(path, _linear(layer.weight, layer.bias))
@@ -42,7 +42,7 @@ def fold(model: PatchedModel) -> nn.Module:
         _fold_pair(conv, norm)
         setattr(parent, norm_name, nn.Identity())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()), "a BatchNorm follows no conv"
-    return plain
+    return plain.eval()
 
 
 def _conv_norm_pairs(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

@@ -97,10 +97,10 @@ def _check_fit(own: Mapping[str, Tensor], state: dict[str, Tensor], source: str,
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     differing = [
-        f"'{key}' (expected {list(own[key].shape)} {dtype_name(own[key])}, "
-        f"found {list(value.shape)} {dtype_name(value)})"
-        for key, value in state.items()
-        if key in own and (value.shape != own[key].shape or value.dtype != own[key].dtype)
+        f"'{key}' (expected {list(tensor.shape)} {dtype_name(tensor)}, "
+        f"found {list(state[key].shape)} {dtype_name(state[key])})"
+        for key, tensor in own.items()
+        if key in state and (state[key].shape != tensor.shape or state[key].dtype != tensor.dtype)
     ]
     found = [
         f"{kind}, {len(names)} in all, first {names[0]}"

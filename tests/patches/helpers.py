@@ -1,0 +1,89 @@
+"""Small networks whose every tensor matters, and what several tests do with them."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import patches
+from patches import Backbone, PatchedModel
+
+SMALL = {
+    "stem_stride": 1,
+    "last_channel": 32,
+    "inverted_residual_setting": [[1, 8, 1, 1], [4, 16, 2, 2], [4, 24, 1, 1]],
+}
+# name -> (options, image size in pixels), the smallest that the network takes
+NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
+    "mobilenet_v2": ({}, 32),
+    "inception_v3": ({}, 75),
+    "resnet18": ({}, 32),
+    "resnet50": ({}, 32),
+    "vit_b_16": ({"image_size": 32}, 32),
+    "swin_b": ({}, 32),
+}
+
+
+def small_backbone(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Backbone:
+    """A MobileNetV2 of about 10,000 parameters for 16 px images and 5 classes."""
+    backbone = patches.load_backbone("mobilenet_v2", num_classes=5, seed=seed, **{**SMALL, **options})
+    return randomised(backbone, seed).to(dtype)
+
+
+@cache
+def network(name: str) -> Backbone:
+    """One of NETWORKS, made once: leave its values alone."""
+    options, _ = NETWORKS[name]
+    return randomised(patches.load_backbone(name, **options))
+
+
+def randomised(backbone: Backbone, seed: int = 0) -> Backbone:
+    """Give norm layers and heads values that no constructor gives: ones, zeros and equal rows hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        assert tensor is not None
+        tensor.data.uniform_(low, high, generator=generator)
+
+    for layer in backbone.norm_layers().values():
+        uniform(layer.weight, 0.5, 1.5)
+        uniform(layer.bias, -0.5, 0.5)
+        if isinstance(layer, nn.BatchNorm2d):
+            uniform(layer.running_mean, -0.5, 0.5)
+            uniform(layer.running_var, 0.5, 1.5)
+    for head in backbone.heads().values():
+        uniform(head.weight, -0.1, 0.1)
+        uniform(head.bias, -0.1, 0.1)
+    return backbone
+
+
+def images(count: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """The bytes of each tensor, which tell NaN from NaN and -0.0 from 0.0."""
+    return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def train(model: PatchedModel, steps: int = 2, size: int = 16, count: int = 8) -> None:
+    """A few steps with a large rate, in train mode, on whatever takes gradients."""
+    model.train()
+    torch.manual_seed(0)  # dropout
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for step in range(steps):
+        output = model(images(count, size, seed=step))
+        logits = output if isinstance(output, Tensor) else output.logits + output.aux_logits
+        if parameters:
+            labels = torch.arange(count) % model.num_classes
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter -= 0.1 * gradient
+    model.eval()

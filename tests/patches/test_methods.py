@@ -1,0 +1,210 @@
+"""What every patch method keeps, on every small network it fits."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import patches
+from patches import Backbone, PatchError
+from tests.patches.helpers import bits, changed, images, network, small_backbone, train
+
+METHODS = ("scale_bias", "depthwise", "last_layer", "norm_statistics", "full")
+COMBINATIONS = [
+    *(("mobilenet_v2", method) for method in METHODS),
+    ("mobilenet_v2", "scale_bias+depthwise+last_layer"),
+    ("mobilenet_v2", "norm_statistics+last_layer"),
+    ("resnet18", "scale_bias"),
+    ("vit_b_16", "scale_bias+last_layer"),
+]
+contract = pytest.mark.parametrize(("name", "method"), COMBINATIONS)
+SIZE = {"mobilenet_v2": 16, "resnet18": 32, "vit_b_16": 32}
+
+
+def backbone_named(name: str) -> Backbone:
+    return small_backbone() if name == "mobilenet_v2" else network(name)
+
+
+def state_bits(module: nn.Module) -> dict[str, bytes]:
+    return bits(module.state_dict())
+
+
+@contract
+def test_shared_and_private_partition_the_state(name: str, method: str) -> None:
+    backbone = backbone_named(name)
+    model = patches.attach(backbone, method)
+    own, shared = set(model.private_names), set(model.shared_names)
+    assert own
+    assert not own & shared
+    assert own | shared == set(backbone.network.state_dict()) == set(model.network.state_dict())
+    base = backbone.network.state_dict()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in base.values()}
+    assert all(tensor.data_ptr() == base[key].data_ptr() for key, tensor in model.shared_state().items())
+    assert all(tensor.untyped_storage().data_ptr() not in storages for tensor in model.private_state().values())
+
+
+@contract
+def test_a_fresh_patch_changes_no_feature(name: str, method: str) -> None:
+    assert all(patches.methods()[part].identity_at_start for part in method.split("+"))
+    backbone = backbone_named(name)
+    model, x = patches.attach(backbone, method, 3), images(2, SIZE[name])
+    with torch.no_grad():
+        assert torch.equal(model.run(x, 0, -1), backbone.run(x, 0, -1))
+        assert model(x).shape == (2, 3)
+        assert torch.equal(model(x), model.run(x))
+        assert torch.equal(patches.attach(backbone, method)(x), backbone.network(x))
+
+
+@contract
+def test_training_moves_owned_tensors_and_no_other(name: str, method: str) -> None:
+    backbone = backbone_named(name)
+    model = patches.attach(backbone, method, None)
+    base, own = state_bits(backbone.network), state_bits(model.network)
+    train(model, size=SIZE[name], count=4)
+    assert changed(base, state_bits(backbone.network)) == set()
+    moved = changed(own, state_bits(model.network))
+    assert moved <= set(model.private_names)
+    # Not every tensor can move: a β before a 1x1 convolution and BatchNorm has no gradient. Every kind does.
+    assert {key.rpartition(".")[2] for key in moved} == {key.rpartition(".")[2] for key in model.private_names}
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.network.parameters())
+
+
+@contract
+def test_two_tasks_on_one_backbone_stay_apart_and_swap(name: str, method: str) -> None:
+    backbone, x = backbone_named(name), images(4, SIZE[name], seed=5)
+    model, other = patches.attach(backbone, method, 3, seed=1), patches.attach(backbone, method, 3, seed=1)
+    if model.head != "fixed":
+        assert torch.equal(model(x), other(x))
+    untouched = state_bits(other)
+    train(model, size=SIZE[name], count=4)
+    assert changed(untouched, state_bits(other)) == set()
+    with torch.no_grad():
+        a, b = model(x), other(x)
+        assert not torch.equal(a, b)
+        kept_a, kept_b = (copy.deepcopy(m.private_state()) for m in (model, other))
+        for state, expected in ((kept_b, b), (kept_a, a), (kept_b, b)):
+            model.load_private_state(state)
+            assert torch.equal(model(x), expected)
+
+
+@contract
+def test_a_saved_patch_loads_into_a_fresh_backbone(name: str, method: str, tmp_path: Path) -> None:
+    backbone, x = backbone_named(name), images(4, SIZE[name], seed=5)
+    model = patches.attach(backbone, method, 3, seed=2)
+    train(model, size=SIZE[name], count=4)
+    patches.save_bundle(model, tmp_path / "task.patch", classes=["a", "b", "c"], preprocessing={})
+    again = patches.load_bundle(tmp_path / "task.patch", backbone_named(name))
+    assert state_bits(again) == state_bits(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+@contract
+def test_a_folded_patch_gives_the_same_outputs(name: str, method: str) -> None:
+    assert all(patches.methods()[part].foldable for part in method.split("+"))
+    model, x = patches.attach(backbone_named(name), method, 3), images(4, SIZE[name], seed=5)
+    train(model, size=SIZE[name], count=4)
+    with torch.no_grad():
+        torch.testing.assert_close(patches.fold(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_methods_say_what_they_are() -> None:
+    known = patches.methods()
+    assert tuple(known) == METHODS
+    assert {(info.kind, info.foldable, info.identity_at_start) for info in known.values()} == {
+        ("selection", True, True)
+    }
+
+
+# The three last-layer rows of the paper's Table 6 must not drift into one another.
+
+
+@pytest.mark.parametrize(
+    ("method", "moving"),
+    [
+        ("last_layer", {"classifier"}),
+        ("norm_statistics+last_layer", {"classifier", "running_mean", "running_var", "num_batches_tracked"}),
+        (
+            "scale_bias+last_layer",
+            {"classifier", "running_mean", "running_var", "num_batches_tracked", "weight", "bias"},
+        ),
+    ],
+)
+def test_table_6(method: str, moving: set[str]) -> None:
+    backbone = small_backbone()
+    norms = set(backbone.batch_norms())
+    model = patches.attach(backbone, method, 3)
+    before = state_bits(model.network)
+    train(model)
+    kinds = set()
+    for name in changed(before, state_bits(model.network)):
+        path, _, kind = name.rpartition(".")
+        kinds.add(kind if path in norms else name.split(".")[0])
+    assert kinds == moving
+
+
+def test_norm_statistics_follow_the_batch_with_the_layers_momentum() -> None:
+    backbone = small_backbone(norm_momentum=0.25)
+    model, x = patches.attach(backbone, "norm_statistics"), images(8, 16)
+    norm, base = model.network.features[0][1], backbone.network.features[0][1]
+    with torch.no_grad():
+        z = backbone.network.features[0][0](x)
+        model.train()(x)
+    torch.testing.assert_close(norm.running_mean, 0.75 * base.running_mean + 0.25 * z.mean((0, 2, 3)))
+    variance = z.transpose(0, 1).flatten(1).var(1, unbiased=True)
+    torch.testing.assert_close(norm.running_var, 0.75 * base.running_var + 0.25 * variance)
+    assert norm.num_batches_tracked == 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_source_statistics_stay_while_scale_and_bias_train() -> None:
+    model, x = patches.attach(small_backbone(), "scale_bias", statistics="source"), images(8, 16)
+    head = len(model.backbone.steps) - 1
+    with torch.no_grad():
+        assert torch.equal(model.train().run(x, 0, head), model.eval().run(x, 0, head))
+    before = state_bits(model.network)
+    model.set_shared_trainable(True)  # and back: this must not wake the private layers
+    model.set_shared_trainable(False)
+    train(model)
+    moved = changed(before, state_bits(model.network))
+    assert moved == {name for name in model.private_names if name.endswith(("weight", "bias"))}
+    assert any(name.endswith("running_mean") for name in model.private_names)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options", "message"),
+    [
+        ("resnet18", "depthwise", {}, "needs depthwise convolutions, and backbone 'resnet18' has none"),
+        ("vit_b_16", "norm_statistics", {}, "needs BatchNorm layers"),
+        ("vit_b_16", "scale_bias", {"statistics": "source"}, "about BatchNorm layers"),
+        ("resnet18", "scale_bias", {"statistics": "sauce"}, "statistics='sauce'"),
+        ("resnet18", "scale_bais", {}, "Unknown patch method 'scale_bais'. Did you mean 'scale_bias'?"),
+        ("resnet18", "scale_bias+", {}, "Unknown patch method ''"),
+        ("resnet18", "full+full", {}, "names 'full' twice"),
+        ("resnet18", "scale_bias", {"statistic": "batch"}, "Did you mean 'statistics'?"),
+        ("resnet18", "last_layer", {"statistics": "batch"}, "There are none to choose from"),
+        ("resnet18", "last_layer", {"paths": ()}, "Unknown option"),
+        ("resnet18", "last_layer", {"num_classes": 0}, "num_classes=0"),
+    ],
+)
+def test_what_cannot_be_attached(name: str, method: str, options: dict, message: str) -> None:
+    with pytest.raises(PatchError) as error:
+        patches.attach(network(name), method, **options)
+    assert message in str(error.value)
+
+
+def test_scale_bias_needs_a_normalisation_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backbone, "norm_layers", lambda _: {})
+    with pytest.raises(PatchError, match="needs normalisation layers"):
+        patches.attach(small_backbone(), "scale_bias")
+
+
+def test_an_option_goes_to_the_one_method_that_declares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patches.attach(small_backbone(), "last_layer+scale_bias", statistics="source")
+    assert model.options == {"statistics": "source"}
+    assert patches.attach(small_backbone(), "last_layer+scale_bias").options == {"statistics": "batch"}
+    monkeypatch.setitem(patches.patch.METHODS, "second", patches.patch.METHODS["scale_bias"])
+    with pytest.raises(PatchError, match="declared by scale_bias and second"):
+        patches.attach(small_backbone(), "scale_bias+second", statistics="batch")

@@ -1,0 +1,179 @@
+"""Weights from files and from torchvision."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torchvision.models import MobileNet_V2_Weights
+from torchvision.models._api import WeightsEnum
+
+import patches
+from patches import BackboneError
+from tests.patches.helpers import SMALL, small_backbone
+
+MISSING, EXTRA, SHAPED = "features.0.0.weight", "features.99.weight", "classifier.1.bias"
+
+
+def load(path: Path | str, **options: Any) -> patches.Backbone:
+    return patches.load_backbone("mobilenet_v2", path, **{"num_classes": 5, **SMALL, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_saved_backbone_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    backbone = small_backbone(dtype)
+    backbone.save(tmp_path / "backbone.safetensors")
+    assert load(tmp_path / "backbone.safetensors").content_hash() == backbone.content_hash()
+
+
+def test_a_channels_last_backbone_is_saved_in_contiguous_order(tmp_path: Path) -> None:
+    backbone = small_backbone().to(memory_format=torch.channels_last)
+    backbone.save(tmp_path / "backbone.safetensors")
+    assert load(str(tmp_path / "backbone.safetensors")).content_hash() == small_backbone().content_hash()
+
+
+def test_a_fresh_process_finds_the_same_hash(tmp_path: Path) -> None:
+    backbone = small_backbone()
+    backbone.save(tmp_path / "backbone.safetensors")
+    code = (
+        "import json, sys, patches; a = json.loads(sys.argv[1]);"
+        "print(patches.load_backbone(a['name'], sys.argv[2], **a['options']).content_hash())"
+    )
+    arguments = [patches_json(backbone), str(tmp_path / "backbone.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == backbone.content_hash()
+
+
+def patches_json(backbone: patches.Backbone) -> str:
+    import json
+
+    return json.dumps(backbone.architecture())
+
+
+@pytest.mark.parametrize("counters", [True, False])
+def test_a_state_dict_saved_by_torch(tmp_path: Path, counters: bool) -> None:
+    backbone = small_backbone()
+    state = {
+        name: tensor
+        for name, tensor in backbone.network.state_dict().items()
+        if counters or not name.endswith("num_batches_tracked")  # checkpoints of torch before 0.4.1 have none
+    }
+    torch.save(state, tmp_path / "backbone.pth")
+    assert load(tmp_path / "backbone.pth").content_hash() == backbone.content_hash()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_file_that_does_not_fit_names_the_first_of_each_kind(tmp_path: Path, suffix: str) -> None:
+    state = dict(small_backbone().network.state_dict())
+    del state[MISSING]
+    state[EXTRA] = torch.zeros(1)
+    state[SHAPED] = torch.zeros(6)
+    path = tmp_path / f"backbone.{suffix}"
+    safetensors.torch.save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    with pytest.raises(BackboneError) as error:
+        load(path)
+    message = str(error.value)
+    assert f"missing, 1 in all, first '{MISSING}'" in message
+    assert f"unexpected, 1 in all, first '{EXTRA}'" in message
+    assert f"mis-shaped, 1 in all, first '{SHAPED}' (expected [5] float32, found [6] float32)" in message
+
+
+def test_a_file_for_another_number_of_classes_does_not_fit(tmp_path: Path) -> None:
+    small_backbone().save(tmp_path / "backbone.safetensors")
+    with pytest.raises(BackboneError, match=r"mis-shaped, 2 in all, first 'classifier.1.weight'"):
+        load(tmp_path / "backbone.safetensors", num_classes=6)
+
+
+def test_a_file_of_mixed_dtypes_does_not_fit(tmp_path: Path) -> None:
+    state = dict(small_backbone().network.state_dict())
+    state[SHAPED] = state[SHAPED].double()
+    safetensors.torch.save_file(state, tmp_path / "backbone.safetensors")
+    with pytest.raises(BackboneError, match=r"expected \[5\] float32, found \[5\] float64"):
+        load(tmp_path / "backbone.safetensors")
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "backbone.pth"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"\xff" * 64])
+def test_a_file_that_is_no_weights_file(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load(tmp_path / name)
+
+
+def test_a_file_that_holds_more_than_tensors(tmp_path: Path) -> None:
+    torch.save({"state_dict": small_backbone().network.state_dict()}, tmp_path / "nested.pt")
+    with pytest.raises(BackboneError, match="not a state dict of tensors"):
+        load(tmp_path / "nested.pt")
+    torch.save(small_backbone().network, tmp_path / "pickle.pt")
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load(tmp_path / "pickle.pt")
+
+
+def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    for name in ("none.safetensors", "none.pth"):
+        with pytest.raises(BackboneError, match="does not exist"):
+            load(tmp_path / name)
+
+
+def test_unknown_torchvision_weights() -> None:
+    with pytest.raises(BackboneError, match="Did you mean 'IMAGENET1K_V"):
+        patches.load_backbone("mobilenet_v2", "IMAGENET1K_V3")
+
+
+@pytest.fixture
+def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """What torchvision would fetch: a 1000-class MobileNetV2."""
+    state = patches.load_backbone("mobilenet_v2", seed=9).network.state_dict()
+
+    def get_state_dict(weights: WeightsEnum, progress: bool, check_hash: bool) -> dict[str, torch.Tensor]:
+        assert weights is MobileNet_V2_Weights.IMAGENET1K_V2
+        assert check_hash
+        assert not progress
+        return state
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    return state
+
+
+def test_torchvision_weights_by_name(download: dict[str, torch.Tensor]) -> None:
+    loaded = patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2").network.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in download.items())
+
+
+def test_another_number_of_classes_takes_the_trunk_and_a_fresh_head(download: dict[str, torch.Tensor]) -> None:
+    loaded = patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2", num_classes=7, seed=1).network.state_dict()
+    fresh = patches.load_backbone("mobilenet_v2", num_classes=7, seed=1).network.state_dict()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, (fresh if name.startswith("classifier") else download)[name])
+
+
+def test_torchvision_weights_do_not_fit_another_width(download: dict[str, torch.Tensor]) -> None:
+    assert download
+    with pytest.raises(BackboneError, match="mis-shaped"):
+        patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2", width_mult=0.5)
+
+
+@pytest.mark.parametrize(("aux_logits", "num_classes"), [(True, 1000), (True, 7), (False, 7)])
+def test_torchvision_weights_of_inception(monkeypatch: pytest.MonkeyPatch, aux_logits: bool, num_classes: int) -> None:
+    state = patches.load_backbone("inception_v3", seed=9).network.state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    backbone = patches.load_backbone(
+        "inception_v3", "IMAGENET1K_V1", num_classes=num_classes, seed=1, aux_logits=aux_logits
+    )
+    assert backbone.options["transform_input"] is True
+    heads = ("fc.", "AuxLogits.fc.")
+    for name, tensor in backbone.network.state_dict().items():
+        assert tensor.shape[0] == num_classes if name.startswith(heads) else torch.equal(tensor, state[name])
+    assert (backbone.auxiliary is not None) == aux_logits
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_state_dict(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    with pytest.raises(BackboneError, match=r"no route.*give the file's path"):
+        patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
