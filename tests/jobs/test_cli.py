@@ -10,6 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from multitask import train
 from multitask.spec import JobSpec, dump_spec
 
 
@@ -77,16 +78,13 @@ def test_a_bad_spec_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" in multitask("--debug", "train", path).stderr
 
 
-def test_a_bundle_of_another_backbone_is_refused(spec_file: Path, tmp_path: Path) -> None:
-    multitask("train", spec_file)
-    run = tmp_path / "runs" / "job"
-    multitask("export", run)
-    other = load_file(run / "export" / "backbone.safetensors")
+def test_a_bundle_of_another_backbone_is_refused(make_spec: Callable[..., JobSpec], tmp_path: Path) -> None:
+    export = train(make_spec(steps=1)).export()
+    other = load_file(export.backbone)
     other["features.0.0.weight"] += 1
-
     save_file(other, tmp_path / "other.safetensors")
 
-    refused = multitask("bundle", "verify", run / "export" / "pets.patch", "--backbone", tmp_path / "other.safetensors")
+    refused = multitask("bundle", "verify", export.bundles["pets"], "--backbone", tmp_path / "other.safetensors")
 
     assert refused.returncode == 1
     assert "expected" in refused.stderr
