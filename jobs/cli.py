@@ -92,13 +92,19 @@ def export(
 def evaluate(
     run: RunDirectory,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which of the tables.")] = "test",
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
     json_output: AsJson = False,
 ) -> None:
     """Evaluate a run's exported bundles on one of their tasks' tables."""
-    from multitask.runs import Run, evaluate_models, open_export
+    from multitask.runs import Run, RunError, evaluate_models, open_export
+    from patches import unknown_name_message
 
     opened = Run(run)
     _, models = open_export(run / "export")
+    for name in task or []:
+        if name not in models:
+            raise RunError(unknown_name_message("task", name, models))
+    models = {name: model for name, model in models.items() if not task or name in task}
     metrics = evaluate_models(models, opened.spec, split)
     if json_output:
         print(json.dumps(metrics))

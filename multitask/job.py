@@ -1,6 +1,6 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import patches
-from multitask.data import Batch, TrainBatches, eval_batches, open_table
+from multitask.data import Batch, ImageTable, TrainBatches, eval_batches, open_table
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, as_tensor
@@ -93,7 +93,7 @@ class Job:
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
             batches=self._train_batches(task, rank),
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
-            validation=partial(validation_batches, task) if rank == 0 else None,
+            validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
         )
 
@@ -136,6 +136,10 @@ class Job:
             undecodable=task.undecodable,
         )
 
+    def _validation_batches(self, task: TaskSpec) -> Callable[[], Iterator[Batch]]:
+        table = open_table(f"{task.data}/validation")
+        return lambda: table_batches(table, task, task.validation_images)
+
     def _check_data(self, task: TaskSpec) -> None:
         train, validation = open_table(f"{task.data}/train"), open_table(f"{task.data}/validation")
         if train.classes != validation.classes:
@@ -173,15 +177,10 @@ def make_schedule(spec: JobSpec) -> Schedule:
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
 
 
-def validation_batches(task: TaskSpec) -> Iterator[Batch]:
-    """What the evaluations during training read."""
-    return table_batches(task, "validation", task.validation_images)
-
-
-def table_batches(task: TaskSpec, split: str, rows: int | None = None) -> Iterator[Batch]:
-    """One of the task's tables in order, as its model reads images: all rows, or so many spread over the table."""
+def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None) -> Iterator[Batch]:
+    """A table in order, as the task's model reads images: all rows, or so many spread over the table."""
     return eval_batches(
-        open_table(f"{task.data}/{split}"),
+        table,
         batch_size=task.batch_size,
         resolution=task.resolution,
         mean=task.mean,

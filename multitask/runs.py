@@ -107,10 +107,15 @@ def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) 
     """Task -> top1 and top5 (percent) and loss of its model on a whole table of its data.
 
     Args:
+        models: task -> its model; a job's other tasks are left out.
         split: "train", "validation" or "test".
     """
     with torch_threads(spec.resources.threads_per_worker):
-        return {task.name: evaluate(models[task.name], table_batches(task, split)) for task in spec.tasks}
+        return {
+            task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
+            for task in spec.tasks
+            if task.name in models
+        }
 
 
 def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -47,6 +47,12 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
     assert folded.returncode == 0, folded.stderr
     assert not any("running_mean" in name for name in load_file(tmp_path / "plain.safetensors"))
 
+    evaluated = multitask("evaluate", run, "--task", "pets", "--json")
+    assert list(json.loads(evaluated.stdout)) == ["pets"]
+    unknown = multitask("evaluate", run, "--task", "pet")
+    assert unknown.returncode == 1
+    assert "Did you mean 'pets'?" in unknown.stderr
+
     damaged = bytearray(bundle.read_bytes())
     damaged[-1] ^= 1
     bundle.write_bytes(damaged)
