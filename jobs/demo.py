@@ -22,7 +22,7 @@ from multitask.engines.asynchronous import ray_session
 from multitask.evaluation import reestimate_statistics, torch_threads
 from multitask.report import accuracy_table, write_report
 from multitask.runs import Export, Run, evaluate_models, write_json
-from multitask.spec import JobSpec, load_spec
+from multitask.spec import TaskSpec, load_spec
 
 SPECS = Path(__file__).parent / "specs"
 MODES = {
@@ -32,6 +32,7 @@ MODES = {
 }
 REESTIMATED = "private_last_layer_reestimated"
 REESTIMATION_BATCHES = 100
+EXAMPLES = 10
 LICENCES = {
     "fashion": "Fashion-MNIST, Copyright 2017 Zalando SE, MIT",
     "animals": "Animal-MNIST, Sina Mohammadi, MIT",
@@ -71,7 +72,7 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         "seconds": time.perf_counter() - start,
         "seed": run.spec.seed,
         "environment": _environment(),
-        "tasks": {task.name: _task(run.spec, task.name) for task in run.spec.tasks},
+        "tasks": {task.name: _task(task, directory) for task in run.spec.tasks},
         "modes": modes,
         "backbone": {
             "path": str(export.backbone),
@@ -165,14 +166,22 @@ def _evaluate_in_a_fresh_process(run: Run) -> dict[str, dict[str, float]]:
     return json.loads(finished.stdout)
 
 
-def _task(spec: JobSpec, name: str) -> dict[str, Any]:
-    task = next(task for task in spec.tasks if task.name == name)
+def _task(task: TaskSpec, directory: Path) -> dict[str, Any]:
+    """What the report says of a task's data, with the first test images as files beside it."""
     tables = {split: open_table(f"{task.data}/{split}") for split in ("train", "validation", "test")}
+    test = tables["test"]
+    (directory / "examples").mkdir(exist_ok=True)
+    examples = []
+    for row in range(EXAMPLES):
+        file = directory / "examples" / f"{task.name}_{row}.png"
+        file.write_bytes(test.encoded(row))
+        examples.append({"png": str(file.relative_to(directory)), "label": test.classes[test.labels[row]]})
     return {
-        "classes": list(tables["train"].classes),
+        "classes": list(test.classes),
         "resolution": task.resolution,
         **{f"{split}_images": table.num_rows for split, table in tables.items()},
-        "licence": LICENCES[name],
+        "licence": LICENCES[task.name],
+        "examples": examples,
     }
 
 
