@@ -106,8 +106,8 @@ def test_terminal_and_report_show_the_same_rows() -> None:
 
 def test_the_headline_is_computed_from_the_rows() -> None:
     assert headline(make_results()) == (
-        "Private scale-and-bias patches reach 85.0 % mean top-1 on 2 tasks with 1,100 parameters, 55 % of what separate "
-        "models take: 0.5 points below those; 0.5 points above the fair baseline."
+        "Private scale-and-bias patches reach 85.0 % mean top-1 on 2 tasks with 1,100 parameters, 55 % of what "
+        "separate models take: 0.5 points below those; 0.5 points above the fair baseline."
     )
 
 
