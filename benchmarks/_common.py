@@ -1,66 +1,127 @@
-"""What every benchmark shares: arguments, the environment, the table and the JSON file."""
+"""What every benchmark needs: the argument, the environment, the goals, the table and the JSON file."""
 
 import argparse
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from patches.files import write_atomic
 
+PACKAGES = ("torch", "torchvision", "ray")
+
 
 @dataclass(frozen=True)
 class Goal:
-    """A promised number, kept or missed."""
+    """A promised number and what was measured."""
 
     name: str
+    """Says what `value` is, and whether it should be at most or at least `goal`."""
     value: float
     goal: float
-    at_least: bool = True
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.goal if self.at_least else self.value <= self.goal
+    holds: bool
 
 
-def main(question: str, measure: Callable[[], tuple[list[dict[str, Any]], list[Goal]]]) -> None:
-    """Run `python -m benchmarks.NAME --out FILE`: measure, print the rows and the goals, write them as JSON."""
+def at_most(name: str, value: float, goal: float) -> Goal:
+    return Goal(f"{name}, at most", value, goal, value <= goal)
+
+
+def at_least(name: str, value: float, goal: float) -> Goal:
+    return Goal(f"{name}, at least", value, goal, value >= goal)
+
+
+def make_parser(question: str | None) -> argparse.ArgumentParser:
+    """A parser with --out; a benchmark adds its own options."""
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    arguments = parser.parse_args()
-    rows, goals = measure()
-    console = Console(width=140)
-    console.print(_table(question, rows))
-    told = [{"name": g.name, "value": g.value, "goal": g.goal, "holds": g.holds} for g in goals]
-    console.print(_table("goals", told))
-    content = {"question": question, "rows": rows, "environment": environment(), "goals": told}
-    write_atomic(arguments.out, (json.dumps(content, indent=2) + "\n").encode())
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    return parser
 
 
 def environment() -> dict[str, Any]:
-    """Versions, cores, device and commit: what a number means depends on them."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    """Where and with what the numbers were measured; taken before a run, so that the load is that of others."""
+    load = os.getloadavg()[0]
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "ray")},
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit.strip() or None,
+        **{name: version(name) for name in PACKAGES},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": f"cpu: {_processor()}",
+        "system": platform.platform(),
+        "load_before": round(load, 2),
+        "commit": _commit(),
     }
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(*rows[0], title=title)
+def finish(
+    out: Path,
+    *,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    environment: Mapping[str, Any],
+    goals: Sequence[Goal],
+    settings: Mapping[str, Any],
+) -> None:
+    """Print tables and goals and write all of it as JSON; a row there names its table.
+
+    Args:
+        tables: title -> rows of plain values by column; the rows of one table have the same columns.
+        goals: one for each promised number, the missed ones included.
+        settings: what the run was asked to do.
+    """
+    assert goals, "a benchmark without a goal answers no question"
+    console = Console(width=120)  # the same table in a pipe as on a screen
+    for title, rows in tables.items():
+        console.print(_table(title, rows))
+    console.print(_table("Goals", [asdict(goal) for goal in goals]))
+    content = {
+        "rows": [{"table": title, **row} for title, rows in tables.items() for row in rows],
+        "goals": [asdict(goal) for goal in goals],
+        "settings": dict(settings),
+        "environment": dict(environment),
+    }
+    write_atomic(out, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    console.print(f"Written to {out}")
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else f"{value}" for value in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the code that runs; ends in -dirty when tracked files were changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
