@@ -88,7 +88,8 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
     message = str(caught.value)
     assert "Worker 'cars/0' of task 'cars' failed" in message
     assert "the loss is nan at step 0" in message
-    assert "Traceback" in message
+    # Ray gives the lines of the worker's own stack.
+    assert "in compute" in message
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_name(make_spec: MakeSpec) -> None:
