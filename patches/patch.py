@@ -109,7 +109,9 @@ class PatchedModel(nn.Module):
         names = list(network.state_dict())
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)
-        self.first_private_block = min(backbone.step_of(name) for name in self.private_names)
+        self.first_private_block = next(
+            index for index, step in enumerate(backbone._steps) if any(step.owns(name) for name in self.private_names)
+        )
         self.set_shared_trainable(False)
         self.eval()
 
@@ -250,18 +252,20 @@ def attach(
         norm.__class__ = PatchedBatchNorm2d  # same data, and a train() that a frozen layer ignores
     for part in parts:
         part.attach(copy)
+    modules = dict(copy.network.named_modules())
     private = {
         key
         for key in copy.network.state_dict()
-        if any(part.owns(key, copy.network.get_submodule(key.rpartition(".")[0])) for part in parts)
+        if any(part.owns(key, modules[key.rpartition(".")[0]]) for part in parts)
     }
     head: HeadOwner = "private" if any(f"{path}.weight" in private for path in copy.heads()) else "shared"
     if num_classes is not None:
         head = "private" if head == "private" else "fixed"
         _replace_heads(copy, num_classes, seed, fixed=head == "fixed")
+        modules = dict(copy.network.named_modules())
     for key in private:
         path, _, name = key.rpartition(".")
-        module = copy.network.get_submodule(path)
+        module = modules[path]
         own = getattr(module, name).detach().clone()
         setattr(module, name, nn.Parameter(own) if name in module._parameters else own)
     return PatchedModel(
