@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Self
 
 import safetensors.torch
@@ -80,12 +80,14 @@ class Backbone:
                 shapes[name] = tuple(x.shape[1:])
         return shapes
 
-    def step_of(self, tensor_name: str) -> int:
-        """Index of the step that uses the state-dict tensor; an auxiliary branch counts with the head."""
+    def first_step_of(self, tensor_names: Collection[str]) -> int:
+        """Index of the first step that uses one of the state-dict tensors; an auxiliary branch counts with the head."""
         for index, step in enumerate(self._steps):
-            if step.owns(tensor_name):
+            if any(step.owns(name) for name in tensor_names):
                 return index
-        raise BackboneError(f"Backbone '{self.name}' has no tensor '{tensor_name}'. See network.state_dict().")
+        raise BackboneError(
+            f"Backbone '{self.name}' has none of the tensors {list(tensor_names)}. See network.state_dict()."
+        )
 
     def norm_layers(self) -> dict[str, nn.Module]:
         """Module path -> layer, for every BatchNorm2d, LayerNorm and GroupNorm."""

@@ -109,9 +109,7 @@ class PatchedModel(nn.Module):
         names = list(network.state_dict())
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)
-        self.first_private_block = next(
-            index for index, step in enumerate(backbone._steps) if any(step.owns(name) for name in self.private_names)
-        )
+        self.first_private_block = backbone.first_step_of(self.private_names)
         self.set_shared_trainable(False)
         self.eval()
 

@@ -127,7 +127,7 @@ def test_inception_has_a_second_head_and_taps_mixed_6e() -> None:
         logits, aux_logits = backbone.network(x)
         assert torch.equal(backbone.run(x), logits)
         assert torch.equal(backbone.network.AuxLogits(backbone.run(x, 0, after_6e)), aux_logits)
-    assert backbone.step_of("AuxLogits.conv0.conv.weight") == backbone.steps.index("head")
+    assert backbone.first_step_of(["AuxLogits.conv0.conv.weight"]) == backbone.steps.index("head")
 
 
 def test_inception_keeps_its_input_transform() -> None:
@@ -231,4 +231,4 @@ def test_a_backbone_that_cannot_be_built(name: str, options: dict, message: str)
 
 def test_no_such_tensor() -> None:
     with pytest.raises(BackboneError, match=r"no tensor 'fc\.weight'"):
-        randomised(small_backbone()).step_of("fc.weight")
+        randomised(small_backbone()).first_step_of(["fc.weight"])
