@@ -85,9 +85,8 @@ class Backbone:
         for index, step in enumerate(self._steps):
             if any(step.owns(name) for name in tensor_names):
                 return index
-        raise BackboneError(
-            f"Backbone '{self.name}' has none of the tensors {list(tensor_names)}. See network.state_dict()."
-        )
+        missing = ", ".join(f"'{name}'" for name in tensor_names)
+        raise BackboneError(f"Backbone '{self.name}' has no tensor {missing}. See network.state_dict().")
 
     def norm_layers(self) -> dict[str, nn.Module]:
         """Module path -> layer, for every BatchNorm2d, LayerNorm and GroupNorm."""
