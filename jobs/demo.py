@@ -105,6 +105,7 @@ def _mode(title: str, run: Run, export: Export) -> dict[str, Any]:
     for name, metrics in test.items():
         trained = run.result["tasks"][name]
         tasks[name] = metrics | {
+            "engine": run.result["engine"],
             "process_id": trained["processes"][0],
             "pushes": trained["pushes"],
             "mean_staleness": trained["mean_staleness"],
@@ -114,7 +115,6 @@ def _mode(title: str, run: Run, export: Export) -> dict[str, Any]:
     files = [*export.bundles.values()] + ([] if run.spec.tasks[0].method == "full" else [export.backbone])
     return {
         "title": title,
-        "engine": run.result["engine"],
         "parameters": run.result["parameters"],
         "bytes": sum(file.stat().st_size for file in files),
         "seconds": run.result["seconds"],

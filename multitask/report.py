@@ -220,7 +220,7 @@ def _pushes(results: Results) -> list[list[str]]:
                 [
                     mode.get("title", key),
                     task,
-                    str(mode.get("engine", UNKNOWN)),
+                    str(found.get("engine", UNKNOWN)),
                     str(found.get("process_id", UNKNOWN)),
                     f"{found['pushes']:,}",
                     UNKNOWN if staleness is None else f"{staleness:.2f}",

@@ -25,9 +25,9 @@ def make_results(**changes: Any) -> dict[str, Any]:
             tasks[task] = {"top1": value, "top5": 99.0, "loss": 0.5}
             if trained:
                 curve = [{"step": step, "top1": value - 10 / step, "loss": 1.0} for step in (1, 2, 3)]
-                tasks[task] |= {"process_id": 4711, "pushes": 1300, "mean_staleness": 0.75, "curve": curve}
-        engine = {"engine": "async"} if trained else {}
-        return {"title": title, "parameters": parameters, "bytes": 4 * parameters, "tasks": tasks, **engine}
+                tasks[task] |= {"engine": "async", "process_id": 4711, "pushes": 1300, "mean_staleness": 0.75}
+                tasks[task]["curve"] = curve
+        return {"title": title, "parameters": parameters, "bytes": 4 * parameters, "tasks": tasks}
 
     return {
         "title": "Two tasks",
