@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-METRICS_PER_CALL = 1000  # MLflow refuses more in one log_batch
-PARAMS_PER_CALL = 100
-PARAM_CHARS = 6000
+PARAM_CHARS = 6000  # of a value; MLflow refuses more
 TAG_CHARS = 8000
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its pages nest runs by it
 TASK_TAG = "multitask.task"
@@ -167,9 +165,7 @@ class Tracker:
         self._runs[task] = run_id
         flat = flatten(params)
         entries = [Param(key, shorten(value)) for key, value in flat.items()]
-        for start in range(0, len(entries), PARAMS_PER_CALL):
-            batch = entries[start : start + PARAMS_PER_CALL]
-            _patiently(lambda batch=batch: client.log_batch(run_id, params=batch))  # type: ignore[misc]
+        _patiently(lambda: client.log_batch(run_id, params=entries))
         if any(len(value) > PARAM_CHARS for value in flat.values()):
             client.log_text(run_id, json.dumps(flat, indent=2, ensure_ascii=False), "params.json")
 
@@ -200,9 +196,7 @@ class Tracker:
 
     def _send(self, task: str | None, metrics: list["Metric"]) -> None:
         client, run_id = self._client_now(), self._run_of(task)
-        for start in range(0, len(metrics), METRICS_PER_CALL):
-            batch = metrics[start : start + METRICS_PER_CALL]
-            _patiently(lambda batch=batch: client.log_batch(run_id, metrics=batch))  # type: ignore[misc]
+        _patiently(lambda: client.log_batch(run_id, metrics=metrics))  # cut by MLflow into calls of 1000, its limit
 
     def _run_of(self, task: str | None) -> str:
         if None not in self._runs:
@@ -291,7 +285,6 @@ def _connect(uri: str, database: Path | None) -> "MlflowClient":
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:  # set after the import, which sets levels itself
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     if database is not None and not database.exists():
         _create_database(database)
     return MlflowClient(tracking_uri=uri)

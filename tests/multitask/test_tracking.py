@@ -283,6 +283,34 @@ def test_an_experiment_that_cannot_be_used_says_why(uri: str) -> None:
         pass
 
 
+def test_an_experiment_that_another_process_made_meanwhile_is_used(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment_id = Client(tracking_uri=uri).create_experiment("demo")
+    look_up, answers = Client.get_experiment_by_name, [None]
+    monkeypatch.setattr(
+        Client, "get_experiment_by_name", lambda self, name: answers.pop() if answers else look_up(self, name)
+    )
+    with tracker(uri) as tracked:
+        pass
+    assert answers == []
+    assert Client(tracking_uri=uri).get_run(tracked.run_id).info.experiment_id == experiment_id
+
+
+def test_a_busy_store_is_asked_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = mlflow.exceptions.MlflowException("locked", error_code=mlflow.protos.databricks_pb2.TEMPORARILY_UNAVAILABLE)
+    log_batch, failures = Client.log_batch, [busy, busy]
+
+    def sometimes(self: Any, *args: Any, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        log_batch(self, *args, **options)
+
+    with tracker(uri) as tracked:
+        monkeypatch.setattr(Client, "log_batch", sometimes)
+        tracked.log_metrics("pets", {"top1": 1.0}, step=0)
+    assert failures == []
+    assert Client(tracking_uri=uri).get_run(tracked.task_run_id("pets")).data.metrics == {"top1": 1.0}
+
+
 def test_threads_may_share_a_tracker(uri: str) -> None:
     steps = 200
     with tracker(uri) as tracked:
@@ -304,7 +332,7 @@ def test_threads_may_share_a_tracker(uri: str) -> None:
 
 
 def _train(uri: str, offset: int, start: Any, answers: Any) -> None:
-    start.wait(60)
+    start.wait(120)
     with tracker(uri) as tracked:
         for call in range(20):
             for task in ("pets", "cars"):
@@ -334,7 +362,7 @@ def test_two_processes_that_start_together_on_no_file_lose_nothing(tmp_path: Pat
         process.start()
     start.set()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     runs = dict(answers.get(timeout=10) for _ in processes)
 
