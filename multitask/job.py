@@ -47,7 +47,7 @@ class Job:
         self.spec = spec
         for task in spec.tasks:
             self._check_data(task)
-        self._backbone = load_backbone(spec)
+        self._backbone = load_backbone(spec, spec.backbone.weights)
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
         self.groups = {group.name: group for group in plan_groups(models, {t.name: t.workers for t in spec.tasks})}
         self.workers = {f"{task.name}/{rank}": task.name for task in spec.tasks for rank in range(task.workers)}
@@ -80,9 +80,7 @@ class Job:
     def make_worker(self, name: str) -> TaskWorker:
         spec, task, rank = self.spec, self.task(self.workers[name]), int(name.rpartition("/")[2])
         # The structure alone: values come from the groups, so no worker reads a weights file.
-        backbone = patches.load_backbone(
-            spec.backbone.name, None, spec.backbone.num_classes, seed=spec.seed, **spec.backbone.options
-        )
+        backbone = load_backbone(spec, weights=None)
         groups = self.groups_of(task.name)
         return TaskWorker(
             name,
@@ -156,11 +154,10 @@ class Job:
             )
 
 
-def load_backbone(spec: JobSpec) -> patches.Backbone:
+def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:
+    """The job's backbone, with the spec's weights or, for its structure alone, with None."""
     backbone = spec.backbone
-    return patches.load_backbone(
-        backbone.name, backbone.weights, backbone.num_classes, seed=spec.seed, **backbone.options
-    )
+    return patches.load_backbone(backbone.name, weights, backbone.num_classes, seed=spec.seed, **backbone.options)
 
 
 def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> patches.PatchedModel:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import patches
 from multitask.data import open_table
 from multitask.evaluation import evaluate, torch_threads
-from multitask.job import attach_task, table_batches
+from multitask.job import attach_task, load_backbone, table_batches
 from multitask.spec import JobSpec, dump_yaml, load_spec
 from patches.files import write_atomic
 
@@ -51,8 +51,7 @@ class Run:
     def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
         """The backbone as trained up to a version, and every task's model on it."""
         tensors = load_file(self.directory / f"{version}.safetensors")
-        spec = self.spec.backbone
-        backbone = patches.load_backbone(spec.name, None, spec.num_classes, seed=self.spec.seed, **spec.options)
+        backbone = load_backbone(self.spec, weights=None)
         backbone.network.load_state_dict(_below("backbone/", tensors))
         models = {}
         for task in self.spec.tasks:

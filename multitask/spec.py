@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -223,10 +222,6 @@ def dump_spec(spec: JobSpec) -> dict[str, Any]:
 
 def dump_yaml(spec: JobSpec) -> str:
     return yaml.safe_dump(dump_spec(spec), sort_keys=False)
-
-
-def with_directory(spec: JobSpec, directory: Path) -> JobSpec:
-    return replace(spec, directory=str(directory))
 
 
 def _read_file(path: Path) -> dict[str, Any]:
