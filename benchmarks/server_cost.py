@@ -65,8 +65,8 @@ class BlockedTime:
 class TimedWorker(WorkerActor):
     """The engine's worker actor, run a few steps at a time."""
 
-    def __init__(self, job: Job, name: str, server: Any) -> None:
-        super().__init__(job, name, server)
+    def prepare(self, decoder: Any) -> None:
+        super().prepare(decoder)
         self._clock = BlockedTime(self._server)
         self._loop: Iterator[None] = train_steps(self._worker, self._clock, self._steps, self._in_flight)
 
@@ -95,7 +95,7 @@ class Variant:
         self._server: Any = ray.remote(TimedServer).options(num_cpus=0).remote(shared_job)
         actor: Any = ray.remote(TimedWorker).options(num_cpus=0)
         self._workers = [actor.remote(shared_job, name, self._server) for name in job.workers]
-        ray.get([worker.process.remote() for worker in self._workers], timeout=300)
+        ray.get([worker.prepare.remote(None) for worker in self._workers], timeout=300)
 
     def turn(self, steps: int) -> dict[str, float]:
         """Run all workers for some steps; what the steps after the first few took."""

@@ -174,8 +174,9 @@ def _task(task: TaskSpec, directory: Path) -> dict[str, Any]:
     examples = []
     for row in range(EXAMPLES):
         file = directory / "examples" / f"{task.name}_{row}.png"
-        file.write_bytes(test.encoded(row))
-        examples.append({"png": str(file.relative_to(directory)), "label": test.classes[test.labels[row]]})
+        image, label, _ = test.row(row)
+        file.write_bytes(image)
+        examples.append({"png": str(file.relative_to(directory)), "label": test.classes[label]})
     return {
         "classes": list(test.classes),
         "resolution": task.resolution,

@@ -34,7 +34,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device | 
     images = top1 = top5 = 0
     loss = 0.0
     for batch in batches:
-        logits = model(batch.images.to(device, memory_format=torch.channels_last))
+        logits = model(batch.images(device).contiguous(memory_format=torch.channels_last))
         labels = batch.labels.to(device)
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         images += len(labels)
@@ -59,7 +59,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
         norm.momentum = None  # torch's word for the cumulative average
         norm.training = True
     for batch in batches:
-        model(batch.images.contiguous(memory_format=torch.channels_last))
+        model(batch.images().contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

@@ -1,6 +1,6 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import patches
-from multitask.data import Batch, ImageTable, TrainBatches, eval_batches, open_table
+from multitask.data import Batch, ImageTable, eval_batches, open_table
+from multitask.data.batches import BatchView, TrainStream
+from multitask.data.shared import SharedStream
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, as_tensor
@@ -45,7 +47,13 @@ class Job:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
         """
         self.spec = spec
+        # One opening serves all tasks over the same data, and every process: a table is checked once.
+        self._tables: dict[str, ImageTable] = {}
         for task in spec.tasks:
+            for split in ("train", "validation"):
+                uri = f"{task.data}/{split}"
+                if uri not in self._tables:
+                    self._tables[uri] = open_table(uri, verify=task.verify_data, damaged=task.damaged_shards)
             self._check_data(task)
         self._backbone = load_backbone(spec, spec.backbone.weights)
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
@@ -77,8 +85,8 @@ class Job:
             evaluate_every_rounds=self.spec.evaluate_every,
         )
 
-    def make_worker(self, name: str) -> TaskWorker:
-        spec, task, rank = self.spec, self.task(self.workers[name]), int(name.rpartition("/")[2])
+    def make_worker(self, name: str, batches: Iterator[Batch]) -> TaskWorker:
+        spec, task, rank = self.spec, self.task(self.workers[name]), rank_of(name)
         # The structure alone: values come from the groups, so no worker reads a weights file.
         backbone = load_backbone(spec, weights=None)
         groups = self.groups_of(task.name)
@@ -89,7 +97,7 @@ class Job:
             layouts={group.name: group.layout for group in groups.values()},
             initial={group.name: (group.values, group.counters) for group in groups.values()},
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
-            batches=self._train_batches(task, rank),
+            batches=batches,
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
@@ -120,26 +128,48 @@ class Job:
         make = partial(make_optimizer, self.spec.optimizer.name, **options)
         return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make)
 
-    def _train_batches(self, task: TaskSpec, rank: int) -> Iterator[Batch]:
-        return TrainBatches(
-            open_table(f"{task.data}/train"),
+    def sharing(self, workers: Iterable[str]) -> list[list[str]]:
+        """The workers in groups whose members read the same rows in the same order, at whatever resolutions."""
+        groups: dict[Any, list[str]] = {}
+        for name in workers:
+            task = self.task(self.workers[name])
+            alike = (task.data, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
+            groups.setdefault((*alike, rank_of(name)), []).append(name)
+        return list(groups.values())
+
+    def make_stream(self, workers: Sequence[str]) -> SharedStream:
+        """The training stream of workers that `sharing` put together."""
+        task, rank = self.task(self.workers[workers[0]]), rank_of(workers[0])
+        make = partial(
+            TrainStream,
+            self._tables[f"{task.data}/train"],
             batch_size=task.batch_size,
-            resolution=task.resolution,
-            mean=task.mean,
-            std=task.std,
-            augment=task.augment,
             seed=self.spec.seed,
+            augment=task.augment,
             rank=rank,
             workers=task.workers,
             undecodable=task.undecodable,
+            window=task.shuffle_window,
+            threads=self.spec.resources.decode_threads,
         )
+        resolutions = {name: self.task(self.workers[name]).resolution for name in workers}
+        return SharedStream(lambda position: make(start=position), resolutions)
+
+    def view(self, worker: str) -> BatchView:
+        """How a worker's task sees the images of its stream."""
+        task = self.task(self.workers[worker])
+        return BatchView(task.resolution, task.mean, task.std)
+
+    def make_batches(self, worker: str) -> Iterator[Batch]:
+        """A worker's batches from a stream of its own."""
+        return self.view(worker).batches(partial(self.make_stream([worker]).next, worker))
 
     def _validation_batches(self, task: TaskSpec) -> Callable[[], Iterator[Batch]]:
-        table = open_table(f"{task.data}/validation")
-        return lambda: table_batches(table, task, task.validation_images)
+        table, threads = self._tables[f"{task.data}/validation"], self.spec.resources.decode_threads
+        return lambda: table_batches(table, task, task.validation_images, threads)
 
     def _check_data(self, task: TaskSpec) -> None:
-        train, validation = open_table(f"{task.data}/train"), open_table(f"{task.data}/validation")
+        train, validation = self._tables[f"{task.data}/train"], self._tables[f"{task.data}/validation"]
         if train.classes != validation.classes:
             raise SpecError(
                 f"Task '{task.name}': train and validation under '{task.data}' have other class lists "
@@ -174,7 +204,12 @@ def make_schedule(spec: JobSpec) -> Schedule:
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
 
 
-def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None) -> Iterator[Batch]:
+def rank_of(worker: str) -> int:
+    """Number of a worker among those of its task."""
+    return int(worker.rpartition("/")[2])
+
+
+def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, threads: int = 1) -> Iterator[Batch]:
     """A table in order, as the task's model reads images: all rows, or so many spread over the table."""
     return eval_batches(
         table,
@@ -184,6 +219,7 @@ def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None) ->
         std=task.std,
         undecodable=task.undecodable,
         rows=rows,
+        threads=threads,
     )
 
 

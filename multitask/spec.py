@@ -62,6 +62,12 @@ class TaskSpec:
     """Weight of the loss of an auxiliary classifier (InceptionV3)."""
     undecodable: Literal["fail", "skip"] = "fail"
     """What an image that cannot be decoded does: end the run, or be skipped and counted."""
+    verify_data: bool = True
+    """Read every shard once before training to compare its SHA-256 with the index."""
+    damaged_shards: Literal["fail", "skip"] = "fail"
+    """What a missing or differing shard does: end the job before it starts, or be left out with a warning."""
+    shuffle_window: Count = 4096
+    """Training rows that are shuffled together; a worker holds up to two windows of encoded images."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
 
@@ -138,6 +144,8 @@ class ResourcesSpec:
     """By default an equal share of the cluster's CPUs, at most one."""
     gpus_per_worker: Amount = 0.0
     threads_per_worker: Count = 1
+    decode_threads: Count = 1
+    """Threads that decode images for a worker, or for all workers of a node that share one decode."""
     start_timeout_s: Rate = 300.0
     """How long workers may take to start before the job gives up and says who is missing."""
 

@@ -110,7 +110,7 @@ class TaskWorker:
         batch = next(self._batches)
         for gradient in self._gradients.values():
             gradient.zero_()
-        images = batch.images.to(self._device, memory_format=torch.channels_last)
+        images = batch.images(self._device).contiguous(memory_format=torch.channels_last)
         loss = self._loss(self.model(images), batch.labels.to(self._device))
         loss.backward()
         loss_value = loss.item()

@@ -1,40 +1,167 @@
-"""Batches of a table: endless and shuffled for training, one pass in order for evaluation.
+"""Batches of a table: endless and shuffled for training (see order.py), one pass in order for evaluation."""
 
-Training order: in each epoch a permutation of all rows, drawn from (seed, epoch), is dealt out to the workers like
-cards. So each row comes once in an epoch whatever the number of workers, and a worker's place in its stream is one
-number, the rows it has consumed.
-"""
-
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from multitask.data.format import DataError
-from multitask.data.table import ImageTable
-from multitask.data.transforms import Augment, Crop, decode, draw_crop, normalise, resize_images
+from multitask.data.loading import EncodedRow, ImageLoader, Loaded, Undecodable, check_option
+from multitask.data.order import EpochOrder, Window
+from multitask.data.table import ImageTable, RowGroup
+from multitask.data.transforms import Augment, Crop, draw_crop, normalise
 
-Undecodable = Literal["fail", "skip"]
-SHUFFLE, CROP = 0, 1
-"""First number of a random key: keeps the two kinds of draws apart."""
-log = logging.getLogger(__name__)
+CROP = 1
+"""First number of a crop's random key."""
+SHUFFLE_WINDOW = 4096
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images and labels of one step."""
 
-    images: Tensor
-    """Shape (batch, 3, resolution, resolution), float32."""
+    pixels: Tensor
+    """Shape (batch, 3, resolution, resolution), uint8: a quarter of the bytes to move that the floats would be."""
     labels: Tensor
     """Shape (batch,), int64."""
-    skipped: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    skipped: int = 0
     """Undecodable images that were passed over while this batch was gathered."""
+    position: int = 0
+    """Rows of its stream that a worker has consumed with this batch: where another stream goes on."""
+
+    def images(self, device: torch.device | str | None = None) -> Tensor:
+        """What a model reads: shape (batch, 3, resolution, resolution), float32, normalised on `device`."""
+        return normalise(self.pixels.to(device), self.mean, self.std)
+
+
+class TrainStream:
+    """The decoded images of one worker, batch by batch, at every resolution asked for.
+
+    At most two windows of encoded images are in memory: the one that is read, and the next, fetched meanwhile.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Augment = "none",
+        rank: int = 0,
+        workers: int = 1,
+        undecodable: Undecodable = "fail",
+        window: int = SHUFFLE_WINDOW,
+        threads: int = 1,
+        start: int = 0,
+    ) -> None:
+        """Arguments as for `TrainBatches`."""
+        check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
+        check_option("augment", augment, augment in get_args(Augment), f"one of {list(get_args(Augment))}")
+        check_option("seed", seed, seed >= 0, "0 or more")
+        check_option("workers", workers, 1 <= workers <= table.num_rows, f"1 to {table.num_rows}, the table's rows")
+        check_option("rank", rank, 0 <= rank < workers, f"0 to {workers - 1} with {workers} worker(s)")
+        check_option("window", window, window >= 1, "1 or more")
+        check_option("start", start, start >= 0, "0 or more")
+        self.position = start
+        """Rows consumed so far, skipped ones included."""
+        self._table, self._batch_size = table, batch_size
+        self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window)
+        self.rows_per_epoch = self._order.rows_per_epoch
+
+        def crop(height: int, width: int, row: EncodedRow) -> Crop:
+            return draw_crop(height, width, (CROP, seed, row.epoch, row.row))
+
+        random_crop = crop if augment == "crop_flip" else None
+        self._loader = ImageLoader(table, undecodable=undecodable, draw_crop=random_crop, threads=threads)
+        self._windows = _Windows(table, self._order)
+
+    def draw(self, resolutions: Sequence[int]) -> "Drawn":
+        """The next batch."""
+        parts: list[Loaded] = []
+        wanted, skipped = self._batch_size, 0
+        while wanted:
+            # No more rows than the batch still lacks, so that it ends where reading one by one would have ended it.
+            rows = [self._row(self.position + ahead) for ahead in range(wanted)]
+            self.position += len(rows)
+            parts.append(self._loader.load(rows, resolutions))
+            good = len(parts[-1][0])
+            wanted -= good
+            skipped += len(rows) - good
+        return _join(parts, skipped, self.position)
+
+    def _row(self, position: int) -> EncodedRow:
+        epoch, number, place = self._order.place(position)
+        return self._windows.row(epoch, number, place)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One batch at several resolutions, as NumPy arrays: processes on one node hand them over without a copy."""
+
+    pixels: dict[int, NDArray[np.uint8]]
+    """Resolution -> shape (batch, 3, resolution, resolution)."""
+    labels: NDArray[np.int64]
+    skipped: int
+    position: int
+
+
+class _Windows:
+    """Holds the window that is read, and fetches the one after it in the background."""
+
+    def __init__(self, table: ImageTable, order: EpochOrder) -> None:
+        self._table, self._order = table, order
+        self._thread = ThreadPoolExecutor(1, "fetch")
+        self._current: _LoadedWindow | None = None
+        self._next: tuple[tuple[int, int], Future[_LoadedWindow]] | None = None
+
+    def row(self, epoch: int, number: int, place: int) -> EncodedRow:
+        if self._current is None or self._current.key != (epoch, number):
+            self._move(epoch, number)
+        assert self._current is not None
+        return self._current.row(place)
+
+    def _move(self, epoch: int, number: int) -> None:
+        if self._next is not None and self._next[0] == (epoch, number):
+            self._current = self._next[1].result()
+        else:
+            self._current = self._fetch(epoch, number, {})
+        following = self._order.following(epoch, number)
+        self._next = following, self._thread.submit(self._fetch, *following, self._current.groups)
+
+    def _fetch(self, epoch: int, number: int, at_hand: dict[int, RowGroup]) -> "_LoadedWindow":
+        """A window's row groups; those at hand (of the window before it) are not read again."""
+        window = self._order.window(epoch, number)
+        groups = {span.group: at_hand.get(span.group) or self._table.read_group(span.group) for span in window.spans}
+        return _LoadedWindow((epoch, number), window, groups, self._table)
+
+
+class _LoadedWindow:
+    def __init__(self, key: tuple[int, int], window: Window, groups: dict[int, RowGroup], table: ImageTable) -> None:
+        self.key = key
+        self.groups = groups
+        self._window, self._table = window, table
+        self._starts = np.cumsum([0, *(span.stop - span.start for span in window.spans)])
+
+    def row(self, place: int) -> EncodedRow:
+        row = int(self._window.order[place])
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        span = self._window.spans[number]
+        place_in_group = span.start + row - int(self._starts[number])
+        group = self.groups[span.group]
+        return EncodedRow(
+            epoch=self.key[0],
+            row=self._table.first_row(span.group) + place_in_group,
+            image=group.encoded(place_in_group),
+            label=int(group.labels[place_in_group]),
+        )
 
 
 class TrainBatches:
@@ -51,7 +178,9 @@ class TrainBatches:
         rank: this worker's number, 0 to workers - 1.
         workers: workers that share the table.
         undecodable: what an image that cannot be decoded does: end the run, or be skipped and counted.
-        start: `position` of an earlier instance: this one goes on from there, bit for bit.
+        window: rows that are shuffled together; up to two windows of encoded images are in memory.
+        threads: threads that decode; they change no value.
+        start: `position` of an earlier instance or of a batch: this one goes on from there, bit for bit.
     """
 
     def __init__(
@@ -67,58 +196,75 @@ class TrainBatches:
         rank: int = 0,
         workers: int = 1,
         undecodable: Undecodable = "fail",
+        window: int = SHUFFLE_WINDOW,
+        threads: int = 1,
         start: int = 0,
     ) -> None:
-        _check_options(batch_size, resolution, mean, std, undecodable)
-        _check_option("augment", augment, augment in get_args(Augment), f"one of {list(get_args(Augment))}")
-        _check_option("seed", seed, seed >= 0, "0 or more")
-        _check_option("workers", workers, 1 <= workers <= table.num_rows, f"1 to {table.num_rows}, the table's rows")
-        _check_option("rank", rank, 0 <= rank < workers, f"0 to {workers - 1} with {workers} worker(s)")
-        _check_option("start", start, start >= 0, "0 or more")
-        self.position = start
-        """Rows consumed so far, skipped ones included."""
-        self._table, self._batch_size, self._resolution = table, batch_size, resolution
-        self._mean, self._std, self._augment = tuple(mean), tuple(std), augment
-        self._seed, self._rank, self._workers, self._undecodable = seed, rank, workers, undecodable
-        self.rows_per_epoch = len(range(rank, table.num_rows, workers))
+        self._view = BatchView(resolution, mean, std)
+        self._stream = TrainStream(
+            table,
+            batch_size=batch_size,
+            seed=seed,
+            augment=augment,
+            rank=rank,
+            workers=workers,
+            undecodable=undecodable,
+            window=window,
+            threads=threads,
+            start=start,
+        )
+        self.rows_per_epoch = self._stream.rows_per_epoch
         """Rows this worker consumes in one epoch."""
-        self._order: tuple[int, NDArray[np.int64]] | None = None
-        self._bad_rows: set[int] = set()
+
+    @property
+    def position(self) -> int:
+        """Rows consumed so far, skipped ones included."""
+        return self._stream.position
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        images: list[Tensor] = []
-        rows: list[int] = []
-        crops: list[Crop] = []
-        skipped = 0
-        while len(images) < self._batch_size:
-            epoch, row = self._row(self.position)
-            # A row found bad before is not tried, and not named in the log, once more in each epoch.
-            image_chw = None if row in self._bad_rows else _decoded(self._table, row, self._undecodable)
-            self.position += 1
-            if image_chw is None:
-                skipped += 1
-                self._bad_rows.add(row)
-                if len(self._bad_rows) == self._table.num_rows:
-                    raise _nothing_decodable(self._table)
-                continue
-            images.append(image_chw)
-            rows.append(row)
-            if self._augment == "crop_flip":
-                height, width = image_chw.shape[1:]
-                crops.append(draw_crop(height, width, (CROP, self._seed, epoch, row)))
-        resized_nchw = resize_images(images, self._resolution, crops or None)
-        return Batch(normalise(resized_nchw, self._mean, self._std), _labels(self._table, rows), skipped)
+        return self._view.batch(self._stream.draw([self._view.resolution]))
 
-    def _row(self, position: int) -> tuple[int, int]:
-        """Epoch and table row of a place in this worker's stream."""
-        epoch, place = divmod(position, self.rows_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            shuffled = np.random.default_rng([SHUFFLE, self._seed, epoch]).permutation(self._table.num_rows)
-            self._order = epoch, shuffled[self._rank :: self._workers].copy()
-        return epoch, int(self._order[1][place])
+
+class BatchView:
+    """How one task sees the images of a stream: its resolution and normalisation."""
+
+    def __init__(self, resolution: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        # torch 2.15 cannot resize uint8 to a single pixel (an internal assertion fails).
+        check_option("resolution", resolution, resolution >= 2, "2 or more pixels")
+        check_option("mean", mean, len(mean) == 3, "three numbers, one for each channel")
+        check_option("std", std, len(std) == 3 and min(std) > 0, "three numbers above 0, one for each channel")
+        self.resolution = resolution
+        self._mean = (mean[0], mean[1], mean[2])
+        self._std = (std[0], std[1], std[2])
+
+    def batch(self, drawn: Drawn) -> Batch:
+        # What comes out of Ray's object store is read-only, which torch does not know: it gets a copy.
+        pixels, labels = (
+            torch.from_numpy(np.require(array, requirements="W"))
+            for array in (drawn.pixels[self.resolution], drawn.labels)
+        )
+        return Batch(pixels, labels, self._mean, self._std, drawn.skipped, drawn.position)
+
+    def batches(self, draw: Callable[[], Drawn]) -> Iterator[Batch]:
+        """Endless batches of what `draw` returns."""
+        while True:
+            yield self.batch(draw())
+
+
+def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches, of which up to `depth` are prepared in the background while one is used."""
+    # One torch thread: what is prepared on the side must not take the cores from the training step.
+    thread = ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,))
+    try:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, batches, None))
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def eval_batches(
@@ -130,94 +276,55 @@ def eval_batches(
     std: Sequence[float],
     undecodable: Undecodable = "fail",
     rows: int | None = None,
+    threads: int = 1,
 ) -> Iterator[Batch]:
     """All rows in order, once; only the last batch may be short. Arguments as for `TrainBatches`.
 
     Args:
         rows: read only this many, spread evenly over the table (which may be sorted by class).
     """
-    _check_options(batch_size, resolution, mean, std, undecodable)
-    _check_option("rows", rows, rows is None or rows >= 1, "1 or more")
-    chosen = range(table.num_rows) if rows is None else _spread(rows, table.num_rows)
-    return _eval_batches(table, chosen, batch_size, resolution, tuple(mean), tuple(std), undecodable)
+    check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
+    check_option("rows", rows, rows is None or rows >= 1, "1 or more")
+    loader = ImageLoader(table, undecodable=undecodable, threads=threads)
+    return _eval_batches(_rows_in_order(table, rows), loader, BatchView(resolution, mean, std), batch_size)
 
 
-def _spread(rows: int, of: int) -> list[int]:
-    """`rows` row numbers at even distances; all where there are fewer."""
-    count = min(rows, of)
-    return [place * of // count for place in range(count)]
+def _rows_in_order(table: ImageTable, rows: int | None) -> Iterator[EncodedRow]:
+    count = table.num_rows if rows is None else min(rows, table.num_rows)
+    chosen = np.arange(count) * table.num_rows // count
+    for number, size in enumerate(table.group_rows):
+        first = table.first_row(number)
+        here = chosen[(chosen >= first) & (chosen < first + size)] - first
+        if len(here):
+            group = table.read_group(number)
+            for place in here.tolist():
+                yield EncodedRow(0, first + place, group.encoded(place), int(group.labels[place]))
 
 
-def _eval_batches(
-    table: ImageTable,
-    chosen: Sequence[int],
-    batch_size: int,
-    resolution: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    undecodable: Undecodable,
-) -> Iterator[Batch]:
-    images: list[Tensor] = []
-    rows: list[int] = []
-    skipped = 0
-
-    def batch() -> Batch:
-        return Batch(normalise(resize_images(images, resolution), mean, std), _labels(table, rows), skipped)
-
-    for row in chosen:
-        image_chw = _decoded(table, row, undecodable)
-        if image_chw is None:
-            skipped += 1
-            continue
-        # A full batch waits for the next image, so that skipped rows at the end are counted in a batch that exists.
-        if len(images) == batch_size:
-            yield batch()
-            images, rows, skipped = [], [], 0
-        images.append(image_chw)
-        rows.append(row)
-    if not images:
-        raise _nothing_decodable(table)
-    yield batch()
+def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchView, batch_size: int) -> Iterator[Batch]:
+    # A full batch waits for the next image, so that skipped rows at the end are counted in a batch that exists.
+    full: Drawn | None = None
+    parts: list[Loaded] = []
+    missing, skipped = batch_size, 0
+    while chunk := list(islice(rows, missing)):
+        parts.append(loader.load(chunk, [view.resolution]))
+        good = len(parts[-1][0])
+        skipped += len(chunk) - good
+        missing -= good
+        if good and full is not None:
+            yield view.batch(full)
+            full = None
+        if not missing:
+            full = _join(parts, skipped)
+            parts, missing, skipped = [], batch_size, 0
+    if full is not None:
+        yield view.batch(replace(full, skipped=full.skipped + skipped))
+    else:
+        yield view.batch(_join(parts, skipped))
 
 
-def _decoded(table: ImageTable, row: int, undecodable: Undecodable) -> Tensor | None:
-    """Pixels of a row, or None when it cannot be decoded and such images are skipped."""
-    try:
-        return decode(table.encoded_tensor(row))
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        if undecodable == "fail":
-            raise DataError(
-                f"{table.source(row)}: found an image that cannot be decoded ({reason}), expected a whole PNG or "
-                "JPEG. Replace it in the table, or set undecodable='skip' to count and skip such images."
-            ) from error
-        log.warning("Skipped %s: the image cannot be decoded (%s)", table.source(row), reason)
-        return None
-
-
-def _labels(table: ImageTable, rows: Sequence[int]) -> Tensor:
-    return torch.from_numpy(table.labels[rows])
-
-
-def _nothing_decodable(table: ImageTable) -> DataError:
-    return DataError(
-        f"{table.uri}: found no image that can be decoded in {table.num_rows} rows, expected PNG or JPEG. "
-        "Check that the column 'image' holds whole encoded files, then write the table anew."
-    )
-
-
-def _check_options(
-    batch_size: int, resolution: int, mean: Sequence[float], std: Sequence[float], undecodable: str
-) -> None:
-    _check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
-    # torch 2.15 cannot resize uint8 to a single pixel (an internal assertion fails).
-    _check_option("resolution", resolution, resolution >= 2, "2 or more pixels")
-    _check_option("mean", mean, len(mean) == 3, "three numbers, one for each channel")
-    _check_option("std", std, len(std) == 3 and min(std) > 0, "three numbers above 0, one for each channel")
-    choices = get_args(Undecodable)
-    _check_option("undecodable", undecodable, undecodable in choices, f"one of {list(choices)}")
-
-
-def _check_option(name: str, value: object, fits: bool, allowed: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} is {value!r}, but allowed is {allowed}. Change {name}.")
+def _join(parts: Sequence[Loaded], skipped: int, position: int = 0) -> Drawn:
+    """One batch of what was loaded piece by piece."""
+    labels = np.array([row.label for good, _ in parts for row in good], dtype=np.int64)
+    pixels = {size: torch.cat([images[size] for _, images in parts]).numpy() for size in parts[0][1]}
+    return Drawn(pixels, labels, skipped, position)

@@ -1,41 +1,48 @@
 """Image tables on disk: a directory of Parquet shards and the index that describes them.
 
-Each shard has the columns `image` (binary, an encoded PNG or JPEG) and `label` (int64, a position in the class list);
-readers ignore further columns. Shards carry the format version and the class list in their schema metadata.
-`index.json` is written last and lists what a reader should find: classes, counts, and rows, bytes and SHA-256 of
-each shard.
+Each shard has the columns `image` (binary, an encoded image as its file has it), `label` (int64, a position in the
+class list), `id` (string or null: the image's name in the data set it came from) and `source` (string or null: that
+data set's name). Readers need the first two and ignore further ones. Shards carry the format version and the class
+list in their schema metadata. `index.json` is written last and makes a directory a table: it lists classes, counts,
+and rows, bytes, SHA-256 and row groups of each shard.
 """
 
-import hashlib
 import json
 import operator
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from multitask.data.storage import DataError, Location, locate
+
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
-IMAGE, LABEL = "image", "label"
+IMAGE, LABEL, ID, SOURCE = "image", "label", "id", "source"
 VERSION_KEY, CLASSES_KEY = b"multitask.format", b"multitask.classes"
-ROWS_PER_GROUP = 1024
-"""Rows a reader must decompress together: small enough to stream large images, large enough to compress small ones."""
+ROWS_PER_SHARD = 4096
+ROWS_PER_GROUP, BYTES_PER_GROUP = 1024, 1 << 23
+"""A row group, which readers fetch as a whole, ends at the first of the two: many small images compress well
+together, and large ones stay in small pieces."""
 
 
-class DataError(ValueError):
-    """A table or an image in it cannot be used: the message says what was expected, what was found, what to do."""
+class Row(NamedTuple):
+    """One image of a table."""
+
+    image: bytes
+    """Encoded, as its file has it."""
+    label: int
+    id: str | None = None
 
 
 def shard_schema(classes: Sequence[str]) -> pa.Schema:
     """Arrow schema of every shard of a table with these classes."""
     metadata = {VERSION_KEY: str(FORMAT_VERSION), CLASSES_KEY: json.dumps(list(classes))}
-    return pa.schema([pa.field(IMAGE, pa.binary()), pa.field(LABEL, pa.int64())], metadata=metadata)
+    fields = [(IMAGE, pa.binary()), (LABEL, pa.int64()), (ID, pa.string()), (SOURCE, pa.string())]
+    return pa.schema([pa.field(*field) for field in fields], metadata=metadata)
 
 
 def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
@@ -55,106 +62,135 @@ def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
 
 def write_table(
     directory: str | os.PathLike[str],
-    images: Iterable[tuple[bytes, int]],
+    images: Iterable[tuple[bytes, int] | Row],
     classes: Sequence[str],
     *,
-    rows_per_shard: int = 8192,
+    rows_per_shard: int = ROWS_PER_SHARD,
     compression_level: int = 3,
 ) -> None:
     """Write a new table: all of it appears under `directory`, or nothing does.
 
-    Equal input gives equal bytes. At most one shard is held in memory.
+    Equal input gives equal bytes. At most one row group is held in memory.
 
     Args:
-        directory: local path that must not exist yet; its parents are made.
-        images: encoded image and label for each row, in the order in which they are kept.
+        directory: local path or URI that must not exist yet.
+        images: encoded image, label and, where there is one, id of each row, in the order in which they are kept.
         classes: class names; label i means classes[i].
         rows_per_shard: rows of every shard but the last.
         compression_level: zstd level, 1 to 22.
     Raises:
         DataError: `directory` exists, there are no images, or a label or the class list does not fit.
     """
-    target = Path(directory)
-    class_names = check_classes(classes, str(target))
+    target = locate(directory)
+    names = check_classes(classes, target.where)
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}, but a shard holds at least 1 row. Give a larger number.")
-    _refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    building.mkdir()
+    refuse_existing(target)
+    rows = (Row(*row) for row in images)
+    shards: list[dict[str, Any]] = []
     try:
-        rows_of_class = [0] * len(class_names)
-        shards = []
-        rows = iter(images)
         for number, first in enumerate(rows):
-            table = _shard(chain([first], islice(rows, rows_per_shard - 1)), class_names, rows_of_class, target)
-            shards.append(_write_shard(building / f"shard-{number:05d}.parquet", table, compression_level))
-        if not shards:
-            raise DataError(f"{target}: found zero images, expected at least one. Check where the images come from.")
-        index = {
-            "format": FORMAT_VERSION,
-            "classes": class_names,
-            "rows": sum(rows_of_class),
-            "rows_of_class": rows_of_class,
-            "shards": shards,
-        }
-        (building / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _sync(building / INDEX_NAME)
-        _sync(building)
-        _refuse_existing(target)
-        building.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            shard = chain([first], islice(rows, rows_per_shard - 1))
+            shards.append(write_shard(target, number, shard, names, compression_level=compression_level))
+        write_index(target, names, shards)
+    except BaseException:
+        if target.exists():
+            target.remove()
+        raise
 
 
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
+def refuse_existing(target: Location) -> None:
+    """Raises:
+    DataError: there is something at `target`; a table is only written to a new directory.
+    """
+    if target.exists():
         raise DataError(
-            f"{target} exists, and a table is only written to a new directory. Choose another one or remove it first."
+            f"{target.where} exists, and a table is only written to a new directory. Choose another one or remove it "
+            "first."
         )
 
 
-def _shard(rows: Iterator[tuple[bytes, int]], classes: Sequence[str], counts: list[int], target: Path) -> pa.Table:
-    """Arrow table of the next rows; adds them to `counts`, the rows of each class so far."""
-    images, labels = [], []
-    for image, given in rows:
-        label = operator.index(given)
-        if not 0 <= label < len(classes):
-            raise DataError(
-                f"{target}: image {sum(counts)} has label {label}, but {len(classes)} classes allow "
-                f"0 to {len(classes) - 1}. Correct the label or give the full class list."
-            )
-        counts[label] += 1
-        images.append(image)
-        labels.append(label)
-    return pa.table({IMAGE: images, LABEL: labels}, schema=shard_schema(classes))
+def write_shard(
+    target: Location,
+    number: int,
+    rows: Iterable[Row],
+    classes: Sequence[str],
+    *,
+    source: str | None = None,
+    compression_level: int = 3,
+) -> dict[str, Any]:
+    """Write one shard and return what the index says of it, with its rows of each class as `rows_of_class`.
+
+    Raises:
+        DataError: a label lies outside the class list.
+    """
+    file = f"shard-{number:05d}.parquet"
+    groups: list[int] = []
+    rows_of_class = [0] * len(classes)
+    with target.writing(file) as sink:
+        with pq.ParquetWriter(
+            pa.PythonFile(sink, mode="w"),
+            shard_schema(classes),
+            compression="zstd",
+            compression_level=compression_level,
+            use_dictionary=[LABEL, SOURCE],
+            write_statistics=[LABEL],
+        ) as writer:
+            for group in _groups(rows):
+                for row in group:
+                    if not 0 <= (label := operator.index(row.label)) < len(classes):
+                        raise DataError(
+                            f"{target.where}: row {sum(rows_of_class)} of shard {number} has label {label}, but "
+                            f"{len(classes)} classes allow 0 to {len(classes) - 1}. Correct the label or give the full "
+                            "class list."
+                        )
+                    rows_of_class[label] += 1
+                images, labels, ids = zip(*group, strict=True)
+                columns = {IMAGE: images, LABEL: labels, ID: ids, SOURCE: [source] * len(group)}
+                table = pa.table(columns, schema=shard_schema(classes))
+                writer.write_table(table, row_group_size=len(group))
+                groups.append(len(group))
+        return {
+            "file": file,
+            "rows": sum(groups),
+            "bytes": sink.bytes,
+            "sha256": sink.hexdigest(),
+            "groups": groups,
+            "rows_of_class": rows_of_class,
+        }
 
 
-def _write_shard(path: Path, table: pa.Table, compression_level: int) -> dict[str, Any]:
-    """Write one shard to stable storage and return its entry of the index."""
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        compression_level=compression_level,
-        row_group_size=ROWS_PER_GROUP,
-        use_dictionary=[LABEL],
-        write_statistics=[LABEL],
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        if group and (len(group) == ROWS_PER_GROUP or size + len(row.image) > BYTES_PER_GROUP):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += len(row.image)
+    if group:
+        yield group
+
+
+def write_index(target: Location, classes: Sequence[str], shards: Sequence[dict[str, Any]]) -> None:
+    """Make a directory of shards a table.
+
+    Args:
+        shards: what `write_shard` returned, in order.
+    Raises:
+        DataError: there are no rows.
+    """
+    if not shards:
+        raise DataError(f"{target.where}: found zero images, expected at least one. Check where the images come from.")
+    rows_of_class = [sum(counts) for counts in zip(*(shard["rows_of_class"] for shard in shards), strict=True)]
+    target.write_json(
+        INDEX_NAME,
+        {
+            "format": FORMAT_VERSION,
+            "classes": list(classes),
+            "rows": sum(rows_of_class),
+            "rows_of_class": rows_of_class,
+            "shards": [{key: value for key, value in shard.items() if key != "rows_of_class"} for shard in shards],
+        },
     )
-    _sync(path)
-    content = path.read_bytes()
-    return {
-        "file": path.name,
-        "rows": table.num_rows,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

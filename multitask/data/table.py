@@ -1,159 +1,227 @@
-"""Reading an image table: everything is checked when it is opened, and the encoded images stay in Arrow memory."""
+"""Reading an image table: checked when it is opened, row groups fetched when they are asked for."""
 
-import hashlib
 import json
+import logging
 import os
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from multitask.data.format import (
-    CLASSES_KEY,
     FORMAT_VERSION,
+    ID,
     IMAGE,
     INDEX_NAME,
     LABEL,
-    VERSION_KEY,
-    DataError,
+    Row,
     check_classes,
     shard_schema,
 )
+from multitask.data.storage import DataError, Location, locate
 
 REMAKE = "Copy the table again from where it came from, or write it anew."
+CHECKS_AT_ONCE = 8
+"""Shards that are hashed at the same time: hides the waits of an object store, and uses a large machine's cores."""
+Damaged = Literal["fail", "skip"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One Arrow chunk of encoded images."""
+class Shard:
+    """What the index says of one file."""
 
     file: str
-    first_row: int
-    """Row of its shard at which the chunk starts."""
-    values: Tensor
-    """Shape (bytes,), uint8: all images of the chunk, aliasing Arrow's buffer."""
-    offsets: NDArray[np.int32]
-    """Shape (rows + 1,): image i is values[offsets[i] : offsets[i + 1]]."""
+    rows: int
+    bytes: int
+    sha256: str
+    groups: tuple[int, ...]
+    """Rows of each row group."""
+
+
+class RowGroup:
+    """Consecutive rows of a table, in memory."""
+
+    def __init__(self, images: pa.ChunkedArray, labels: NDArray[np.int64], ids: Sequence[str | None]) -> None:
+        self.labels = labels
+        """Shape (rows,), int64."""
+        self.ids = ids
+        # One chunk: Arrow splits columns beyond 2 GB only, which a row group never reaches.
+        column = images.combine_chunks()
+        _, offsets, values = column.buffers()
+        # DLPack hands over Arrow's memory as it is; torch.frombuffer would warn, as Arrow's buffers are read-only.
+        self._values = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), values.size, [None, values]))
+        self._offsets = np.frombuffer(offsets, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, row: int) -> Tensor:
+        """Encoded image without a copy: shape (bytes,), uint8; for reading only, as it is Arrow's memory."""
+        return self._values[self._offsets[row] : self._offsets[row + 1]]
 
 
 class ImageTable:
-    """The rows of an opened table, in their order on disk. `open_table` makes one."""
+    """An opened table; picklable, and small whatever the table's size. `open_table` makes one."""
 
-    def __init__(self, uri: str, classes: Sequence[str], labels: NDArray[np.int64], pieces: Sequence[_Piece]) -> None:
-        self.uri = uri
+    def __init__(self, location: Location, classes: Sequence[str], shards: Sequence[Shard]) -> None:
+        self.uri = location.where
         self.classes = tuple(classes)
-        self.labels = labels
-        """Shape (num_rows,), int64, read-only."""
-        self._pieces = pieces
-        self._starts = list(accumulate((len(piece.offsets) - 1 for piece in pieces), initial=0))
+        self.shards = tuple(shards)
+        self.group_rows = np.array([rows for shard in shards for rows in shard.groups], dtype=np.int64)
+        """Shape (groups,): rows of each row group, in order."""
+        self._location = location
+        self._places = [(shard, group) for shard in shards for group in range(len(shard.groups))]
+        self._starts = np.concatenate([[0], np.cumsum(self.group_rows)])
 
     @property
     def num_rows(self) -> int:
-        return len(self.labels)
+        return int(self._starts[-1])
 
-    def encoded_tensor(self, index: int) -> Tensor:
-        """Encoded image of a row without a copy: shape (bytes,), uint8; for reading only, as it is Arrow's memory."""
-        piece, row = self._locate(index)
-        return piece.values[piece.offsets[row] : piece.offsets[row + 1]]
+    def read_group(self, number: int) -> RowGroup:
+        """Fetch one row group.
 
-    def encoded(self, index: int) -> bytes:
-        """Encoded image of a row."""
-        return self.encoded_tensor(index).numpy().tobytes()
+        Raises:
+            DataError: the shard is missing or no Parquet of this table, or a row of it is not whole.
+        """
+        shard, group = self._places[number]
+        file = f"{self.uri}/{shard.file}"
+        with self._location.open(shard.file) as stream, _parquet(file):
+            reader = pq.ParquetFile(stream, pre_buffer=True)
+            wanted = [name for name in (IMAGE, LABEL, ID) if name in reader.schema_arrow.names]
+            _check_schema(reader.schema_arrow, self.classes, file)
+            table = reader.read_row_group(group, columns=wanted, use_threads=False)
+        first_row = sum(shard.groups[:group])
+        labels = _checked_labels(table, self.classes, file, first_row)
+        ids = table[ID].to_pylist() if ID in wanted else [None] * len(labels)
+        return RowGroup(table[IMAGE], labels, ids)
+
+    def groups(self) -> Iterator[RowGroup]:
+        """All row groups in order, one in memory at a time."""
+        return map(self.read_group, range(len(self.group_rows)))
+
+    def first_row(self, group: int) -> int:
+        """Table row at which a row group starts."""
+        return int(self._starts[group])
+
+    def row(self, index: int) -> Row:
+        """One row; its whole row group is fetched for it.
+
+        Raises:
+            IndexError: the table has no such row.
+        """
+        group = self._group_of(index)
+        fetched, place = self.read_group(group), index - self.first_row(group)
+        return Row(fetched.encoded(place).numpy().tobytes(), int(fetched.labels[place]), fetched.ids[place])
 
     def source(self, index: int) -> str:
-        """Where a row came from, for messages: shard file and row in it."""
-        piece, row = self._locate(index)
-        return f"{piece.file}, row {piece.first_row + row}"
+        """Where a row lies, for messages: shard file and row in it."""
+        group = self._group_of(index)
+        shard, number = self._places[group]
+        return f"{self.uri}/{shard.file}, row {index - self.first_row(group) + sum(shard.groups[:number])}"
 
-    def _locate(self, index: int) -> tuple[_Piece, int]:
+    def _group_of(self, index: int) -> int:
         if not 0 <= index < self.num_rows:
             raise IndexError(f"Row {index} of {self.uri}, which has rows 0 to {self.num_rows - 1}.")
-        piece = bisect_right(self._starts, index) - 1
-        return self._pieces[piece], index - self._starts[piece]
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
-def open_table(uri: str | os.PathLike[str], *, verify: bool = True) -> ImageTable:
-    """Read a table and check it against its index.
+def open_table(uri: str | os.PathLike[str], *, verify: bool = True, damaged: Damaged = "fail") -> ImageTable:
+    """Open a table and check its shards against its index.
 
     Args:
         uri: local path or the URI of any pyarrow filesystem (file://, s3://, gs://, ...).
-        verify: compare each shard's SHA-256 with the index; without it, an edit that keeps a shard's length and
-            row count goes unnoticed.
+        verify: read every shard once to compare its SHA-256 and its labels with the index; without it, an edit that
+            keeps a shard's length, schema and row count goes unnoticed.
+        damaged: what a shard that is missing or differs does: fail, or be left out with a warning.
     Raises:
         DataError: the index or a shard is missing, edited or of another format, or a label is out of range.
     """
-    filesystem, root = _resolve(uri)
-    where = root if isinstance(filesystem, pa.fs.LocalFileSystem) else os.fspath(uri).rstrip("/")
-    index = _read_index(filesystem, root, where)
-    classes = check_classes(index["classes"], f"{where}/{INDEX_NAME}")
-    labels, pieces = [], []
-    for shard in index["shards"]:
-        file = f"{where}/{shard['file']}"
-        content = _read(filesystem, f"{root}/{shard['file']}", file)
-        _check_content(content, shard, file, verify)
-        table = _parse_shard(content, classes, file)
-        if table.num_rows != shard["rows"]:
-            raise DataError(f"{file}: found {table.num_rows} rows, expected {shard['rows']} from the index. {REMAKE}")
-        labels.append(_checked_labels(table, classes, file))
-        pieces += _pieces(table, file)
-    if index["rows"] == 0:
-        raise DataError(f"{where}: found zero images, expected at least one. Write the table from data that has some.")
-    all_labels = np.concatenate([np.empty(0, np.int64), *labels])
-    counts = np.bincount(all_labels, minlength=len(classes)).tolist()
-    if counts != index["rows_of_class"] or len(all_labels) != index["rows"]:
+    location = locate(uri)
+    index = _read_index(location)
+    classes = check_classes(index["classes"], f"{location.where}/{INDEX_NAME}")
+    shards = [Shard(**(entry | {"groups": tuple(entry["groups"])})) for entry in index["shards"]]
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as threads:
+        checks = [threads.submit(_check_shard, location, shard, classes, verify) for shard in shards]
+        counts: list[NDArray[np.int64]] = []
+        whole: list[Shard] = []
+        for shard, check in zip(shards, checks, strict=True):
+            try:
+                counts += check.result()
+                whole.append(shard)
+            except DataError as error:
+                if damaged == "fail":
+                    threads.shutdown(cancel_futures=True)
+                    raise
+                log.warning("Left out %d rows: %s", shard.rows, error)
+    if not sum(shard.rows for shard in whole):
         raise DataError(
-            f"{where}: found {len(all_labels)} rows, {counts} for each class, expected {index['rows']} rows, "
+            f"{location.where}: found zero images, expected at least one. Write the table from data that has some."
+        )
+    if verify and len(whole) == len(shards):
+        _check_counts(np.sum(counts, axis=0), index, location.where)
+    return ImageTable(location, classes, whole)
+
+
+def _check_shard(location: Location, shard: Shard, classes: tuple[str, ...], verify: bool) -> list[NDArray[np.int64]]:
+    """Rows of each class, shape (classes,), of a shard that is as the index says; nothing without `verify`."""
+    file = f"{location.where}/{shard.file}"
+    size = location.size(shard.file)
+    if size is None:
+        raise DataError(f"{file}: found no such file, expected a part of an image table. {REMAKE}")
+    if size != shard.bytes:
+        raise DataError(f"{file}: found {size} bytes, expected {shard.bytes} from the index. {REMAKE}")
+    if verify and (found := location.sha256(shard.file)) != shard.sha256:
+        raise DataError(f"{file}: found SHA-256 {found}, expected {shard.sha256} from the index. {REMAKE}")
+    with location.open(shard.file) as stream, _parquet(file):
+        reader = pq.ParquetFile(stream)
+        _check_schema(reader.schema_arrow, classes, file)
+        groups = tuple(reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups))
+        if sum(groups) != shard.rows or groups != shard.groups:
+            raise DataError(
+                f"{file}: found {sum(groups)} rows, expected {shard.rows} from the index "
+                f"(row groups of {groups} and {shard.groups} rows). {REMAKE}"
+            )
+        if not verify:
+            return []
+        labels = _checked_labels(reader.read(columns=[LABEL]), classes, file)
+    return [np.bincount(labels, minlength=len(classes))]
+
+
+def _check_counts(counts: NDArray[np.int64], index: dict[str, Any], where: str) -> None:
+    if counts.tolist() != index["rows_of_class"] or counts.sum() != index["rows"]:
+        raise DataError(
+            f"{where}: found {counts.sum()} rows, {counts.tolist()} for each class, expected {index['rows']} rows, "
             f"{index['rows_of_class']}, from {INDEX_NAME}. {REMAKE}"
         )
-    all_labels.flags.writeable = False
-    return ImageTable(where, classes, all_labels, pieces)
 
 
-def _resolve(uri: str | os.PathLike[str]) -> tuple[pa.fs.FileSystem, str]:
-    text = os.fspath(uri)
-    if "://" not in text:
-        filesystem, root = pa.fs.LocalFileSystem(), os.path.abspath(text)
-    else:
-        try:
-            filesystem, root = pa.fs.FileSystem.from_uri(text)
-        except (pa.ArrowException, ValueError) as error:
-            raise DataError(
-                f"{text}: found a location that cannot be read ({error}), expected a local path or a URI such as "
-                "file:///data/train or s3://bucket/train. Correct the table's location."
-            ) from error
-    if isinstance(filesystem, pa.fs.LocalFileSystem):
-        filesystem = pa.fs.LocalFileSystem(use_mmap=True)
-    return filesystem, root.rstrip("/")
-
-
-def _read(filesystem: pa.fs.FileSystem, path: str, where: str) -> pa.Buffer:
-    """Content of a file: mapped when it is local, in memory otherwise."""
+@contextmanager
+def _parquet(file: str) -> Iterator[None]:
+    """Block in which Arrow's errors become messages about the file."""
     try:
-        with filesystem.open_input_file(path) as file:
-            return file.read_buffer()
-    except FileNotFoundError as error:
-        raise DataError(f"{where}: found no such file, expected a part of an image table. {REMAKE}") from error
-    except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error}). Check the location and the rights to read it.") from error
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error}). {REMAKE}") from error
 
 
-def _read_index(filesystem: pa.fs.FileSystem, root: str, where: str) -> dict[str, Any]:
-    name = f"{where}/{INDEX_NAME}"
-    if filesystem.get_file_info(f"{root}/{INDEX_NAME}").type == pa.fs.FileType.NotFound:
+def _read_index(location: Location) -> dict[str, Any]:
+    name = f"{location.where}/{INDEX_NAME}"
+    if location.size(INDEX_NAME) is None:
         raise DataError(
-            f"{where}: found no {INDEX_NAME}, expected a directory made by write_table. Check the table's location."
+            f"{location.where}: found no {INDEX_NAME}, expected an image table. Check the table's location; an import "
+            "that was broken off goes on when it is started again."
         )
     try:
-        index = json.loads(_read(filesystem, f"{root}/{INDEX_NAME}", name).to_pybytes())
+        index = json.loads(location.read(INDEX_NAME))
         version = index["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{name}: found no table index ({error!r}), expected JSON with 'format'. {REMAKE}") from error
@@ -170,7 +238,7 @@ def _read_index(filesystem: pa.fs.FileSystem, root: str, where: str) -> dict[str
 
 def _index_problem(index: dict[str, Any]) -> str | None:
     fields = {"classes": list, "rows": int, "rows_of_class": list, "shards": list}
-    shard_fields = {"file": str, "rows": int, "bytes": int, "sha256": str}
+    shard_fields = {"file": str, "rows": int, "bytes": int, "sha256": str, "groups": list}
     entries = [("the index", index, fields)]
     if isinstance(index.get("shards"), list):
         entries += [(f"shard {i}", shard, shard_fields) for i, shard in enumerate(index["shards"])]
@@ -182,61 +250,32 @@ def _index_problem(index: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_content(content: pa.Buffer, shard: dict[str, Any], file: str, verify: bool) -> None:
-    if content.size != shard["bytes"]:
-        raise DataError(f"{file}: found {content.size} bytes, expected {shard['bytes']} from the index. {REMAKE}")
-    if verify:
-        found = hashlib.sha256(content).hexdigest()
-        if found != shard["sha256"]:
-            raise DataError(f"{file}: found SHA-256 {found}, expected {shard['sha256']} from the index. {REMAKE}")
-
-
-def _parse_shard(content: pa.Buffer, classes: tuple[str, ...], file: str) -> pa.Table:
-    try:
-        reader = pq.ParquetFile(pa.BufferReader(content))
-        schema = reader.schema_arrow
-        for field in shard_schema(classes):
-            found = schema.field(field.name).type if field.name in schema.names else "no such column"
-            if found != field.type:
-                raise DataError(f"{file}: found {found} as column '{field.name}', expected {field.type}. {REMAKE}")
-        metadata = schema.metadata or {}
-        expected = shard_schema(classes).metadata
-        for key in (VERSION_KEY, CLASSES_KEY):
-            if metadata.get(key) != expected[key]:
-                raise DataError(
-                    f"{file}: found {metadata.get(key)!r} as {key.decode()} in its schema, expected {expected[key]!r}: "
-                    f"the shard belongs to another table. {REMAKE}"
-                )
-        return reader.read(columns=[IMAGE, LABEL])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error}). {REMAKE}") from error
-
-
-def _checked_labels(table: pa.Table, classes: tuple[str, ...], file: str) -> NDArray[np.int64]:
+def _check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None:
     for name in (IMAGE, LABEL):
-        if table[name].null_count:
-            row = int(np.argmax(table[name].is_null().to_numpy()))
+        expected = shard_schema(classes).field(name).type
+        found = schema.field(name).type if name in schema.names else "no such column"
+        if found != expected:
+            raise DataError(f"{file}: found {found} as column '{name}', expected {expected}. {REMAKE}")
+    metadata = schema.metadata or {}
+    for key, value in shard_schema(classes).metadata.items():
+        if metadata.get(key) != value:
+            raise DataError(
+                f"{file}: found {metadata.get(key)!r} as {key.decode()} in its schema, expected {value!r}: "
+                f"the shard belongs to another table. {REMAKE}"
+            )
+
+
+def _checked_labels(table: pa.Table, classes: tuple[str, ...], file: str, first_row: int = 0) -> NDArray[np.int64]:
+    for name in table.column_names:
+        if name != ID and table[name].null_count:
+            row = first_row + int(np.argmax(table[name].is_null().to_numpy()))
             raise DataError(f"{file}, row {row}: found no {name}, expected one in each row. {REMAKE}")
-    labels = table[LABEL].to_numpy()
+    labels: NDArray[np.int64] = table[LABEL].to_numpy()
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
-        row = int(wrong[0])
         raise DataError(
-            f"{file}, row {row}: found label {labels[row]}, but {len(classes)} classes allow 0 to {len(classes) - 1} "
-            f"({len(wrong)} such rows in this file). Correct the labels or the class list and write the table anew."
+            f"{file}, row {first_row + int(wrong[0])}: found label {labels[wrong[0]]}, but {len(classes)} classes "
+            f"allow 0 to {len(classes) - 1} ({len(wrong)} such rows). Correct the labels or the class list and write "
+            "the table anew."
         )
     return labels
-
-
-def _pieces(table: pa.Table, file: str) -> list[_Piece]:
-    pieces, row = [], 0
-    for chunk in table[IMAGE].chunks:
-        if len(chunk) == 0:
-            continue
-        _, offsets, values = chunk.buffers()
-        # DLPack hands over Arrow's memory as it is; torch.frombuffer would warn, as Arrow's buffers are read-only.
-        shared = pa.Array.from_buffers(pa.uint8(), values.size, [None, values])
-        bounds = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        pieces.append(_Piece(file, row, torch.from_dlpack(shared), bounds))
-        row += len(chunk)
-    return pieces

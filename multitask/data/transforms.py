@@ -20,6 +20,8 @@ CROP_AREA = (0.08, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 """Width over height of a crop."""
 CROP_TRIES = 10
+STACKED_VALUES = 3 * 64 * 64
+"""Larger images are resized one by one: copying them side by side costs more than a call."""
 
 
 class Crop(NamedTuple):
@@ -73,35 +75,37 @@ def draw_crop(height: int, width: int, key: Sequence[int]) -> Crop:
     return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
 
-def resize_images(images: Sequence[Tensor], resolution: int, crops: Sequence[Crop] | None = None) -> Tensor:
+def cut(image_chw: Tensor, crop: Crop) -> Tensor:
+    """The part of an image, shape (3, h, w), that a crop keeps: shape (3, crop.height, crop.width)."""
+    part_chw = image_chw[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return part_chw.flip(-1) if crop.flip else part_chw
+
+
+def resize_images(images: Sequence[Tensor], resolution: int) -> Tensor:
     """Bring images of any sizes to one square size, bilinear with antialiasing.
 
-    Images of one size are resized in one call, which is several times faster for small ones and changes no value.
+    Small images of one size are resized in one call, which is several times faster and changes no value.
 
     Args:
-        images: each of shape (3, h, w), uint8; at least one.
+        images: each of shape (3, h, w), uint8.
         resolution: height and width of the result, in pixels, at least 2.
-        crops: for each image the part to keep; None keeps all of it.
     Returns:
         Shape (n, 3, resolution, resolution), uint8.
     """
-    if crops is not None:
-        images = [_cut(image, crop) for image, crop in zip(images, crops, strict=True)]
-    places: dict[torch.Size, list[int]] = {}
-    for place, image_chw in enumerate(images):
-        places.setdefault(image_chw.shape, []).append(place)
+    together: dict[torch.Size, list[int]] = {}
     resized_nchw = torch.empty(len(images), 3, resolution, resolution, dtype=torch.uint8)
-    for same_size in places.values():
-        stacked_nchw = torch.stack([images[place] for place in same_size])
-        resized_nchw[same_size] = F.resize(
-            stacked_nchw, [resolution, resolution], interpolation=InterpolationMode.BILINEAR, antialias=True
-        )
+    for place, image_chw in enumerate(images):
+        if image_chw.numel() > STACKED_VALUES:
+            resized_nchw[place] = _resize(image_chw, resolution)
+        else:
+            together.setdefault(image_chw.shape, []).append(place)
+    for places in together.values():
+        resized_nchw[places] = _resize(torch.stack([images[place] for place in places]), resolution)
     return resized_nchw
 
 
-def _cut(image_chw: Tensor, crop: Crop) -> Tensor:
-    part_chw = image_chw[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    return part_chw.flip(-1) if crop.flip else part_chw
+def _resize(images: Tensor, resolution: int) -> Tensor:
+    return F.resize(images, [resolution, resolution], interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 def normalise(images_nchw: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -7,13 +7,18 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from multitask.data import prefetch
+from multitask.data.batches import Drawn
 from multitask.engines.interface import Outcome, Watch
 from multitask.job import Job
 from multitask.server.messages import Push, Reply, Snapshot
@@ -58,11 +63,24 @@ class WorkerActor:
         torch.set_num_threads(job.spec.resources.threads_per_worker)
         assert isinstance(job.spec.engine, AsyncSpec)
         self._steps, self._in_flight = job.spec.steps, job.spec.engine.in_flight
+        self._job, self._name = job, name
         self._server = _Remote(server)
-        self._worker = job.make_worker(name)
 
-    def process(self) -> int:
-        return os.getpid()
+    def place(self) -> tuple[str, int]:
+        """Ray's name of this node, and this process's id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def prepare(self, decoder: Actor | None) -> None:
+        """Build the model and open the training stream.
+
+        Args:
+            decoder: the actor that decodes for several workers of this node; None decodes here.
+        """
+        if decoder is None:
+            batches = prefetch(self._job.make_batches(self._name))
+        else:
+            batches = self._job.view(self._name).batches(partial(next, _drawn_ahead(decoder, self._name)))
+        self._worker = self._job.make_worker(self._name, batches)
 
     def train(self) -> None:
         for _ in train_steps(self._worker, self._server, self._steps, self._in_flight):
@@ -76,6 +94,30 @@ class WorkerActor:
         return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
 
 
+class DecodeActor:
+    """Decodes each image once for several workers of one node."""
+
+    def __init__(self, job: Job, workers: Sequence[str]) -> None:
+        torch.set_num_threads(1)
+        self._stream = job.make_stream(workers)
+
+    def next(self, worker: str) -> Drawn:
+        return self._stream.next(worker)
+
+    def decoded(self) -> int:
+        """Batches decoded so far."""
+        return self._stream.decoded
+
+
+def _drawn_ahead(decoder: Actor, worker: str) -> Iterator[Drawn]:
+    """A worker's batches from another process, two of them asked for ahead."""
+    waiting = deque(decoder.next.remote(worker) for _ in range(2))
+    while True:
+        drawn = ray.get(waiting.popleft())
+        waiting.append(decoder.next.remote(worker))
+        yield drawn
+
+
 def run(job: Job, watch: Watch) -> Outcome:
     """Train on the Ray cluster that this process is connected to, or on one started here for the run.
 
@@ -83,11 +125,14 @@ def run(job: Job, watch: Watch) -> Outcome:
         TrainingError: a worker failed (with its name, task and traceback) or workers found no place in time.
     """
     with ray_session(), actors(job) as (server, workers):
-        processes = _await_start(job, {name: worker.process.remote() for name, worker in workers.items()})
-        await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
+        places = _await_start(job, {name: worker.place.remote() for name, worker in workers.items()})
+        with decoders(job, {name: node for name, (node, _) in places.items()}) as decoder_of:
+            preparing = {name: worker.prepare.remote(decoder_of.get(name)) for name, worker in workers.items()}
+            await_all(server, preparing, job, watch)
+            await_all(server, {name: worker.train.remote() for name, worker in workers.items()}, job, watch)
         await_all(server, {name: worker.complete.remote() for name, worker in workers.items()}, job, watch)
         versions: dict[str, Snapshot] = ray.get(server.call.remote("result"))
-        return Outcome(versions, processes)
+        return Outcome(versions, {name: process for name, (_, process) in places.items()})
 
 
 @contextlib.contextmanager
@@ -121,12 +166,34 @@ def actors(job: Job) -> Iterator[tuple[Actor, dict[str, Actor]]]:
             ray.kill(actor)
 
 
+@contextlib.contextmanager
+def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
+    """Worker -> the actor that decodes for it, where workers on one node read the same rows; ended with the block.
+
+    Args:
+        nodes: worker -> Ray's name of its node.
+    """
+    shared_job = ray.put(job)
+    decoder_of: dict[str, Actor] = {}
+    for node in set(nodes.values()):
+        for readers in job.sharing(name for name in job.workers if nodes[name] == node):
+            if len(readers) > 1:
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=here)
+                decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
+    try:
+        yield decoder_of
+    finally:
+        for decoder in set(decoder_of.values()):
+            ray.kill(decoder)
+
+
 def worker_cpus(cluster_cpus: float, workers: int) -> float:
     """CPUs that each worker asks for: an equal share rounded down to hundredths, at most one."""
     return min(1.0, max(0.01, math.floor(100 * cluster_cpus / workers) / 100))
 
 
-def _await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[int]"]) -> dict[str, int]:
+def _await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[tuple[str, int]]"]) -> dict[str, tuple[str, int]]:
     timeout_s = job.spec.resources.start_timeout_s
     _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
     if missing:

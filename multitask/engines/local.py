@@ -1,6 +1,7 @@
 """Engine `local`: all workers in one process, one update each in turn."""
 
 import os
+from functools import partial
 from typing import Any
 
 from multitask.engines.interface import Outcome, Watch
@@ -35,7 +36,12 @@ def run(job: Job, watch: Watch) -> Outcome:
     with torch_threads(job.spec.resources.threads_per_worker):
         server = job.make_server()
         direct = _Direct(server)
-        workers = [job.make_worker(name) for name in job.workers]
+        batches = {}
+        for names in job.sharing(job.workers):
+            stream = job.make_stream(names)
+            for name in names:
+                batches[name] = job.view(name).batches(partial(stream.next, name))
+        workers = [job.make_worker(name, batches[name]) for name in job.workers]
         loops = [train_steps(worker, direct, job.spec.steps, delay) for worker in workers]
         # One step of each worker in turn, until the loops end (all in the same turn).
         while loops:

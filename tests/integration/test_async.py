@@ -102,7 +102,8 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(make_spec: MakeSpec) -> N
 
     job = Job(make_spec(engine={"name": "async"}, steps=100_000, evaluate_every=100_000))
     with actors(job) as (server, workers):
-        processes = {name: ray.get(worker.process.remote()) for name, worker in workers.items()}
+        processes = {name: ray.get(worker.place.remote())[1] for name, worker in workers.items()}
+        ray.get([worker.prepare.remote(None) for worker in workers.values()])
         calls = {name: worker.train.remote() for name, worker in workers.items()}
         with pytest.raises(TrainingError, match="Worker 'cars/0' of task 'cars' was lost"):
             await_all(server, calls, job, watch)
@@ -117,7 +118,7 @@ def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
 
 def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
-    worker = job.make_worker("pets/0")
+    worker = job.make_worker("pets/0", job.make_batches("pets/0"))
 
     with actors(job) as (server, _):
         push, _ = worker.compute()

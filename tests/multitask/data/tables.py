@@ -42,6 +42,14 @@ def numbered_table(path: Path, rows: int, *, classes: int = 2, bad: tuple[int, .
     return open_table(path)
 
 
+def labels(table: ImageTable) -> np.ndarray:
+    return np.concatenate([group.labels for group in table.groups()])
+
+
+def encoded(table: ImageTable) -> list[bytes]:
+    return [group.encoded(i).numpy().tobytes() for group in table.groups() for i in range(len(group))]
+
+
 def rewrite_shard(directory: Path, shard: int, table: pa.Table) -> None:
     """Put another table in place of a shard and make the index agree with its bytes."""
     index = json.loads((directory / "index.json").read_text())

@@ -39,13 +39,13 @@ def take_rows(batches: TrainBatches, count: int) -> list[int]:
     """At least `count` row numbers of a `numbered_table`, in order."""
     rows: list[int] = []
     while len(rows) < count:
-        rows += numbers(next(batches).images)
+        rows += numbers(next(batches).images())
     return rows
 
 
 def equal(first: Batch, second: Batch) -> bool:
     return (
-        torch.equal(first.images, second.images)
+        torch.equal(first.images(), second.images())
         and torch.equal(first.labels, second.labels)
         and first.skipped == second.skipped
     )
@@ -110,10 +110,10 @@ def test_epochs_and_seeds_shuffle_differently(tables: dict[int, ImageTable]) -> 
 
 def test_labels_belong_to_their_images(tables: dict[int, ImageTable]) -> None:
     batch = next(train(tables[16], batch_size=40))
-    assert batch.images.shape == (40, 3, 2, 2)
-    assert batch.images.dtype == torch.float32
+    assert batch.images().shape == (40, 3, 2, 2)
+    assert batch.images().dtype == torch.float32
     assert batch.labels.dtype == torch.int64
-    assert batch.labels.tolist() == [number % 2 for number in numbers(batch.images)]
+    assert batch.labels.tolist() == [number % 2 for number in numbers(batch.images())]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
@@ -139,7 +139,7 @@ def test_a_crop_follows_seed_epoch_and_row_and_not_the_worker_or_the_batch(photo
             options = {"seed": seed, "batch_size": batch_size, "rank": rank, "workers": workers}
             batches = train(photos, augment="crop_flip", resolution=8, **options)
             share = batches.rows_per_epoch
-            images = torch.cat([batch.images for batch in islice(batches, -(-2 * share // batch_size))])
+            images = torch.cat([batch.images() for batch in islice(batches, -(-2 * share // batch_size))])
             for epoch in range(2):
                 epochs[epoch] += [image.numpy().tobytes() for image in images[epoch * share :][:share]]
         return [sorted(epoch) for epoch in epochs]
@@ -152,7 +152,7 @@ def test_a_crop_follows_seed_epoch_and_row_and_not_the_worker_or_the_batch(photo
 def test_evaluation_reads_all_rows_in_order_and_ends_with_a_short_batch(tables: dict[int, ImageTable]) -> None:
     batches = list(eval_batches(tables[10], batch_size=4, **PLAIN))
     assert [len(batch.labels) for batch in batches] == [4, 4, 2]
-    assert [n for batch in batches for n in numbers(batch.images)] == list(range(10))
+    assert [n for batch in batches for n in numbers(batch.images())] == list(range(10))
     assert [n for batch in batches for n in batch.labels.tolist()] == [0, 1] * 5
     assert len(list(eval_batches(tables[10], batch_size=5, **PLAIN))) == 2
 
@@ -160,9 +160,9 @@ def test_evaluation_reads_all_rows_in_order_and_ends_with_a_short_batch(tables: 
 def test_training_and_evaluation_make_the_same_tensor_of_an_image(photos: ImageTable) -> None:
     options = {"resolution": 16, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "batch_size": 12}
     trained, evaluated = next(train(photos, **options)), next(eval_batches(photos, **options))
-    assert not torch.equal(trained.images, evaluated.images), "the training batch should be in another order"
-    assert {image.numpy().tobytes() for image in trained.images} == {
-        image.numpy().tobytes() for image in evaluated.images
+    assert not torch.equal(trained.images(), evaluated.images()), "the training batch should be in another order"
+    assert {image.numpy().tobytes() for image in trained.images()} == {
+        image.numpy().tobytes() for image in evaluated.images()
     }
 
 
@@ -184,7 +184,7 @@ def test_skipped_images_are_counted_named_and_replaced_by_the_next_row(
     with caplog.at_level(logging.WARNING):
         # 9 epochs of 7 good rows fill 63 of 64 places; 9 epochs hold 18 bad rows.
         taken = list(islice(batches, 16))
-    rows = [n for batch in taken for n in numbers(batch.images)]
+    rows = [n for batch in taken for n in numbers(batch.images())]
     epochs, place = divmod(batches.position, 9)
     assert {len(batch.labels) for batch in taken} == {4}
     assert epochs == 9
@@ -213,7 +213,7 @@ def test_evaluation_counts_each_skipped_image_once(
 ) -> None:
     table = numbered_table(tmp_path / "train", 9, bad=bad)
     batches = list(eval_batches(table, batch_size=4, undecodable="skip", **PLAIN))
-    assert [numbers(batch.images) for batch in batches] == rows
+    assert [numbers(batch.images()) for batch in batches] == rows
     assert [batch.skipped for batch in batches] == skipped
 
 
@@ -230,7 +230,7 @@ def test_one_decodable_image_is_enough(tmp_path: Path, workers: int) -> None:
     table = numbered_table(tmp_path / "train", 4, bad=(0, 1, 3))
     for rank in range(workers):
         batch = next(train(table, undecodable="skip", batch_size=6, rank=rank, workers=workers))
-        assert numbers(batch.images) == [2] * 6
+        assert numbers(batch.images()) == [2] * 6
 
 
 @pytest.mark.parametrize(
@@ -276,4 +276,4 @@ def test_a_limited_evaluation_reads_rows_spread_over_the_whole_table(
 ) -> None:
     batches = eval_batches(tables[16], **PLAIN, batch_size=4, rows=rows)
 
-    assert [number for batch in batches for number in numbers(batch.images)] == expected
+    assert [number for batch in batches for number in numbers(batch.images())] == expected

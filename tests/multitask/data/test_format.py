@@ -5,7 +5,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from multitask.data import DataError, write_table
+from multitask.data import DataError, Row, write_table
+from multitask.data.format import write_shard
+from multitask.data.storage import locate
 from tests.multitask.data.tables import CLASSES, number_image, small_table
 
 
@@ -51,9 +53,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_outside_the_classes_is_not_written(tmp_path: Path, label: int) -> None:
     rows = [(b"", 0)] * 5 + [(b"", label)]
-    with pytest.raises(DataError, match=rf"train: image 5 has label {label}, but 3 classes allow 0 to 2"):
+    with pytest.raises(DataError, match=rf"train: row 1 of shard 2 has label {label}, but 3 classes allow 0 to 2"):
         write_table(tmp_path / "train", rows, CLASSES, rows_per_shard=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    target = locate(tmp_path / "train")
+    with pytest.raises(DataError, match="label 3"):
+        write_shard(target, 0, [Row(number_image(0), 0), Row(b"", 3)], CLASSES)
+    assert target.names() == []
 
 
 def test_zero_images_are_not_written(tmp_path: Path) -> None:

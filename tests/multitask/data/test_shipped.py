@@ -9,6 +9,7 @@ import torch
 
 import jobs
 from multitask.data import ImageTable, eval_batches, open_table
+from tests.multitask.data.tables import encoded, labels
 
 ROOT = Path(jobs.__file__).parent / "data"
 ROWS = {"fashion": (20_000, 10_000, 10_000), "animals": (6_803, 972, 1_941), "digits": (3_500, 500, 1_000)}
@@ -37,7 +38,7 @@ def test_labels_mean_what_the_sources_say() -> None:
 
 @pytest.mark.parametrize(("name", "split"), EVERY_SPLIT)
 def test_a_split_holds_its_share_of_each_class(name: str, split: str) -> None:
-    counts = {part: np.bincount(shipped(name, part).labels, minlength=10) for part in SPLITS}
+    counts = {part: np.bincount(labels(shipped(name, part)), minlength=10) for part in SPLITS}
     if name == "fashion":
         assert (counts[split] == ROWS[name][SPLITS.index(split)] // 10).all()
     else:
@@ -47,25 +48,25 @@ def test_a_split_holds_its_share_of_each_class(name: str, split: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_no_image_stands_in_two_rows_of_a_data_set(name: str) -> None:
-    images = [shipped(name, split).encoded(i) for split in SPLITS for i in range(shipped(name, split).num_rows)]
+    images = [image for split in SPLITS for image in encoded(shipped(name, split))]
     assert len(set(images)) == len(images) == sum(ROWS[name])
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rows_come_shuffled_so_that_a_few_hold_most_classes(name: str) -> None:
-    assert all(len(set(shipped(name, split).labels[:100].tolist())) == 10 for split in SPLITS)
+    assert all(len(set(labels(shipped(name, split))[:100].tolist())) == 10 for split in SPLITS)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_images_decode_to_28_grey_pixels_that_tell_the_classes_apart(name: str) -> None:
     options = {"batch_size": 500, "resolution": 28, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     train, test = (next(eval_batches(shipped(name, split), **options)) for split in ("train", "test"))
-    images = train.images
+    images = train.images()
     assert float(images.min()) == 0.0
     assert float(images.max()) == 1.0
     assert bool((images[:, 0] == images[:, 2]).all())
     # The nearest training image has the right label far more often than one time in ten.
-    nearest = torch.cdist(test.images[:, 0].flatten(1), images[:, 0].flatten(1)).argmin(1)
+    nearest = torch.cdist(test.images()[:, 0].flatten(1), images[:, 0].flatten(1)).argmin(1)
     assert (train.labels[nearest] == test.labels).float().mean() > 0.4
 
 

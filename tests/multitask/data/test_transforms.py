@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from multitask.data.transforms import Crop, decode, draw_crop, normalise, resize_images
+from multitask.data.transforms import Crop, cut, decode, draw_crop, normalise, resize_images
 from tests.multitask.data.tables import png
 
 
@@ -103,7 +103,7 @@ def test_a_crop_is_torchvisions_resized_crop(flip: bool) -> None:
     image = torch.from_numpy(pixels(3, 28, 20))
     reference = v2.functional.resized_crop(image, 3, 5, 11, 13, [16, 16], antialias=True)
     reference = v2.functional.horizontal_flip(reference) if flip else reference
-    cropped = resize_images([image, image], 16, [Crop(3, 5, 11, 13, flip), Crop(0, 0, 28, 20, False)])
+    cropped = resize_images([cut(image, Crop(3, 5, 11, 13, flip)), cut(image, Crop(0, 0, 28, 20, False))], 16)
     # Mirroring before and after the resize may round differently by one step of 255.
     torch.testing.assert_close(cropped[0], reference, atol=int(flip), rtol=0)
     assert torch.equal(cropped[1], resize_images([image], 16)[0])

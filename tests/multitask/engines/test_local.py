@@ -68,7 +68,9 @@ def test_one_task_equals_a_plain_torch_loop(make_spec: MakeSpec, method: str) ->
     batches = train_batches(spec, 0)
     for _ in range(5):
         batch = next(batches)
-        loss = functional.cross_entropy(model(batch.images.contiguous(memory_format=torch.channels_last)), batch.labels)
+        loss = functional.cross_entropy(
+            model(batch.images().contiguous(memory_format=torch.channels_last)), batch.labels
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,7 +100,7 @@ def test_shared_statistics_are_those_of_one_process_taking_tasks_in_turn(make_sp
     with torch.no_grad():
         for _ in range(3):
             for task_batches in batches:
-                model(next(task_batches).images)
+                model(next(task_batches).images())
 
     expected = {name: tensor for name, tensor in model.state_dict().items() if "running" in name or "tracked" in name}
     assert expected["features.0.1.num_batches_tracked"] == 6
@@ -109,7 +111,7 @@ def test_shared_statistics_are_those_of_one_process_taking_tasks_in_turn(make_sp
 def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec: MakeSpec) -> None:
     job = Job(make_spec())
     server = job.make_server()
-    pets, cars = (job.make_worker(f"{name}/0") for name in ("pets", "cars"))
+    pets, cars = (job.make_worker(name, job.make_batches(name)) for name in ("pets/0", "cars/0"))
     for worker in (pets, cars):
         push, private = worker.compute()
         worker.absorb(server.push(push), private)
@@ -199,7 +201,7 @@ def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec:
     """A version put aside by the first worker's push holds the second worker's private tensors from before its own."""
     job = Job(make_spec(evaluate_every=1, steps=2))
     server = job.make_server()
-    pets, cars = (job.make_worker(f"{name}/0") for name in ("pets", "cars"))
+    pets, cars = (job.make_worker(name, job.make_batches(name)) for name in ("pets/0", "cars/0"))
     due = {}
     history = {}
     for _ in range(2):
