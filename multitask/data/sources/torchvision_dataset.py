@@ -142,10 +142,15 @@ def _labels(dataset: Any, pairs: Any, where: str) -> NDArray[np.int64]:
 
 def _check_item(item: Any, label: int, row: int, where: str) -> None:
     """An item is what a source can hand over, and options did not give it another label than the list's."""
-    if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Image.Image)):
-        raise DataError(f"{where}: item {row} is {item!r}, expected (PIL image, label). Choose an image data set.")
-    if not np.array_equal(item[1], label):
+    parts = item if isinstance(item, tuple) else (item,)
+    if len(parts) != 2 or not isinstance(parts[0], Image.Image):
+        found = ", ".join(type(part).__name__ for part in parts)
         raise DataError(
-            f"{where}: item {row} has label {item[1]!r}, but the data set's list says {label}. Leave out options that "
+            f"{where}: item {row} is ({found}), expected (PIL image, label). Choose a data set of labelled images and "
+            "leave out options that change them."
+        )
+    if not np.array_equal(parts[1], label):
+        raise DataError(
+            f"{where}: item {row} has label {parts[1]!r}, but the data set's list says {label}. Leave out options that "
             "change images or labels."
         )

@@ -40,11 +40,11 @@ class WebDatasetSource:
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         for tar, of_tar in groupby(rows, key=lambda row: int(self.tar[row])):
-            path = self.tars[tar]
-            row = -1
+            path, asked = self.tars[tar], [int(row) for row in of_tar]
+            row = asked[0]
             try:
                 with open(path, "rb") as file:
-                    for row in of_tar:
+                    for row in asked:
                         file.seek(self.offset_bytes[row])
                         content = file.read(self.size_bytes[row])
                         if len(content) != self.size_bytes[row]:
@@ -52,8 +52,7 @@ class WebDatasetSource:
                         yield content
             except OSError as error:
                 raise DataError(
-                    f"Image '{self.ids[int(next(of_tar) if row < 0 else row)]}': cannot read it from {path} ({error}). "
-                    "Restore the tar, or import anew."
+                    f"Image '{self.ids[row]}': cannot read it from {path} ({error}). Restore the tar, or import anew."
                 ) from error
 
 
