@@ -15,6 +15,8 @@ IMAGENET = [
     "n01440764/n01440764_10027.JPEG",
     "n01443537/n01443537_10007.JPEG",
     "n02012849/sub-a/x.PNG",
+    # torchvision sorts whole paths, so that sub-a comes between sub and sub/deep.
+    "n02012849/sub/deep/x.jpg",
     "n02012849/sub/x.jpg",
     "n02012849/z.webp",
 ]
