@@ -1,0 +1,19 @@
+"""Where images come from when a data set is imported: one builder for each kind, all giving a `Source`."""
+
+from multitask.data.sources.huggingface import huggingface
+from multitask.data.sources.image_folder import image_folder
+from multitask.data.sources.interface import Source
+from multitask.data.sources.paths_parquet import paths_parquet
+from multitask.data.sources.places365 import places365
+from multitask.data.sources.torchvision_dataset import torchvision_dataset
+from multitask.data.sources.webdataset import webdataset
+
+__all__ = [
+    "Source",
+    "huggingface",
+    "image_folder",
+    "paths_parquet",
+    "places365",
+    "torchvision_dataset",
+    "webdataset",
+]

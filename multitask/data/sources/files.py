@@ -1,0 +1,138 @@
+"""Image files below one folder, and the checks on their paths: shared by all sources that name files."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+from numpy.typing import NDArray
+
+from multitask.data.format import DataError
+
+OUTSIDE = r"^$|^/|(^|/)\.\.(/|$)"
+"""Matches a path that is empty, absolute, or climbs."""
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """One file for each image; its id is its path below `root`, with '/'."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    ids: pa.Array
+    filesystem: pafs.FileSystem
+    root: str
+
+    def read(self, rows: Sequence[int]) -> Iterator[bytes]:
+        for row in rows:
+            path = self.ids[int(row)].as_py()
+            yield read_file(self.filesystem, f"{self.root}/{path}", path)
+
+
+def read_file(filesystem: pafs.FileSystem, path: str, identity: str) -> bytes:
+    """All bytes of the file.
+
+    Raises:
+        DataError: the file is gone, unreadable or empty; `identity` says which image it holds.
+    """
+    try:
+        # Not open_input_stream: that one unpacks what ends in .gz.
+        with filesystem.open_input_file(path) as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(
+            f"Image '{identity}': cannot read {path} ({error}). Restore the file, or import anew."
+        ) from error
+    if not content:
+        raise DataError(f"Image '{identity}': {path} is empty, expected an encoded image. Restore or remove the file.")
+    return content
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
+    """File system and path in it, of an absolute or relative local path or of a URI that pyarrow knows ('s3://...').
+
+    Raises:
+        DataError: pyarrow has no file system for the URI.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        return pafs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{text}: pyarrow cannot open this URI ({error}). Give a local path or another URI.") from error
+
+
+def path_array(paths: Iterable[str], where: str) -> pa.Array:
+    """The paths as pa.string().
+
+    Raises:
+        DataError: a file name is not valid UTF-8.
+    """
+    try:
+        return pa.array(paths, pa.string())
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: file name {error.object!r} is not valid UTF-8. Rename the file.") from error
+
+
+def check_paths(paths: pa.Array, where: str) -> None:
+    """Every path stays inside its folder and none comes twice.
+
+    Raises:
+        DataError: a path is null, empty, absolute, has a '..', or is there more than once.
+    """
+    outside = pc.fill_null(pc.match_substring_regex(paths, OUTSIDE), True)
+    if (row := pc.index(outside, True).as_py()) >= 0:
+        raise DataError(
+            f"{where}: entry {row + 1} (counted from 1) has the path {paths[row].as_py()!r}, expected one below the "
+            "images' folder, without '..'. Correct the path, or give the folder that the paths start from."
+        )
+    check_unique(paths, where)
+
+
+def check_unique(ids: pa.Array, where: str) -> None:
+    """
+    Raises:
+        DataError: an image is there more than once.
+    """
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    twice = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
+    raise DataError(
+        f"{where}: '{twice[0].as_py()}' and {len(twice) - 1} more images are listed more than once, expected each "
+        "once. Remove the copies from the list."
+    )
+
+
+def check_exist(filesystem: pafs.FileSystem, root: str, paths: pa.Array, where: str) -> None:
+    """Every path is there below `root`. Lists each folder once instead of asking for each file.
+
+    Raises:
+        DataError: files are missing; names the first and says how many.
+    """
+    folders = pc.unique(pc.replace_substring_regex(paths, "[^/]*$", "")).to_pylist()
+    present = pa.array(
+        (folder.encode() + name for folder in folders for name in _names_in(filesystem, f"{root}/{folder}")),
+        pa.large_binary(),
+    )
+    missing = paths.filter(pc.invert(pc.is_in(paths.cast(pa.large_binary()), value_set=present)))
+    if len(missing):
+        raise DataError(
+            f"{where}: {len(missing)} of {len(paths)} files are missing below {root}, first '{missing[0].as_py()}'. "
+            "Unpack all images there, or give the folder that the paths start from."
+        )
+
+
+def _names_in(filesystem: pafs.FileSystem, folder: str) -> list[bytes]:
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            return os.listdir(os.fsencode(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    found = filesystem.get_file_info(pafs.FileSelector(folder.rstrip("/"), allow_not_found=True))
+    return [info.base_name.encode() for info in found]

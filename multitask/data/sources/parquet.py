@@ -1,0 +1,67 @@
+"""Finding and opening Parquet files, for the sources that come as Parquet."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from multitask.data.format import DataError
+from multitask.data.sources.files import locate
+
+
+def find_parquet(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[pafs.FileSystem, str, tuple[str, ...]]:
+    """File system, common folder and the Parquet files, in order.
+
+    Args:
+        files: one or several of: a Parquet file, a folder of them at any depth, a local pattern ('train-*.parquet').
+            Local paths or URIs of one file system.
+    Raises:
+        DataError: nothing is found.
+    """
+    given = [files] if isinstance(files, str | os.PathLike) else list(files)
+    located = [locate(each) for each in given]
+    if not located:
+        raise DataError("Found an empty list of Parquet files, expected at least one. Give a file, folder or pattern.")
+    filesystem = located[0][0]
+    paths: list[str] = []
+    for each, path in located:
+        if each != filesystem:
+            raise DataError(f"{path} is on another file system than {located[0][1]}. Import them one by one.")
+        found = _files_at(filesystem, path)
+        if not found:
+            raise DataError(f"{path}: found no Parquet file, expected one or more. Check the path or pattern.")
+        paths += found
+    return filesystem, os.path.commonpath([os.path.dirname(path) for path in paths]), tuple(paths)
+
+
+def _files_at(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.File:
+        return [path]
+    if kind == pafs.FileType.Directory:
+        inside = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+        return sorted(info.path for info in inside if info.is_file and info.extension == "parquet")
+    return sorted(glob.glob(path)) if isinstance(filesystem, pafs.LocalFileSystem) else []
+
+
+def open_parquet(filesystem: pafs.FileSystem, path: str, columns: Sequence[str]) -> pq.ParquetFile:
+    """The file, which has these columns.
+
+    Raises:
+        DataError: the file is gone or no Parquet, or has no such column.
+    """
+    try:
+        file = pq.ParquetFile(path, filesystem=filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error}). Copy it again.") from error
+    for column in columns:
+        if column not in file.schema_arrow.names:
+            raise DataError(
+                f"{path} has no column '{column}', found {file.schema_arrow.names}. Name the right columns."
+            )
+    return file

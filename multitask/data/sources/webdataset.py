@@ -1,0 +1,200 @@
+"""WebDataset tars: each is indexed once by its headers, then images are read at their offsets."""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from multitask.data.format import DataError
+from multitask.data.sources.files import check_unique, path_array
+from multitask.data.sources.labels import name_classes
+
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+"""Key and ending of a member, split at the first dot of its base name, as the webdataset library does."""
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+"""First two bytes of compressed files."""
+
+
+@dataclass(frozen=True, eq=False)
+class WebDatasetSource:
+    """Images inside uncompressed tars; ids are TAR/KEY."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    ids: pa.Array
+    tars: tuple[str, ...]
+    tar: NDArray[np.int32]
+    """Shape (rows,): position in `tars`."""
+    offset_bytes: NDArray[np.int64]
+    size_bytes: NDArray[np.int64]
+
+    def read(self, rows: Sequence[int]) -> Iterator[bytes]:
+        for tar, of_tar in groupby(rows, key=lambda row: int(self.tar[row])):
+            path, asked = self.tars[tar], [int(row) for row in of_tar]
+            row = asked[0]
+            try:
+                with open(path, "rb") as file:
+                    for row in asked:
+                        file.seek(self.offset_bytes[row])
+                        content = file.read(self.size_bytes[row])
+                        if len(content) != self.size_bytes[row]:
+                            raise OSError(f"{len(content)} of {self.size_bytes[row]} bytes are left")
+                        yield content
+            except OSError as error:
+                raise DataError(
+                    f"Image '{self.ids[row]}': cannot read it from {path} ({error}). Restore the tar, or import anew."
+                ) from error
+
+
+def webdataset(
+    tars: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    classes: Sequence[str] | None = None,
+    image_keys: Sequence[str] = ("jpg", "jpeg", "png", "webp", "img"),
+    label_key: str = "cls",
+) -> WebDatasetSource:
+    """A source from local WebDataset tars, in the order of the tars and of the samples in them.
+
+    Args:
+        tars: one or several of: a tar, a folder of them, a pattern ('train-{000000..000146}.tar', 'train-*.tar').
+        classes: class names; without them the numbers 0 to the largest label as text.
+        image_keys: endings of the images, without the dot; of several in one sample the first here is taken.
+        label_key: ending of the member that holds the class number as text. Where a sample has none, "label" in its
+            .json member counts.
+    Raises:
+        DataError: no tars; a tar is compressed, cut short, or has a key twice; a sample has no image or no label.
+    """
+    given = [tars] if isinstance(tars, str | os.PathLike) else list(tars)
+    paths = [path for each in given for path in _expand(os.path.expanduser(os.fspath(each)))]
+    where = f"WebDataset {', '.join(os.fspath(each) for each in given[:3])}"
+    if not paths:
+        raise DataError(f"{where}: found no tars, expected at least one. Check the path or pattern.")
+    top = os.path.commonpath([os.path.dirname(path) for path in paths])
+    parts, ids, counts = [], [], []
+    for path in paths:
+        samples = list(_samples(path, tuple(image_keys), label_key))
+        shown = os.path.relpath(path, top).replace(os.sep, "/")
+        ids.append(path_array((f"{shown}/{key}" for key, *_ in samples), path))
+        check_unique(ids[-1], path)
+        parts.append(np.array([numbers for _, *numbers in samples], np.int64).reshape(-1, 3))
+        counts.append(len(samples))
+    offsets, sizes, labels = (np.ascontiguousarray(column) for column in np.concatenate(parts).T)
+    all_ids = pa.concat_arrays(ids)
+    check_unique(all_ids, where)
+    return WebDatasetSource(
+        name=os.path.basename(top),
+        classes=name_classes(labels, classes, where),
+        labels=labels,
+        ids=all_ids,
+        tars=tuple(paths),
+        tar=np.repeat(np.arange(len(paths), dtype=np.int32), counts),
+        offset_bytes=offsets,
+        size_bytes=sizes,
+    )
+
+
+def _expand(pattern: str) -> list[str]:
+    """Absolute paths of the tars that the pattern means."""
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"{pattern}: tars are read from local disk only. Copy them, then give the local path.")
+    pattern = os.path.abspath(pattern)
+    if os.path.isdir(pattern):
+        return sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+    if os.path.exists(pattern):
+        return [pattern]
+    pieces = BRACES.split(pattern)
+    choices = [_numbers(first, last) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
+    paths: list[str] = []
+    for chosen in product(*choices):
+        path = pieces[0] + "".join(number + text for number, text in zip(chosen, pieces[3::3], strict=True))
+        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        paths += found
+    return paths
+
+
+def _numbers(first: str, last: str) -> list[str]:
+    """As a shell does: zeros are filled in if either end has a leading one."""
+    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator[tuple[str, int, int, int]]:
+    """Key, offset and size of the image in bytes, and label, of each sample of one tar."""
+    key = "(none yet)"
+    try:
+        with open(path, "rb") as file:
+            if packed := PACKED.get(file.read(2)):
+                raise DataError(f"{path} is compressed ({packed}), expected a plain tar. Decompress it first.")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members: dict[str, tarfile.TarInfo] = {}
+                for member in tar:
+                    match = SAMPLE.fullmatch(member.name)
+                    if not member.isreg() or match is None or _is_note(member.name):
+                        continue
+                    if members and match[1] != key:
+                        yield _sample(tar, path, key, members, image_keys, label_key)
+                        members = {}
+                    key, ending = match[1], match[2].lower()
+                    if ending in members:
+                        raise DataError(f"{path}: sample '{key}' has '.{ending}' twice. Write the tar anew.")
+                    members[ending] = member
+                # tarfile takes any damaged header but the first for the end.
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("no end mark")
+                if members:
+                    yield _sample(tar, path, key, members, image_keys, label_key)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(
+            f"{path}: cannot be read past sample '{key}' ({error}): it is missing, cut short or no tar. Copy it again."
+        ) from error
+
+
+def _is_note(name: str) -> bool:
+    """Whether the webdataset library would pass over this member as a note on the tar."""
+    return "/" not in name and name.startswith("__") and name.endswith("__")
+
+
+def _sample(
+    tar: tarfile.TarFile,
+    path: str,
+    key: str,
+    members: dict[str, tarfile.TarInfo],
+    image_keys: tuple[str, ...],
+    label_key: str,
+) -> tuple[str, int, int, int]:
+    image = next((members[ending] for ending in image_keys if ending in members), None)
+    if image is None or not image.size:
+        raise DataError(
+            f"{path}: sample '{key}' has {sorted(members)}, expected an image that is not empty under one of "
+            f"{list(image_keys)}. Name its ending in image_keys, or write the tar without this sample."
+        )
+    holder = members.get(label_key) or members.get("json")
+    if holder is None:
+        raise DataError(
+            f"{path}: sample '{key}' has {sorted(members)}, expected a label in '{label_key}' or 'json'. Name its "
+            "ending in label_key, or write the tar without this sample."
+        )
+    content = tar.extractfile(holder)
+    assert content is not None, "regular members have content"
+    text = content.read()
+    try:
+        label = int(text) if label_key in members else json.loads(text)["label"]
+        if type(label) is not int:
+            raise TypeError("no integer")
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: sample '{key}' has the label {text[:80]!r}, expected a class number. Write the tar with numbers."
+        ) from error
+    return key, image.offset_data, image.size, label
