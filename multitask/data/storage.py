@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 BLOCK_BYTES = 1 << 22
+PARTIAL = ".partial"
 
 
 class DataError(ValueError):
@@ -91,7 +92,7 @@ class Location:
         self.filesystem.create_dir(self.root, recursive=True)
         target = f"{self.root}/{name}"
         local = isinstance(self.filesystem, pa.fs.LocalFileSystem)
-        path = f"{self.root}/.{name}.{secrets.token_hex(4)}.partial" if local else target
+        path = f"{self.root}/.{name}.{secrets.token_hex(4)}{PARTIAL}" if local else target
         stream = self.filesystem.open_output_stream(path)
         try:
             yield Sink(stream)
@@ -105,6 +106,12 @@ class Location:
             stream.close()
             self.filesystem.delete_file(path)
             raise
+
+    def remove_partial(self) -> None:
+        """Take away files that a killed process left half-written."""
+        for name in self.names():
+            if name.endswith(PARTIAL):
+                self.filesystem.delete_file(f"{self.root}/{name}")
 
     def remove(self) -> None:
         """The directory and everything in it."""

@@ -108,6 +108,15 @@ class ImageTable:
         """All row groups in order, one in memory at a time."""
         return map(self.read_group, range(len(self.group_rows)))
 
+    def labels(self) -> NDArray[np.int64]:
+        """Labels of all rows, shape (num_rows,); no image is read."""
+        labels = []
+        for shard in self.shards:
+            file = f"{self.uri}/{shard.file}"
+            with self._location.open(shard.file) as stream, _parquet(file):
+                labels.append(_checked_labels(pq.read_table(stream, columns=[LABEL]), self.classes, file))
+        return np.concatenate(labels)
+
     def first_row(self, group: int) -> int:
         """Table row at which a row group starts."""
         return int(self._starts[group])

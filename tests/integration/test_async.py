@@ -65,6 +65,7 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     job = Job(spec)
 
     with actors(job) as (server, workers):
+        ray.get([worker.prepare.remote(None) for worker in workers.values()])
         start = ray.get(workers["pets/0"].private_state.remote())
         ray.get([worker.train.remote() for worker in workers.values()])
         ray.get([worker.complete.remote() for worker in workers.values()])

@@ -42,10 +42,6 @@ def numbered_table(path: Path, rows: int, *, classes: int = 2, bad: tuple[int, .
     return open_table(path)
 
 
-def labels(table: ImageTable) -> np.ndarray:
-    return np.concatenate([group.labels for group in table.groups()])
-
-
 def encoded(table: ImageTable) -> list[bytes]:
     return [group.encoded(i).numpy().tobytes() for group in table.groups() for i in range(len(group))]
 

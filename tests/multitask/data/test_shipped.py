@@ -9,7 +9,7 @@ import torch
 
 import jobs
 from multitask.data import ImageTable, eval_batches, open_table
-from tests.multitask.data.tables import encoded, labels
+from tests.multitask.data.tables import encoded
 
 ROOT = Path(jobs.__file__).parent / "data"
 ROWS = {"fashion": (20_000, 10_000, 10_000), "animals": (6_803, 972, 1_941), "digits": (3_500, 500, 1_000)}
@@ -38,7 +38,7 @@ def test_labels_mean_what_the_sources_say() -> None:
 
 @pytest.mark.parametrize(("name", "split"), EVERY_SPLIT)
 def test_a_split_holds_its_share_of_each_class(name: str, split: str) -> None:
-    counts = {part: np.bincount(labels(shipped(name, part)), minlength=10) for part in SPLITS}
+    counts = {part: np.bincount(shipped(name, part).labels(), minlength=10) for part in SPLITS}
     if name == "fashion":
         assert (counts[split] == ROWS[name][SPLITS.index(split)] // 10).all()
     else:
@@ -54,7 +54,7 @@ def test_no_image_stands_in_two_rows_of_a_data_set(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rows_come_shuffled_so_that_a_few_hold_most_classes(name: str) -> None:
-    assert all(len(set(labels(shipped(name, split))[:100].tolist())) == 10 for split in SPLITS)
+    assert all(len(set(shipped(name, split).labels()[:100].tolist())) == 10 for split in SPLITS)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -16,7 +16,6 @@ from multitask.data.table import RowGroup
 from tests.multitask.data.tables import (
     CLASSES,
     encoded,
-    labels,
     number_image,
     numbered_table,
     rewrite_shard,
@@ -43,8 +42,8 @@ def test_a_table_returns_every_byte_label_and_place(
 
     assert table.classes == tuple(CLASSES)
     assert table.num_rows == len(rows)
-    assert labels(table).dtype == np.int64
-    assert list(zip(encoded(table), labels(table), strict=True)) == rows
+    assert table.labels().dtype == np.int64
+    assert list(zip(encoded(table), table.labels(), strict=True)) == rows
     assert [table.row(i)[:2] for i in range(len(rows))] == rows
     assert [table.source(i) for i in range(len(rows))] == [
         f"{path}/shard-{i // rows_per_shard:05d}.parquet, row {i % rows_per_shard}" for i in range(len(rows))
