@@ -3,18 +3,21 @@
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
 
+from multitask.data import write_table
 from multitask.engines import ENGINES
-from multitask.engines.asynchronous import actors, await_all, worker_cpus
+from multitask.engines.asynchronous import actors, await_all, decoders, worker_cpus
 from multitask.job import Job
 from multitask.server.messages import Evaluation, Snapshot, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
+from tests.conftest import png
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -128,6 +131,45 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
 
     assert first.version == again.version == 1
     assert np.array_equal(first.groups["shared:pets"].values, again.groups["shared:pets"].values)
+
+
+def test_resolutions_of_one_data_set_share_one_decode(make_spec: MakeSpec) -> None:
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12}, "pets_9": {"resolution": 8, "batch_size": 5}}
+    job = Job(make_spec({**tasks, "cars": {}}, engine={"name": "async"}, steps=6))
+
+    with actors(job) as (_, workers):
+        nodes = {name: ray.get(worker.place.remote())[0] for name, worker in workers.items()}
+        with decoders(job, nodes) as decoder_of:
+            # Another batch size draws other rows, and other data have nothing to share.
+            assert decoder_of.keys() == {"pets_8/0", "pets_12/0"}
+            assert decoder_of["pets_8/0"] == decoder_of["pets_12/0"]
+            ray.get([worker.prepare.remote(decoder_of.get(name)) for name, worker in workers.items()])
+            ray.get([worker.train.remote() for worker in workers.values()])
+            decoded = ray.get(decoder_of["pets_8/0"].decoded.remote())
+    # Six steps and what was asked for ahead; each of the two alone would have decoded as many.
+    assert 6 <= decoded <= 2 * 8
+
+
+def test_a_shared_decode_changes_no_bit(make_spec: MakeSpec) -> None:
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
+    changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}}
+    local, _, _ = run(make_spec(tasks, **changes))
+    remote, _, _ = run(make_spec(tasks, engine={"name": "async"}, **changes))
+    alone = {name: run(make_spec({name: own}, **changes))[0] for name, own in tasks.items()}
+    for name in tasks:
+        group = f"private:{name}"
+        values = [outcome["last"].groups[group].values.tobytes() for outcome in (local, remote, alone[name])]
+        assert len(set(values)) == 1
+
+
+def test_a_corrupt_image_is_named_through_a_shared_decode(make_spec: MakeSpec, tmp_path: Path) -> None:
+    rows = [(png(row, row % 4), row % 4) for row in range(16)]
+    for split in ("train", "validation"):
+        broken = [(b"no image", 3)] if split == "train" else []
+        write_table(tmp_path / "data" / split, rows + broken, [f"class {label}" for label in range(4)])
+    tasks = {f"pets_{size}": {"resolution": size, "data": str(tmp_path / "data")} for size in (8, 12)}
+    with pytest.raises(TrainingError, match=r"(?s)Worker 'pets_.*' failed: .*shard-00000\.parquet, row 16"):
+        run(make_spec(tasks, engine={"name": "async"}, steps=6))
 
 
 @pytest.mark.parametrize(

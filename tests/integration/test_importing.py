@@ -7,14 +7,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
-from multitask.data import DataError, open_table
+from multitask.data import DataError, TrainBatches, eval_batches, open_table
 from multitask.data.importing import import_table
 from multitask.data.sources import image_folder
 from tests.multitask.data.tables import number_image
@@ -123,6 +129,49 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, log: Path) 
     with pytest.raises(DataError, match=r"found zero images for \['b'\]"):
         import_table(Numbers(4, log), str(tmp_path / "new"), splits={"a": 0.99, "b": 0.01})
     assert not (tmp_path / "new").exists()
+
+
+def test_training_reads_what_image_folder_gives_bit_for_bit(tmp_path: Path) -> None:
+    """No image is encoded anew, and the table's tensors are those of torchvision's own reader and transforms."""
+    random = np.random.default_rng(0)
+    for row in range(24):
+        folder = tmp_path / "source" / f"n0144{row % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (6 + row % 5, 9, 3), dtype=np.uint8).repeat(9, 0).repeat(8, 1)
+        kind = {0: "png", 1: "L.jpg"}.get(row % 7, "jpg")
+        image = Image.fromarray(pixels).convert("L" if kind == "L.jpg" else "RGB")
+        image.save(folder / f"n0144{row % 3}_{row}.{kind}")
+    mean, std, resolution = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32
+    reference = ImageFolder(
+        tmp_path / "source",
+        loader=lambda path: decode_image(path, ImageReadMode.RGB),
+        transform=v2.Compose(
+            [
+                v2.Resize([resolution, resolution], antialias=True),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(mean, std),
+            ]
+        ),
+    )
+    import_table(image_folder(tmp_path / "source"), str(tmp_path / "table"), rows_per_shard=7)
+
+    table = open_table(tmp_path / "table")
+    row_of = {table.row(row).id: row for row in range(24)}
+    options = {"batch_size": 5, "resolution": resolution, "mean": mean, "std": std}
+    evaluated = list(eval_batches(table, **options))
+    images, labels = (
+        torch.cat([batch.images() for batch in evaluated]),
+        torch.cat([batch.labels for batch in evaluated]),
+    )
+    trained = torch.cat([batch.images() for batch in islice(TrainBatches(table, seed=0, **options), 5)])[:24]
+    seen = {image.numpy().tobytes() for image in trained}
+    for (path, _), (image, label) in zip(reference.samples, reference, strict=True):
+        row = row_of[str(Path(path).relative_to(tmp_path / "source"))]
+        assert table.row(row).image == Path(path).read_bytes()
+        assert torch.equal(images[row], image)
+        assert labels[row] == label
+        assert image.numpy().tobytes() in seen
+    assert table.classes == tuple(reference.classes)
 
 
 @pytest.mark.slow

@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitask.data import Batch, DataError, ImageTable, TrainBatches, eval_batches, open_table, write_table
-from tests.multitask.data.tables import PLAIN, numbered_table, numbers, png
+from multitask.data import (
+    Batch,
+    DataError,
+    ImageTable,
+    TrainBatches,
+    eval_batches,
+    open_table,
+    prefetch,
+    write_table,
+)
+from tests.multitask.data.tables import PLAIN, number_image, numbered_table, numbers, png
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +225,55 @@ def test_evaluation_counts_each_skipped_image_once(
     batches = list(eval_batches(table, batch_size=4, undecodable="skip", **PLAIN))
     assert [numbers(batch.images()) for batch in batches] == rows
     assert [batch.skipped for batch in batches] == skipped
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_percent_of_corrupt_images_is_counted_exactly(tmp_path: Path, workers: int) -> None:
+    bad = tuple(range(17, 1000, 100))
+    table = numbered_table(tmp_path / "train", 1000, bad=bad, shard=120)
+    skipped, seen = 0, Counter[int]()
+    for rank in range(workers):
+        batches = train(table, undecodable="skip", batch_size=1, rank=rank, workers=workers, window=64)
+        while batches.position < batches.rows_per_epoch:
+            batch = next(batches)
+            # A bad row at the end of the epoch is counted with the first batch of the next one.
+            beyond = batches.position - batches.rows_per_epoch
+            skipped += batch.skipped - max(0, beyond - 1)
+            seen.update(numbers(batch.images()) if beyond <= 0 else [])
+    assert skipped == len(bad)
+    assert seen == Counter(set(range(1000)) - set(bad))
+    assert sum(b.skipped for b in eval_batches(table, **PLAIN, batch_size=64, undecodable="skip")) == len(bad)
+
+
+def test_prefetched_batches_are_the_same(photos: ImageTable) -> None:
+    ahead = prefetch(train(photos, resolution=8), depth=3)
+    plain = train(photos, resolution=8)
+    assert all(equal(next(ahead), next(plain)) for _ in range(9))
+    ahead.close()
+    assert [len(batch.labels) for batch in prefetch(eval_batches(photos, **PLAIN, batch_size=5))] == [5, 5, 2]
+
+
+def test_an_error_in_the_background_reaches_the_reader(tmp_path: Path) -> None:
+    table = numbered_table(tmp_path / "train", 9, bad=(7,))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        list(islice(prefetch(train(table)), 9))
+
+
+def test_at_most_two_windows_of_encoded_images_are_in_memory(tmp_path: Path) -> None:
+    held = []
+    for rows in (40, 400):
+        # 1 MiB images that do not compress, eight to a row group.
+        images = [np.random.default_rng(row).bytes(1 << 20) for row in range(8)]
+        path = tmp_path / str(rows)
+        write_table(path, ((number_image(i) + images[i % 8], 0) for i in range(rows)), ["x"], rows_per_shard=50)
+        batches, before, peak = train(open_table(path), window=20, batch_size=4), pa.total_allocated_bytes(), 0
+        for _ in range(rows // 4):
+            next(batches)
+            peak = max(peak, pa.total_allocated_bytes() - before)
+        held.append(peak / (1 << 20))
+    # Two windows of 20 rows, and the groups of up to 8 rows at their ends.
+    assert max(held) <= 2 * (20 + 4 * 8) * 1.05
+    assert held[1] <= held[0] * 1.5
 
 
 def test_a_table_without_a_decodable_image_ends_with_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def test_only_larger_images_are_scaled_and_encoded_anew() -> None:
     assert (smaller.size, smaller.format, smaller.mode) == ((40, 20), "JPEG", "RGB")
 
 
-def test_an_image_that_cannot_be_scaled_is_named(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_scaled_is_named() -> None:
     whole = png(np.zeros((80, 80, 3), np.uint8))
     for broken in (b"no image", whole[: len(whole) // 2]):
         with pytest.raises(DataError, match=r"cat/7\.png: found an image that cannot be decoded"):
