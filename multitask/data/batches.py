@@ -256,8 +256,7 @@ class BatchView:
 
 def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
     """The same batches, of which up to `depth` are prepared in the background while one is used."""
-    # One torch thread: what is prepared on the side must not take the cores from the training step.
-    thread = ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,))
+    thread = ThreadPoolExecutor(1, "prefetch")
     try:
         waiting = deque(thread.submit(next, batches, None) for _ in range(depth))
         while (batch := waiting.popleft().result()) is not None:

@@ -58,8 +58,8 @@ class ImageLoader:
         self._undecodable = undecodable
         self._draw_crop = draw_crop
         self._threads = threads
-        # One torch thread in each: the decoder has none inside, and the resizes of two images run side by side.
-        self._pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,)) if threads > 1 else None
+        # torch.set_num_threads is left alone: called in one thread, it changes all threads of the process.
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._bad_rows: set[int] = set()
 
     def load(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:

@@ -253,6 +253,12 @@ def test_prefetched_batches_are_the_same(photos: ImageTable) -> None:
     assert [len(batch.labels) for batch in prefetch(eval_batches(photos, **PLAIN, batch_size=5))] == [5, 5, 2]
 
 
+def test_readers_in_the_background_leave_torchs_threads_alone(photos: ImageTable) -> None:
+    torch.set_num_threads(2)
+    next(prefetch(train(photos, threads=3)))
+    assert torch.get_num_threads() == 2
+
+
 def test_an_error_in_the_background_reaches_the_reader(tmp_path: Path) -> None:
     table = numbered_table(tmp_path / "train", 9, bad=(7,))
     with pytest.raises(DataError, match="cannot be decoded"):
