@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Batch:
 
 
 class TrainStream:
-    """The decoded images of one worker, batch by batch, at every resolution asked for.
+    """The decoded images of one worker, endless, in batches of one size that run across the ends of epochs.
 
     At most two windows of encoded images are in memory: the one that is read, and the next, fetched meanwhile.
     """
@@ -62,7 +62,18 @@ class TrainStream:
         threads: int = 1,
         start: int = 0,
     ) -> None:
-        """Arguments as for `TrainBatches`."""
+        """Args:
+        table: where the images are.
+        batch_size: images of each batch; may exceed the table.
+        seed: 0 or more; the workers of one task share it.
+        augment: "none", or "crop_flip" for a random resized crop and a flip, fixed by seed, epoch and row.
+        rank: this worker's number, 0 to workers - 1.
+        workers: workers that share the table.
+        undecodable: what an image that cannot be decoded does: end the run, or be skipped and counted.
+        window: rows that are shuffled together.
+        threads: threads that decode; they change no value.
+        start: `position` of an earlier stream or of a batch: this one goes on from there, bit for bit.
+        """
         check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
         check_option("augment", augment, augment in get_args(Augment), f"one of {list(get_args(Augment))}")
         check_option("seed", seed, seed >= 0, "0 or more")
@@ -75,6 +86,7 @@ class TrainStream:
         self._table, self._batch_size = table, batch_size
         self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window)
         self.rows_per_epoch = self._order.rows_per_epoch
+        """Rows this worker consumes in one epoch."""
 
         def crop(height: int, width: int, row: EncodedRow) -> Crop:
             return draw_crop(height, width, (CROP, seed, row.epoch, row.row))
@@ -84,7 +96,7 @@ class TrainStream:
         self._windows = _Windows(table, self._order)
 
     def draw(self, resolutions: Sequence[int]) -> "Drawn":
-        """The next batch."""
+        """The next batch, at every resolution asked for."""
         parts: list[Loaded] = []
         wanted, skipped = self._batch_size, 0
         while wanted:
@@ -165,56 +177,20 @@ class _LoadedWindow:
 
 
 class TrainBatches:
-    """Endless batches of one worker, all of one size: they run across the ends of epochs.
+    """Endless batches of one worker at one resolution, from a stream of its own."""
 
-    Args:
-        table: where the images are.
-        batch_size: images of each batch; may exceed the table.
+    def __init__(
+        self, table: ImageTable, *, resolution: int, mean: Sequence[float], std: Sequence[float], **options: Any
+    ) -> None:
+        """Args:
         resolution: height and width of the images, in pixels.
         mean: for each channel, on the scale 0 to 1.
         std: for each channel, on the scale 0 to 1.
-        augment: "none", or "crop_flip" for a random resized crop and a flip, fixed by seed, epoch and row.
-        seed: 0 or more; the workers of one task share it.
-        rank: this worker's number, 0 to workers - 1.
-        workers: workers that share the table.
-        undecodable: what an image that cannot be decoded does: end the run, or be skipped and counted.
-        window: rows that are shuffled together; up to two windows of encoded images are in memory.
-        threads: threads that decode; they change no value.
-        start: `position` of an earlier instance or of a batch: this one goes on from there, bit for bit.
-    """
-
-    def __init__(
-        self,
-        table: ImageTable,
-        *,
-        batch_size: int,
-        resolution: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int,
-        augment: Augment = "none",
-        rank: int = 0,
-        workers: int = 1,
-        undecodable: Undecodable = "fail",
-        window: int = SHUFFLE_WINDOW,
-        threads: int = 1,
-        start: int = 0,
-    ) -> None:
+        options: batch size, seed and all else that `TrainStream` takes.
+        """
         self._view = BatchView(resolution, mean, std)
-        self._stream = TrainStream(
-            table,
-            batch_size=batch_size,
-            seed=seed,
-            augment=augment,
-            rank=rank,
-            workers=workers,
-            undecodable=undecodable,
-            window=window,
-            threads=threads,
-            start=start,
-        )
+        self._stream = TrainStream(table, **options)
         self.rows_per_epoch = self._stream.rows_per_epoch
-        """Rows this worker consumes in one epoch."""
 
     @property
     def position(self) -> int:
@@ -277,9 +253,11 @@ def eval_batches(
     rows: int | None = None,
     threads: int = 1,
 ) -> Iterator[Batch]:
-    """All rows in order, once; only the last batch may be short. Arguments as for `TrainBatches`.
+    """All rows in order, once; only the last batch may be short.
 
     Args:
+        batch_size, undecodable, threads: as for `TrainStream`.
+        resolution, mean, std: as for `TrainBatches`.
         rows: read only this many, spread evenly over the table (which may be sorted by class).
     """
     check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
