@@ -20,6 +20,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/mypy
 
 bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'
 	for file in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$file .py); \
 		$(BIN)/python -m benchmarks.$$name --out benchmarks/results/$${name}_$$(date +%F).json || exit 1; \

@@ -303,5 +303,9 @@ def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchVi
 def _join(parts: Sequence[Loaded], skipped: int, position: int = 0) -> Drawn:
     """One batch of what was loaded piece by piece."""
     labels = np.array([row.label for good, _ in parts for row in good], dtype=np.int64)
-    pixels = {size: torch.cat([images[size] for _, images in parts]).numpy() for size in parts[0][1]}
-    return Drawn(pixels, labels, skipped, position)
+    if len(parts) == 1:  # the usual case, without a copy
+        pixels = parts[0][1]
+    else:
+        pixels = {size: torch.cat([images[size] for _, images in parts]) for size in parts[0][1]}
+    arrays = {size: images.numpy() for size, images in pixels.items()}
+    return Drawn(arrays, labels, skipped, position)

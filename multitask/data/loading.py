@@ -1,7 +1,7 @@
 """From encoded rows to pixels at every resolution asked for: each image is decoded once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise, repeat
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import Crop, cut, decode, resize_images
+from multitask.data.transforms import Crop, cut, decode, resize_stream
 
 Undecodable = Literal["fail", "skip"]
 log = logging.getLogger(__name__)
@@ -88,7 +88,12 @@ class ImageLoader:
         return good, {size: torch.cat([pixels[size] for _, pixels in loaded]) for size in resolutions}
 
     def _load_part(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
-        good, images = [], []
+        good: list[EncodedRow] = []
+        pixels = resize_stream(self._images(rows, good), resolutions, len(rows))
+        return good, pixels
+
+    def _images(self, rows: Sequence[EncodedRow], good: list[EncodedRow]) -> Iterator[Tensor]:
+        """Pixels of each row that can be decoded; the row itself goes to `good`."""
         for row in rows:
             image_chw = self._decoded(row)
             if image_chw is None:
@@ -97,8 +102,7 @@ class ImageLoader:
                 height, width = image_chw.shape[1:]
                 image_chw = cut(image_chw, self._draw_crop(height, width, row))
             good.append(row)
-            images.append(image_chw)
-        return good, {resolution: resize_images(images, resolution) for resolution in resolutions}
+            yield image_chw
 
     def _decoded(self, row: EncodedRow) -> Tensor | None:
         """Pixels of a row, or None when it cannot be decoded and such images are skipped."""
