@@ -27,7 +27,7 @@ class Batch:
     """Images and labels of one step."""
 
     pixels: Tensor
-    """Shape (batch, 3, resolution, resolution), uint8: a quarter of the bytes to move that the floats would be."""
+    """Shape (batch, 3, resolution, resolution), uint8, channels last in memory: a quarter of the floats' bytes."""
     labels: Tensor
     """Shape (batch,), int64."""
     mean: tuple[float, float, float]
@@ -119,7 +119,7 @@ class Drawn:
     """One batch at several resolutions, as NumPy arrays: processes on one node hand them over without a copy."""
 
     pixels: dict[int, NDArray[np.uint8]]
-    """Resolution -> shape (batch, 3, resolution, resolution)."""
+    """Resolution -> shape (batch, resolution, resolution, 3): the order of decoder, resize and channels_last models."""
     labels: NDArray[np.int64]
     skipped: int
     position: int
@@ -222,7 +222,7 @@ class BatchView:
             torch.from_numpy(np.require(array, requirements="W"))
             for array in (drawn.pixels[self.resolution], drawn.labels)
         )
-        return Batch(pixels, labels, self._mean, self._std, drawn.skipped, drawn.position)
+        return Batch(pixels.permute(0, 3, 1, 2), labels, self._mean, self._std, drawn.skipped, drawn.position)
 
     def batches(self, draw: Callable[[], Drawn]) -> Iterator[Batch]:
         """Endless batches of what `draw` returns."""

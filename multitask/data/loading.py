@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import Crop, cut, decode, resize_stream
+from multitask.data.transforms import Crop, cut, decode, resize_images
 
 Undecodable = Literal["fail", "skip"]
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class EncodedRow:
 
 
 Loaded = tuple[list[EncodedRow], dict[int, Tensor]]
-"""Rows that could be decoded, and resolution -> their pixels, shape (n, 3, resolution, resolution), uint8."""
+"""Rows that could be decoded, and resolution -> their pixels, shape (n, resolution, resolution, 3), uint8."""
 
 
 class ImageLoader:
@@ -89,7 +89,7 @@ class ImageLoader:
 
     def _load_part(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
         good: list[EncodedRow] = []
-        pixels = resize_stream(self._images(rows, good), resolutions, len(rows))
+        pixels = resize_images(self._images(rows, good), resolutions, len(rows))
         return good, pixels
 
     def _images(self, rows: Sequence[EncodedRow], good: list[EncodedRow]) -> Iterator[Tensor]:

@@ -81,53 +81,43 @@ def cut(image_chw: Tensor, crop: Crop) -> Tensor:
     return part_chw.flip(-1) if crop.flip else part_chw
 
 
-def resize_images(images: Sequence[Tensor], resolution: int) -> Tensor:
-    """Bring images of any sizes to one square size, bilinear with antialiasing.
+def resize_images(images: Iterable[Tensor], resolutions: Sequence[int], most: int) -> dict[int, Tensor]:
+    """Bring images of any sizes to one or several square sizes, bilinear with antialiasing.
 
-    Args:
-        images: each of shape (3, h, w), uint8.
-        resolution: height and width of the result, in pixels, at least 2.
-    Returns:
-        Shape (n, 3, resolution, resolution), uint8.
-    """
-    return resize_stream(images, [resolution], len(images))[resolution]
-
-
-def resize_stream(images: Iterable[Tensor], resolutions: Sequence[int], most: int) -> dict[int, Tensor]:
-    """Bring each image to several square sizes as it comes, while its pixels are in the processor's cache.
-
-    Small images of one size are resized in one call, which is several times faster and changes no value.
+    Each image is resized as it comes, while its pixels are in the processor's cache. Small images of one size are
+    resized in one call, which is several times faster and changes no value.
 
     Args:
         images: at most `most`, each of shape (3, h, w), uint8.
         resolutions: heights and widths of the results, in pixels, at least 2.
     Returns:
-        Resolution -> shape (n, 3, resolution, resolution), uint8.
+        Resolution -> shape (n, resolution, resolution, 3), uint8.
     """
-    resized = {size: torch.empty(most, 3, size, size, dtype=torch.uint8) for size in resolutions}
+    resized = {size: torch.empty(most, size, size, 3, dtype=torch.uint8) for size in resolutions}
     together: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     count = 0
     for place, image_chw in enumerate(images):
         image_hwc = image_chw.permute(1, 2, 0).contiguous()
         if image_hwc.numel() > STACKED_VALUES:
-            for size, resized_nchw in resized.items():
-                resized_nchw[place] = _resize(image_hwc[None], size)[0]
+            for size, resized_nhwc in resized.items():
+                resized_nhwc[place] = _resize(image_hwc[None], size)[0]
         else:
             together.setdefault(image_hwc.shape, []).append((place, image_hwc))
         count = place + 1
     for group in together.values():
         places, stack_nhwc = [place for place, _ in group], torch.stack([image_hwc for _, image_hwc in group])
-        for size, resized_nchw in resized.items():
-            resized_nchw[places] = _resize(stack_nhwc, size)
-    return {size: resized_nchw[:count] for size, resized_nchw in resized.items()}
+        for size, resized_nhwc in resized.items():
+            resized_nhwc[places] = _resize(stack_nhwc, size)
+    return {size: resized_nhwc[:count] for size, resized_nhwc in resized.items()}
 
 
 def _resize(images_nhwc: Tensor, resolution: int) -> Tensor:
-    """Shape (n, 3, resolution, resolution), uint8, in memory as (n, h, w, c)."""
+    """Shape (n, resolution, resolution, 3), uint8."""
     # What torchvision's resize calls, without the time its own code takes. The kernel works on (n, h, w, c), as the
     # decoder writes it; from (n, c, h, w) it first makes that order, which takes as long as the resize.
     images_nchw = images_nhwc.permute(0, 3, 1, 2)
-    return interpolate(images_nchw, [resolution, resolution], mode="bilinear", antialias=True)
+    resized_nchw = interpolate(images_nchw, [resolution, resolution], mode="bilinear", antialias=True)
+    return resized_nchw.permute(0, 2, 3, 1)
 
 
 def normalise(images_nchw: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

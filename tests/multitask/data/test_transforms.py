@@ -17,6 +17,11 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def resized(images: list[torch.Tensor], resolution: int) -> torch.Tensor:
+    """Shape (n, 3, resolution, resolution)."""
+    return resize_images(images, [resolution], len(images))[resolution].permute(0, 3, 1, 2)
+
+
 def encoded(content: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
@@ -77,14 +82,14 @@ def test_what_is_no_whole_image_raises_one_kind_of_error(content: bytes) -> None
 def test_resize_is_pillows_bilinear(height: int, width: int, resolution: int) -> None:
     image = smooth(height, width)
     reference = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((resolution,) * 2, Image.Resampling.BILINEAR)
-    resized = resize_images([image], resolution)
-    assert resized.shape == (1, 3, resolution, resolution)
-    torch.testing.assert_close(resized[0], torch.from_numpy(np.array(reference)).permute(2, 0, 1), atol=1, rtol=0)
+    result = resized([image], resolution)
+    assert result.shape == (1, 3, resolution, resolution)
+    torch.testing.assert_close(result[0], torch.from_numpy(np.array(reference)).permute(2, 0, 1), atol=1, rtol=0)
 
 
 def test_an_image_of_the_right_size_is_unchanged() -> None:
     image = torch.from_numpy(pixels(3, 16, 16))
-    assert torch.equal(resize_images([image], 16)[0], image)
+    assert torch.equal(resized([image], 16)[0], image)
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,8 +99,8 @@ def test_an_image_of_the_right_size_is_unchanged() -> None:
 )
 def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(sizes: list[tuple[int, int]], resolution: int) -> None:
     images = [torch.from_numpy(pixels(3, *size, seed=i)) for i, size in enumerate(sizes)]
-    alone = torch.cat([resize_images([image], resolution) for image in images])
-    assert torch.equal(resize_images(images, resolution), alone)
+    alone = torch.cat([resized([image], resolution) for image in images])
+    assert torch.equal(resized(images, resolution), alone)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -103,10 +108,10 @@ def test_a_crop_is_torchvisions_resized_crop(flip: bool) -> None:
     image = torch.from_numpy(pixels(3, 28, 20))
     reference = v2.functional.resized_crop(image, 3, 5, 11, 13, [16, 16], antialias=True)
     reference = v2.functional.horizontal_flip(reference) if flip else reference
-    cropped = resize_images([cut(image, Crop(3, 5, 11, 13, flip)), cut(image, Crop(0, 0, 28, 20, False))], 16)
+    cropped = resized([cut(image, Crop(3, 5, 11, 13, flip)), cut(image, Crop(0, 0, 28, 20, False))], 16)
     # Mirroring before and after the resize may round differently by one step of 255.
     torch.testing.assert_close(cropped[0], reference, atol=int(flip), rtol=0)
-    assert torch.equal(cropped[1], resize_images([image], 16)[0])
+    assert torch.equal(cropped[1], resized([image], 16)[0])
 
 
 def test_crops_follow_the_distribution_of_torchvisions_random_resized_crop() -> None:
