@@ -126,7 +126,8 @@ class Job:
     def _parameter_group(self, group: Group) -> ParameterGroup:
         options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
         make = partial(make_optimizer, self.spec.optimizer.name, **options)
-        return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make)
+        factor = self.spec.private_rate_factor if group.private else 1.0
+        return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make, factor)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
         """The workers in groups whose members read the same rows in the same order, at whatever resolutions."""

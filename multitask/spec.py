@@ -170,6 +170,8 @@ class JobSpec:
     evaluate_every: Count
     """Rounds between evaluations on the validation tables; the end is always evaluated."""
     optimizer: Annotated[RMSpropSpec | SGDSpec | AdamWSpec, Field(discriminator="name")]
+    private_rate_factor: Rate = 1.0
+    """Private tensors learn at this multiple of the rate: small patches want larger rates than whole networks."""
     schedule: Annotated[ConstantSpec | ExponentialSpec | CosineSpec, Field(discriminator="name")] = ConstantSpec()
     engine: Annotated[AsyncSpec | LocalSpec, Field(discriminator="name")] = AsyncSpec()
     resources: ResourcesSpec = ResourcesSpec()

@@ -19,18 +19,25 @@ class ParameterGroup:
     """
 
     def __init__(
-        self, layout: Layout, values: Tensor, counters: Tensor, make_optimizer: Callable[[Tensor, Tensor], Optimizer]
+        self,
+        layout: Layout,
+        values: Tensor,
+        counters: Tensor,
+        make_optimizer: Callable[[Tensor, Tensor], Optimizer],
+        rate_factor: float = 1.0,
     ) -> None:
         """Args:
         values: shape (layout.size,), float32; taken over, not copied.
         counters: shape (layout.counters,), int64; taken over.
         make_optimizer: from the trained values with and without weight decay to their optimiser.
+        rate_factor: multiplies the rate of every step.
         """
         self.layout = layout
         self.values = values
         self.counters = counters
         self._trained = tuple(layout.section(values, role).detach() for role in (Role.DECAYED, Role.PLAIN))
         self._optimizer = make_optimizer(*self._trained)
+        self._rate_factor = rate_factor
         statistics = [slot for slot in layout.slots if slot.role is Role.STATISTIC]
         self._statistics = layout.section(values, Role.STATISTIC)
         self._momenta = torch.zeros_like(self._statistics)
@@ -46,12 +53,12 @@ class ParameterGroup:
         Args:
             push: shape (layout.pushed,), float32: gradients, then the batch's mean and (unbiased) variance of each
                 normalisation layer.
-            rate: learning rate.
+            rate: learning rate, as the server's schedule has it.
         """
         for values, role in zip(self._trained, (Role.DECAYED, Role.PLAIN), strict=True):
             values.grad = self.layout.section(push, role)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * self._rate_factor
         self._optimizer.step()
         for values in self._trained:
             values.grad = None

@@ -11,6 +11,7 @@ from multitask.data import TrainBatches, open_table
 from multitask.engines import ENGINES
 from multitask.engines.interface import Outcome
 from multitask.job import Job
+from multitask.server.layout import Role
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
@@ -130,6 +131,22 @@ def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in cars.model.private_state().items())
     # The server never holds what is private to a task with one worker.
     assert set(server.pull("pets/0").groups) == {"shared:pets+cars"}
+
+
+def test_private_tensors_learn_at_their_multiple_of_the_rate(make_spec: MakeSpec) -> None:
+    def moved(factor: float) -> dict[str, torch.Tensor]:
+        sgd = {"name": "sgd", "rate": 0.01, "momentum": 0.0}
+        job, outcome, _, _ = run(make_spec(optimizer=sgd, private_rate_factor=factor, steps=1))
+        values = {name: torch.from_numpy(group.values) for name, group in outcome.versions["last"].groups.items()}
+        trained = {name: job.groups[name].layout.ends[Role.PLAIN] for name in values}
+        return {
+            name: (values[name] - job.groups[name].values[: len(values[name])])[:end] for name, end in trained.items()
+        }
+
+    plain, tripled = moved(1.0), moved(3.0)
+    assert torch.equal(tripled["shared:pets+cars"], plain["shared:pets+cars"])
+    assert plain["private:pets"].abs().max() > 0
+    torch.testing.assert_close(tripled["private:pets"], 3 * plain["private:pets"], rtol=1e-4, atol=1e-6)
 
 
 def test_private_statistics_never_reach_the_shared_group(make_spec: MakeSpec) -> None:
