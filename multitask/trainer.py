@@ -1,5 +1,6 @@
 """Start a training job, watch it, and leave a run directory behind."""
 
+import logging
 import shutil
 import time
 from collections import defaultdict
@@ -18,6 +19,8 @@ from multitask.runs import Run, write_json, write_spec, write_version
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 from multitask.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -79,6 +82,7 @@ class _TaskWatch:
     pushes: int = 0
     staleness: list[int] = field(default_factory=list)
     skipped: int = 0
+    bad_images: set[str] = field(default_factory=set)
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -104,6 +108,9 @@ class _Watch:
             watch.pushes += len(news)
             watch.staleness += [record.staleness for record in news]
             watch.skipped += sum(record.skipped for record in news)
+            for bad in {bad for record in news for bad in record.bad_images} - watch.bad_images:
+                watch.bad_images.add(bad)
+                log.warning("Task '%s' skips %s", task, bad)
             self._progress.update(watch.bar, completed=watch.pushes, state=f"loss {news[-1].loss:.3f}")
             self._tracker.log_steps(task, [_step_metrics(record) for record in news])
         for evaluation in evaluations:

@@ -135,6 +135,7 @@ class TaskWorker:
             images=len(batch.labels),
             seconds=time.perf_counter() - start,
             skipped=batch.skipped,
+            bad_images=batch.bad_images,
         )
         self._step += 1
         return push, {group: self._gradients[group].cpu().clone() for group in self._private}

@@ -1,5 +1,6 @@
 """Batches of a table: endless and shuffled for training (see order.py), one pass in order for evaluation."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from multitask.data.transforms import Augment, Crop, draw_crop, normalise
 CROP = 1
 """First number of a crop's random key."""
 SHUFFLE_WINDOW = 4096
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Batch:
     std: tuple[float, float, float]
     skipped: int = 0
     """Undecodable images that were passed over while this batch was gathered."""
+    bad_images: tuple[str, ...] = ()
+    """Those of them that are met for the first time: file, row and what is wrong."""
     position: int = 0
     """Rows of its stream that a worker has consumed with this batch: where another stream goes on."""
 
@@ -107,7 +111,7 @@ class TrainStream:
             good = len(parts[-1][0])
             wanted -= good
             skipped += len(rows) - good
-        return _join(parts, skipped, self.position)
+        return replace(_join(parts, skipped), bad_images=self._loader.take_bad(), position=self.position)
 
     def _row(self, position: int) -> EncodedRow:
         epoch, number, place = self._order.place(position)
@@ -122,7 +126,8 @@ class Drawn:
     """Resolution -> shape (batch, resolution, resolution, 3): the order of decoder, resize and channels_last models."""
     labels: NDArray[np.int64]
     skipped: int
-    position: int
+    bad_images: tuple[str, ...] = ()
+    position: int = 0
 
 
 class _Windows:
@@ -222,7 +227,15 @@ class BatchView:
             torch.from_numpy(np.require(array, requirements="W"))
             for array in (drawn.pixels[self.resolution], drawn.labels)
         )
-        return Batch(pixels.permute(0, 3, 1, 2), labels, self._mean, self._std, drawn.skipped, drawn.position)
+        return Batch(
+            pixels.permute(0, 3, 1, 2),
+            labels,
+            self._mean,
+            self._std,
+            skipped=drawn.skipped,
+            bad_images=drawn.bad_images,
+            position=drawn.position,
+        )
 
     def batches(self, draw: Callable[[], Drawn]) -> Iterator[Batch]:
         """Endless batches of what `draw` returns."""
@@ -285,6 +298,8 @@ def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchVi
     missing, skipped = batch_size, 0
     while chunk := list(islice(rows, missing)):
         parts.append(loader.load(chunk, [view.resolution]))
+        for bad in loader.take_bad():
+            log.warning("Skipped %s", bad)
         good = len(parts[-1][0])
         skipped += len(chunk) - good
         missing -= good
@@ -300,7 +315,7 @@ def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchVi
         yield view.batch(_join(parts, skipped))
 
 
-def _join(parts: Sequence[Loaded], skipped: int, position: int = 0) -> Drawn:
+def _join(parts: Sequence[Loaded], skipped: int) -> Drawn:
     """One batch of what was loaded piece by piece."""
     labels = np.array([row.label for good, _ in parts for row in good], dtype=np.int64)
     if len(parts) == 1:  # the usual case, without a copy
@@ -308,4 +323,4 @@ def _join(parts: Sequence[Loaded], skipped: int, position: int = 0) -> Drawn:
     else:
         pixels = {size: torch.cat([images[size] for _, images in parts]) for size in parts[0][1]}
     arrays = {size: images.numpy() for size, images in pixels.items()}
-    return Drawn(arrays, labels, skipped, position)
+    return Drawn(arrays, labels, skipped)

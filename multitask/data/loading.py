@@ -1,6 +1,5 @@
 """From encoded rows to pixels at every resolution asked for: each image is decoded once."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from multitask.data.table import ImageTable
 from multitask.data.transforms import Crop, cut, decode, resize_images
 
 Undecodable = Literal["fail", "skip"]
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class ImageLoader:
         threads: int = 1,
     ) -> None:
         """Args:
-        undecodable: what an image that cannot be decoded does: end the run, or be skipped, named in the log once,
-            and counted.
+        undecodable: what an image that cannot be decoded does: end the run, or be left out.
         draw_crop: from height, width (pixels) and row to the part of the image to keep; None keeps all of it.
         threads: threads that decode; more than one of them only makes it faster.
         """
@@ -61,6 +58,7 @@ class ImageLoader:
         # torch.set_num_threads is left alone: called in one thread, it changes all threads of the process.
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._bad_rows: set[int] = set()
+        self._new_bad: list[str] = []
 
     def load(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
         """Decode each row once and resize it to each resolution.
@@ -68,7 +66,7 @@ class ImageLoader:
         Raises:
             DataError: an image cannot be decoded and `undecodable` is "fail", or no image of the table can be.
         """
-        # A row found bad before is not tried, and not named in the log, once more in each epoch.
+        # A row found bad before is not tried, and not named, once more in each epoch.
         untried = [row for row in rows if row.row not in self._bad_rows]
         if self._pool is None:
             loaded = [self._load_part(untried, resolutions)]
@@ -115,8 +113,13 @@ class ImageLoader:
                     f"{source}: found an image that cannot be decoded ({reason}), expected a whole PNG or JPEG. "
                     "Replace it in the table, or set undecodable='skip' to count and skip such images."
                 ) from error
-            log.warning("Skipped %s: the image cannot be decoded (%s)", source, reason)
+            self._new_bad.append(f"{source}: the image cannot be decoded ({reason})")
             return None
+
+    def take_bad(self) -> tuple[str, ...]:
+        """Images left out since the last call, each named once with its file, row and what is wrong with it."""
+        taken, self._new_bad = tuple(self._new_bad), []
+        return taken
 
 
 def check_option(name: str, value: object, fits: bool, allowed: str) -> None:

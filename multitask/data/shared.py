@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from multitask.data.batches import Drawn, TrainStream
 
@@ -68,4 +69,4 @@ class SharedStream:
 
 
 def _at(drawn: Drawn, resolution: int) -> Drawn:
-    return Drawn({resolution: drawn.pixels[resolution]}, drawn.labels, drawn.skipped, drawn.position)
+    return replace(drawn, pixels={resolution: drawn.pixels[resolution]})

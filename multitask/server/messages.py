@@ -28,6 +28,8 @@ class Push:
     """From the start of loading the batch to the end of the backward pass."""
     skipped: int = 0
     """Undecodable images passed over while loading the batch."""
+    bad_images: tuple[str, ...] = ()
+    """Those of them that are met for the first time: file, row and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class StepRecord:
     images: int
     seconds: float
     skipped: int
+    bad_images: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class ParameterServer:
                 images=push.images,
                 seconds=push.seconds,
                 skipped=push.skipped,
+                bad_images=push.bad_images,
             )
         )
         self._version += 1

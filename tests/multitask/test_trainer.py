@@ -1,6 +1,8 @@
 """A whole training with engine `local`: what stands in the run directory, in MLflow and in the bundles."""
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,7 +158,9 @@ def test_a_shared_head_smaller_than_the_classes_is_named(make_spec: MakeSpec) ->
 
 
 @pytest.mark.parametrize("undecodable", ["fail", "skip"])
-def test_an_undecodable_image_fails_or_is_counted(make_spec: MakeSpec, tmp_path: Path, undecodable: str) -> None:
+def test_an_undecodable_image_fails_or_is_counted_and_named(
+    make_spec: MakeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, undecodable: str
+) -> None:
     rows = [(png(row, row % 4), row % 4) for row in range(16)]
     for split in ("train", "validation"):
         broken = [(b"no image", 3)] if split == "train" else []
@@ -167,4 +171,8 @@ def test_an_undecodable_image_fails_or_is_counted(make_spec: MakeSpec, tmp_path:
         with pytest.raises(DataError, match=r"shard-00000\.parquet, row 16"):
             multitask.train(spec)
     else:
-        assert multitask.train(spec).result["tasks"]["pets"]["skipped_images"] >= 1
+        with caplog.at_level(logging.WARNING):
+            assert multitask.train(spec).result["tasks"]["pets"]["skipped_images"] >= 1
+        named = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
+        assert len(named) == 1
+        assert re.search(r"Task 'pets' skips .*shard-00000\.parquet, row 16: the image cannot be decoded", named[0])

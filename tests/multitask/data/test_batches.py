@@ -186,14 +186,11 @@ def test_an_undecodable_image_fails_by_default_with_its_file_and_row(tmp_path: P
         list(eval_batches(table, batch_size=4, **PLAIN))
 
 
-def test_skipped_images_are_counted_named_and_replaced_by_the_next_row(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_skipped_images_are_counted_named_and_replaced_by_the_next_row(tmp_path: Path) -> None:
     table = numbered_table(tmp_path / "train", 9, bad=(1, 7))
     batches = train(table, undecodable="skip")
-    with caplog.at_level(logging.WARNING):
-        # 9 epochs of 7 good rows fill 63 of 64 places; 9 epochs hold 18 bad rows.
-        taken = list(islice(batches, 16))
+    # 9 epochs of 7 good rows fill 63 of 64 places; 9 epochs hold 18 bad rows.
+    taken = list(islice(batches, 16))
     rows = [n for batch in taken for n in numbers(batch.images())]
     epochs, place = divmod(batches.position, 9)
     assert {len(batch.labels) for batch in taken} == {4}
@@ -201,9 +198,9 @@ def test_skipped_images_are_counted_named_and_replaced_by_the_next_row(
     assert place in (1, 2, 3)
     assert Counter(rows[:63]) == Counter(dict.fromkeys((0, 2, 3, 4, 5, 6, 8), 9))
     assert sum(batch.skipped for batch in taken) == batches.position - 64
-    # Counted each time, logged once.
-    assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == [
-        f"Skipped {table.source(row)}" for row in (1, 7)
+    # Counted each time, named once.
+    assert sorted(bad.split(":")[0] for batch in taken for bad in batch.bad_images) == [
+        table.source(row) for row in (1, 7)
     ]
     resumed = train(table, undecodable="skip", start=batches.position)
     assert all(equal(next(batches), next(resumed)) for _ in range(5))
@@ -219,10 +216,14 @@ def test_skipped_images_are_counted_named_and_replaced_by_the_next_row(
     ],
 )
 def test_evaluation_counts_each_skipped_image_once(
-    tmp_path: Path, bad: tuple[int, ...], rows: list[list[int]], skipped: list[int]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: tuple[int, ...], rows: list[list[int]], skipped: list[int]
 ) -> None:
     table = numbered_table(tmp_path / "train", 9, bad=bad)
-    batches = list(eval_batches(table, batch_size=4, undecodable="skip", **PLAIN))
+    with caplog.at_level(logging.WARNING):
+        batches = list(eval_batches(table, batch_size=4, undecodable="skip", **PLAIN))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"Skipped {table.source(row)}" for row in bad
+    ]
     assert [numbers(batch.images()) for batch in batches] == rows
     assert [batch.skipped for batch in batches] == skipped
 
