@@ -53,7 +53,7 @@ class Job:
             for split in ("train", "validation"):
                 uri = f"{task.data}/{split}"
                 if uri not in self._tables:
-                    self._tables[uri] = open_table(uri, verify=task.verify_data, damaged=task.damaged_shards)
+                    self._tables[uri] = open_split(task, split)
             self._check_data(task)
         self._backbone = load_backbone(spec, spec.backbone.weights)
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
@@ -203,6 +203,15 @@ def make_schedule(spec: JobSpec) -> Schedule:
     if spec.schedule.name == "cosine":
         options["rounds"] = spec.steps
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
+
+
+def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:
+    """One of a task's tables: train, validation or test, checked as the task's spec says.
+
+    Args:
+        verify: False for a table that was checked before.
+    """
+    return open_table(f"{task.data}/{split}", verify=verify and task.verify_data, damaged=task.damaged_shards)
 
 
 def rank_of(worker: str) -> int:

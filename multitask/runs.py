@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import patches
-from multitask.data import open_table
 from multitask.evaluation import evaluate, torch_threads
-from multitask.job import attach_task, load_backbone, table_batches
+from multitask.job import attach_task, load_backbone, open_split, table_batches
 from multitask.spec import JobSpec, dump_yaml, load_spec
 from patches.files import write_atomic
 
@@ -74,7 +73,7 @@ class Run:
             patches.save_bundle(
                 models[task.name],
                 export.bundles[task.name],
-                classes=list(open_table(f"{task.data}/train").classes),
+                classes=list(open_split(task, "train", verify=False).classes),
                 preprocessing={
                     "resolution": task.resolution,
                     "interpolation": "bilinear",
@@ -111,7 +110,7 @@ def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) 
     """
     with torch_threads(spec.resources.threads_per_worker):
         return {
-            task.name: evaluate(models[task.name], table_batches(open_table(f"{task.data}/{split}"), task))
+            task.name: evaluate(models[task.name], table_batches(open_split(task, split), task))
             for task in spec.tasks
             if task.name in models
         }

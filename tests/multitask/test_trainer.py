@@ -176,3 +176,25 @@ def test_an_undecodable_image_fails_or_is_counted_and_named(
         named = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
         assert len(named) == 1
         assert re.search(r"Task 'pets' skips .*shard-00000\.parquet, row 16: the image cannot be decoded", named[0])
+
+
+def test_a_damaged_shard_ends_the_job_before_it_starts_unless_the_spec_says_otherwise(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    for split in ("train", "validation"):
+        rows = [(png(row, row % 4), row % 4) for row in range(40)]
+        write_table(tmp_path / "data" / split, rows, [f"class {label}" for label in range(4)], rows_per_shard=20)
+    shard = tmp_path / "data/train/shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+
+    def spec(**options: object) -> JobSpec:
+        return make_spec({"pets": {"data": str(tmp_path / "data"), **options}}, steps=2)
+
+    with pytest.raises(DataError, match=r"shard-00001\.parquet: found SHA-256"):
+        multitask.train(spec())
+    run = multitask.train(spec(damaged_shards="skip"))
+    assert run.result["tasks"]["pets"]["pushes"] == 2
+    assert set(run.export().bundles) == {"pets"}
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.parquet: found no such file"):
+        Job(spec(verify_data=False))
