@@ -133,35 +133,28 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     assert np.array_equal(first.groups["shared:pets"].values, again.groups["shared:pets"].values)
 
 
-def test_resolutions_of_one_data_set_share_one_decode(make_spec: MakeSpec) -> None:
-    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12}, "pets_9": {"resolution": 8, "batch_size": 5}}
-    job = Job(make_spec({**tasks, "cars": {}}, engine={"name": "async"}, steps=6))
-
+def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_spec: MakeSpec) -> None:
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
+    changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
+    job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
     with actors(job) as (_, workers):
         nodes = {name: ray.get(worker.place.remote())[0] for name, worker in workers.items()}
         with decoders(job, nodes) as decoder_of:
-            # Another batch size draws other rows, and other data have nothing to share.
-            assert decoder_of.keys() == {"pets_8/0", "pets_12/0"}
-            assert decoder_of["pets_8/0"] == decoder_of["pets_12/0"]
-            ray.get([worker.prepare.remote(decoder_of.get(name)) for name, worker in workers.items()])
+            assert len(set(decoder_of.values())) == 1
+            ray.get([worker.prepare.remote(decoder_of[name]) for name, worker in workers.items()])
             ray.get([worker.train.remote() for worker in workers.values()])
             decoded = ray.get(decoder_of["pets_8/0"].decoded.remote())
-    # Six steps and what was asked for ahead; each of the two alone would have decoded as many.
-    assert 6 <= decoded <= 2 * 8
+        together = {name: ray.get(worker.private_state.remote()) for name, worker in workers.items()}
+    # Six steps and two asked for ahead; each of the two workers alone would have decoded as many.
+    assert 6 <= decoded < 2 * 8
+    for name, own in tasks.items():
+        job = Job(make_spec({name: own}, **changes))
+        alone = ENGINES["local"](job, lambda *_: None).versions["last"]
+        _, private = job.state(alone.groups)
+        assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
 
 
-def test_a_shared_decode_changes_no_bit(make_spec: MakeSpec) -> None:
-    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
-    changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}}
-    local, _, _ = run(make_spec(tasks, **changes))
-    remote, _, _ = run(make_spec(tasks, engine={"name": "async"}, **changes))
-    alone = {name: run(make_spec({name: own}, **changes))[0] for name, own in tasks.items()}
-    for name in tasks:
-        group = f"private:{name}"
-        values = [outcome["last"].groups[group].values.tobytes() for outcome in (local, remote, alone[name])]
-        assert len(set(values)) == 1
-
-
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_through_a_shared_decode(make_spec: MakeSpec, tmp_path: Path) -> None:
     rows = [(png(row, row % 4), row % 4) for row in range(16)]
     for split in ("train", "validation"):

@@ -1,8 +1,6 @@
 """The command as a user meets it: exit status, messages, JSON."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from multitask import train
 from multitask.spec import JobSpec, dump_spec
-
-
-def multitask(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+from tests.jobs.command import multitask
 
 
 @pytest.fixture
@@ -63,7 +57,8 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["export"], ["evaluate"], ["demo"], ["bundle"], ["bundle", "fold"]]
+    "arguments",
+    [[], ["train"], ["export"], ["evaluate"], ["demo"], ["bundle"], ["bundle", "fold"], ["data", "import", "paths"]],
 )
 def test_every_verb_has_help(arguments: list[str]) -> None:
     shown = multitask(*arguments, "--help")

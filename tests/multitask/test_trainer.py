@@ -198,3 +198,17 @@ def test_a_damaged_shard_ends_the_job_before_it_starts_unless_the_spec_says_othe
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-00001\.parquet: found no such file"):
         Job(spec(verify_data=False))
+
+
+def test_workers_share_a_decode_where_they_read_the_same_rows_in_the_same_order(make_spec: MakeSpec) -> None:
+    tasks = {
+        "pets_8": {"resolution": 8, "workers": 2},
+        "pets_12": {"resolution": 12, "workers": 2, "std": (0.1, 0.2, 0.3)},
+        "pets_1": {"resolution": 8},
+        "pets_5": {"resolution": 8, "workers": 2, "batch_size": 5},
+        "pets_flip": {"resolution": 8, "workers": 2, "augment": "crop_flip"},
+        "cars": {"workers": 2},
+    }
+    job = Job(make_spec(tasks))
+    shared = [names for names in job.sharing(job.workers) if len(names) > 1]
+    assert shared == [["pets_8/0", "pets_12/0"], ["pets_8/1", "pets_12/1"]]

@@ -1,0 +1,27 @@
+"""The command in this process: a new one would spend most of its time on importing torch."""
+
+import io
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from subprocess import CompletedProcess
+
+import pytest
+
+from jobs.cli import main
+
+
+def multitask(*arguments: object) -> CompletedProcess[str]:
+    """What `multitask ARGUMENTS` prints and its exit status."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["multitask", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception:
+            # As the interpreter ends a program.
+            traceback.print_exc()
+            status = 1
+    return CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
