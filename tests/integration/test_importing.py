@@ -177,7 +177,7 @@ def test_training_reads_what_image_folder_gives_bit_for_bit(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_killed_import_ends_with_the_same_table(tmp_path: Path) -> None:
     source, killed, whole = tmp_path / "source", tmp_path / "killed", tmp_path / "whole"
-    for row in range(600):
+    for row in range(200):
         folder = source / f"n0144{row % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{row}.PNG").write_bytes(number_image(row))
@@ -186,15 +186,15 @@ def test_a_killed_import_ends_with_the_same_table(tmp_path: Path) -> None:
     # A session of its own: Ray's processes go with the command, as they do when a machine goes.
     running = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(killed.glob(".import/*.json"))) < 20 and running.poll() is None and time.monotonic() < deadline:
+    while len(list(killed.glob(".import/*.json"))) < 12 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     finished = len(list(killed.glob(".import/train-*.json")))
-    assert 10 <= finished < 270, "the import should have been killed half-way"
+    assert 10 <= finished < 90, "the import should have been killed half-way"
     assert not (killed / "train" / "index.json").exists()
 
     import_table(image_folder(source), str(killed), splits={"train": 0.9, "validation": 0.1}, rows_per_shard=2)
     import_table(image_folder(source), str(whole), splits={"train": 0.9, "validation": 0.1}, rows_per_shard=2)
     assert files(killed) == files(whole)
-    assert open_table(killed / "train").num_rows == 540
+    assert open_table(killed / "train").num_rows == 180
