@@ -178,6 +178,8 @@ def _write_all(
         except ray.exceptions.RayTaskError as error:
             for call in running:
                 ray.cancel(call)
+            if running:  # nothing is written any more once the error is out
+                ray.wait(list(running), num_returns=len(running))
             raise error.cause if isinstance(error.cause, DataError) else error from None
         done += entries[number]["rows"]
         on_rows(done, total)
