@@ -55,19 +55,66 @@ def demo(
 
 @app.command()
 def train(
-    spec: Annotated[Path, typer.Argument(help="A job spec (YAML).")],
+    spec: Annotated[Path | None, typer.Argument(help="A job spec (YAML).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
+    attach: Annotated[Path | None, typer.Option(metavar="RUN", help="Add --task FILE to a running job.")] = None,
+    remove: Annotated[Path | None, typer.Option(metavar="RUN", help="Take --task NAME out of a running job.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="For --attach a YAML file with one task, for --remove a name.")
+    ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Run a training job."""
+    """Run a training job, go on with one, or change the tasks of one that runs."""
     import multitask
+    from multitask.live import ask
+    from multitask.spec import load_task
 
-    run = multitask.train(spec, overwrite=overwrite)
+    if sum(choice is not None for choice in (spec, resume, attach, remove)) != 1:
+        raise ValueError("Name one of: a job spec, --resume RUN, --attach RUN --task FILE, --remove RUN --task NAME.")
+    if (task is None) != (attach is None and remove is None):
+        raise ValueError("--task goes with --attach (a YAML file) or --remove (a task's name), and they with it.")
+    if attach is not None and task is not None:
+        ask(attach, attach=load_task(Path(task)))
+        print(f"The run in {attach} has taken up the task of {task}.")
+        return
+    if remove is not None:
+        ask(remove, remove=task)
+        print(f"The run in {remove} goes on without task {task}; its tensors are in {remove}/removed.")
+        return
+    try:
+        run = multitask.resume(resume) if resume is not None else multitask.train(spec, overwrite=overwrite)  # type: ignore[arg-type]
+    except multitask.Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
     if json_output:
         print(json.dumps(run.result))
         return
     _show_metrics(f"Validation of the best version ({run.result['best']['version']})", run.result["best"]["tasks"])
     print(f"{run.directory}\nNext: multitask export {run.directory}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")], json_output: AsJson = False
+) -> None:
+    """Show how a run stands: state, steps, losses, speed, staleness and faults of each task."""
+    from multitask.live import read_status
+
+    found = read_status(run)
+    if json_output:
+        print(json.dumps(found))
+        return
+    print(f"{found['name']}: {found['state']}, engine {found['engine']}, last heard of {found['silent_s']:.0f} s ago")
+    if found["error"]:
+        print(found["error"])
+    counts = ("redone", "lost", "refused", "skipped")
+    table = Table("task", "steps", "loss", "rate", "images/s", "staleness", *counts)
+    for name, task in found["tasks"].items():
+        latest = task["latest"]
+        numbers = [f"{latest[key]:.4g}" if latest else "" for key in ("loss", "rate", "samples_per_s", "staleness")]
+        table.add_row(name, f"{task['made']}/{task['steps']}", *numbers, *(str(task[count]) for count in counts))
+    Console().print(table)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from multitask.runs import Run
 from multitask.spec import JobSpec, SpecError, load_spec
-from multitask.trainer import train
+from multitask.trainer import Stopped, resume, train
 from multitask.worker import TrainingError
 
-__all__ = ["JobSpec", "Run", "SpecError", "TrainingError", "load_spec", "train"]
+__all__ = ["JobSpec", "Run", "SpecError", "Stopped", "TrainingError", "load_spec", "resume", "train"]

@@ -1,7 +1,8 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import patches
+from multitask.checkpoint import Checkpoint
 from multitask.data import Batch, ImageTable, eval_batches, open_table
 from multitask.data.batches import BatchView, TrainStream
 from multitask.data.shared import SharedStream
@@ -16,8 +18,10 @@ from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, as_tensor
 from multitask.server.optimizers import make_optimizer
-from multitask.server.parameter_server import ParameterServer
+from multitask.server.parameter_server import OtherShards, ParameterServer, Rules, ServedTask
+from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.schedules import SCHEDULES, Schedule
+from multitask.server.shard import Shard
 from multitask.spec import JobSpec, SpecError, TaskSpec
 from multitask.worker import TaskWorker, task_loss
 
@@ -32,17 +36,65 @@ class Group:
     on_server: bool
     layout: Layout
     values: Tensor
-    """Starting values, shape (layout.size,), float32."""
+    """Values at the start, or at the checkpoint, shape (layout.size,), float32."""
     counters: Tensor
-    """Starting batch counters, shape (layout.counters,), int64."""
+    """Batch counters, shape (layout.counters,), int64."""
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    """The optimiser's slots at the checkpoint, each of shape (layout.trained,); none at the start."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """The optimiser's single numbers at the checkpoint."""
+
+    @property
+    def owner(self) -> str:
+        """Whose tensors these are, in the files of a run."""
+        return f"tasks/{self.tasks[0]}" if self.private else "backbone"
+
+    def state(self) -> GroupValues:
+        slots = {name: slot.numpy() for name, slot in self.slots.items()}
+        return GroupValues(self.values[: self.layout.pushed].numpy(), self.counters.numpy(), slots, self.scalars)
+
+    def named(self, state: GroupValues) -> dict[str, Tensor]:
+        """A group's state in the names of `Checkpoint`; copies.
+
+        Args:
+            state: what training changed; the rest is as this group has it.
+        """
+        values = self.values.clone()
+        values[: self.layout.pushed] = as_tensor(state.values)
+        counters = as_tensor(state.counters)
+        found = {f"values/{self.owner}/{n}": v.clone() for n, v in self.layout.tensors(values, counters).items()}
+        for slot in self.layout.trained_slots():
+            name = f"{self.owner}/{slot.name}"
+            found |= {f"slots/{kind}/{name}": slot.view(as_tensor(flat)).clone() for kind, flat in state.slots.items()}
+            found |= {f"scalars/{kind}/{name}": torch.tensor(value) for kind, value in state.scalars.items()}
+        return found
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> "Group":
+        """This group with the tensors of a checkpoint, where it has them."""
+        values, counters = self.values.clone(), self.counters.clone()
+        for name, view in self.layout.tensors(values, counters).items():
+            view.copy_(tensors.get(f"values/{self.owner}/{name}", view))
+        slots: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
+        kinds = {tuple(name.split("/", 2)[:2]) for name in tensors}
+        for slot in self.layout.trained_slots():
+            for prefix, kind in kinds:
+                tensor = tensors.get(f"{prefix}/{kind}/{self.owner}/{slot.name}")
+                if tensor is not None and prefix == "slots":
+                    slot.view(slots.setdefault(kind, torch.zeros(self.layout.trained))).copy_(tensor)
+                elif tensor is not None and prefix == "scalars":
+                    scalars[kind] = float(tensor)
+        return replace(self, values=values, counters=counters, slots=slots, scalars=scalars)
 
 
 class Job:
     """What the driver prepares once and every process of the run builds its part from; picklable."""
 
-    def __init__(self, spec: JobSpec) -> None:
+    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> None:
         """Build the backbone and every task's model, open every table: what can fail fails here, before Ray starts.
 
+        Args:
+            checkpoint: where to go on from, perhaps with other tasks: one that is new starts from the shared tensors.
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
         """
@@ -57,8 +109,25 @@ class Job:
             self._check_data(task)
         self._backbone = load_backbone(spec, spec.backbone.weights)
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
-        self.groups = {group.name: group for group in plan_groups(models, {t.name: t.workers for t in spec.tasks})}
+        steps = {} if checkpoint is None else checkpoint.shared_steps()
+        groups = plan_groups(models, {task.name: task.workers for task in spec.tasks}, steps)
+        self.groups = {group.name: group for group in groups}
         self.workers = {f"{task.name}/{rank}": task.name for task in spec.tasks for rank in range(task.workers)}
+        self.progress = Progress(workers={name: WorkerProgress() for name in self.workers})
+        if checkpoint is not None:
+            self._take_up(checkpoint)
+
+    def restored(self, checkpoint: Checkpoint | None) -> "Job":
+        """The same job at a checkpoint; at its start where there is none."""
+        job = copy(self)
+        vars(job).update(vars(self))  # the backbone too, which `copy` leaves out as pickling does
+        if checkpoint is not None:
+            job._take_up(checkpoint)
+        return job
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}
+        self.progress = checkpoint.progress.with_workers(self.workers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers and server take values from the groups; the backbone's own tensors stay with the driver."""
@@ -74,18 +143,56 @@ class Job:
         """Parameters of all tasks' models together, each shared one counted once; running statistics not counted."""
         return sum(group.layout.parameters for group in self.groups.values())
 
-    def make_server(self) -> ParameterServer:
-        """Groups that no push touches (a frozen backbone) stay with the workers, who hold them from the start."""
-        served = [group for group in self.groups.values() if group.on_server and group.layout.pushed]
-        return ParameterServer(
-            groups={group.name: self._parameter_group(group) for group in served},
-            uses={t.name: [group.name for group in served if t.name in group.tasks] for t in self.spec.tasks},
-            workers=self.workers,
-            schedule=make_schedule(self.spec),
-            evaluate_every_rounds=self.spec.evaluate_every,
-        )
+    @property
+    def shards(self) -> int:
+        """Processes over which the server is spread."""
+        return getattr(self.spec.engine, "shards", 1)
 
-    def make_worker(self, name: str, batches: Iterator[Batch]) -> TaskWorker:
+    def served(self) -> list[Group]:
+        """Groups that no push touches (a frozen backbone) stay with the workers, who hold them from the start."""
+        return [group for group in self.groups.values() if group.on_server and group.layout.pushed]
+
+    def make_shard(self, number: int) -> Shard:
+        ranges = {group.name: group.layout.ranges(self.shards)[number] for group in self.served()}
+        return Shard({group.name: self._parameter_group(group, ranges[group.name]) for group in self.served()})
+
+    def make_server(self, others: OtherShards | None = None) -> ParameterServer:
+        """The server, with the first shard."""
+        served = self.served()
+        tasks = {
+            task.name: ServedTask(
+                shared=tuple(g.name for g in served if task.name in g.tasks and not g.private),
+                private=tuple(g.name for g in served if task.name in g.tasks and g.private),
+                weight=task.weight,
+            )
+            for task in self.spec.tasks
+        }
+        schedule = make_schedule(self.spec)
+        rules = make_rules(self.spec)
+        return ParameterServer(self.make_shard(0), tasks, self.workers, schedule, rules, self.progress, others)
+
+    def holds_private(self, worker: str) -> bool:
+        """The worker keeps private tensors itself, because its task has no other worker."""
+        return any(not g.on_server and g.layout.pushed for g in self.groups_of(self.workers[worker]).values())
+
+    def start_of(self, worker: str) -> tuple[int, int]:
+        """Step and position at which a worker of this job begins."""
+        progress = self.progress.workers[worker]
+        if self.holds_private(worker):
+            return progress.private_step, progress.private_position
+        return progress.step, progress.position
+
+    def make_worker(
+        self, name: str, batches: Iterator[Batch], start: tuple[int, int] | None = None, incarnation: int = 0
+    ) -> TaskWorker:
+        """A worker with the values of this job's groups.
+
+        Args:
+            batches: from its position on.
+            start: its first step and position; by default as `start_of` has them.
+            incarnation: counts the processes of this worker.
+        """
+        step, position = start or self.start_of(name)
         spec, task, rank = self.spec, self.task(self.workers[name]), rank_of(name)
         # The structure alone: values come from the groups, so no worker reads a weights file.
         backbone = load_backbone(spec, weights=None)
@@ -96,12 +203,24 @@ class Job:
             attach_task(backbone, task, spec),
             layouts={group.name: group.layout for group in groups.values()},
             initial={group.name: (group.values, group.counters) for group in groups.values()},
-            private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
+            private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server and g.layout.pushed},
             batches=batches,
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
+            step=step,
+            position=position,
+            incarnation=incarnation,
         )
+
+    def checkpoint(self, progress: Progress, states: Mapping[str, GroupValues]) -> Checkpoint:
+        """A checkpoint of a moment.
+
+        Args:
+            states: every group that training changes, with the optimiser's slots.
+        """
+        named = (self.groups[name].named(state) for name, state in states.items())
+        return Checkpoint(progress, {name: tensor for tensors in named for name, tensor in tensors.items()})
 
     def state(self, states: Mapping[str, GroupValues]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """One version as named tensors: the backbone's, and task -> its private ones.
@@ -123,11 +242,11 @@ class Job:
             owner.update((name, view.clone()) for name, view in group.layout.tensors(values, counters).items())
         return backbone, private
 
-    def _parameter_group(self, group: Group) -> ParameterGroup:
+    def _parameter_group(self, group: Group, part: tuple[int, int] | None = None) -> ParameterGroup:
         options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
         make = partial(make_optimizer, self.spec.optimizer.name, **options)
         factor = self.spec.private_rate_factor if group.private else 1.0
-        return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make, factor)
+        return ParameterGroup(group.layout, group.state(), make, factor, part)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
         """The workers in groups whose members read the same rows in the same order, at whatever resolutions."""
@@ -154,16 +273,26 @@ class Job:
             threads=self.spec.resources.decode_threads,
         )
         resolutions = {name: self.task(self.workers[name]).resolution for name in workers}
-        return SharedStream(lambda position: make(start=position), resolutions)
+        stream = SharedStream(lambda position: make(start=position), resolutions)
+        for name in workers:
+            stream.seek(name, self.start_of(name)[1])
+        return stream
 
     def view(self, worker: str) -> BatchView:
         """How a worker's task sees the images of its stream."""
         task = self.task(self.workers[worker])
         return BatchView(task.resolution, task.mean, task.std)
 
-    def make_batches(self, worker: str) -> Iterator[Batch]:
-        """A worker's batches from a stream of its own."""
-        return self.view(worker).batches(partial(self.make_stream([worker]).next, worker))
+    def make_batches(self, worker: str, position: int | None = None) -> Iterator[Batch]:
+        """A worker's batches from a stream of its own.
+
+        Args:
+            position: where the stream begins, as `Batch.position` gives it; by default as `start_of` has it.
+        """
+        stream = self.make_stream([worker])
+        if position is not None:
+            stream.seek(worker, position)
+        return self.view(worker).batches(partial(stream.next, worker))
 
     def _validation_batches(self, task: TaskSpec) -> Callable[[], Iterator[Batch]]:
         table, threads = self._tables[f"{task.data}/validation"], self.spec.resources.decode_threads
@@ -196,6 +325,22 @@ def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> pa
     model = patches.attach(backbone, task.method, task.num_classes, seed=spec.seed, **task.options)
     model.set_shared_trainable(spec.train_shared)
     return model.train()
+
+
+def make_rules(spec: JobSpec) -> Rules:
+    """When the server of this job applies pushes and puts versions aside."""
+    engine = spec.engine
+    bound = getattr(engine, "staleness", None)
+    minutes = spec.checkpoints.every_minutes
+    return Rules(
+        evaluate_every_rounds=spec.evaluate_every,
+        save_every_rounds=spec.checkpoints.every_rounds,
+        save_every_s=None if minutes is None else 60 * minutes,
+        together=engine.name == "sync" or bound == 0 or getattr(engine, "schedule", None) == "rounds",
+        bound=bound or None,
+        in_flight=getattr(engine, "in_flight", 0),
+        divide_rate_by_staleness=getattr(engine, "divide_rate_by_staleness", False),
+    )
 
 
 def make_schedule(spec: JobSpec) -> Schedule:
@@ -233,25 +378,28 @@ def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, th
     )
 
 
-def plan_groups(models: Mapping[str, patches.PatchedModel], workers: Mapping[str, int]) -> list[Group]:
+def plan_groups(
+    models: Mapping[str, patches.PatchedModel], workers: Mapping[str, int], steps: Mapping[str, float] | None = None
+) -> list[Group]:
     """Partition all tasks' tensors into groups: one for each set of tasks that share tensors, one for each patch.
 
     Args:
         models: task -> its model, in train mode.
         workers: task -> number of workers; with several, the private group lies on the server too.
+        steps: name of a shared tensor -> steps that its optimiser has made; tensors of other counts stay apart.
     """
     live = {task: named_tensors(model.network) for task, model in models.items()}
     roles: dict[str, dict[str, Any]] = {}
     momenta: dict[str, dict[str, float]] = {}
     for task, model in models.items():
         roles[task], momenta[task] = tensor_roles(model.network)
-    shared: dict[tuple[str, ...], list[str]] = {}
+    shared: dict[tuple[tuple[str, ...], float], list[str]] = {}
     for name in dict.fromkeys(name for model in models.values() for name in model.shared_names):
         tasks = tuple(task for task, model in models.items() if name in model.shared_names)
-        shared.setdefault(tasks, []).append(name)
-    members = [(tasks, False, names) for tasks, names in shared.items()]
+        shared.setdefault((tasks, (steps or {}).get(name, 0.0)), []).append(name)
+    members = [(tasks, False, names) for (tasks, _), names in shared.items()]
     members += [((task,), True, list(model.private_names)) for task, model in models.items() if model.private_names]
-    groups = []
+    groups: list[Group] = []
     for tasks, private, names in members:
         first = tasks[0]
         # In the order of the state dict: sets have none, and the layout has to be the same in every process.
@@ -261,5 +409,6 @@ def plan_groups(models: Mapping[str, patches.PatchedModel], workers: Mapping[str
         layout = make_layout(tensors, roles[first], momenta[first])
         values, counters = flatten(tensors, layout)
         name = f"{'private' if private else 'shared'}:{'+'.join(tasks)}"
+        name += "'" * sum(group.tasks == tasks and group.private == private for group in groups)
         groups.append(Group(name, tasks, private, not private or workers[first] > 1, layout, values, counters))
     return groups

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -116,12 +117,26 @@ def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) 
         }
 
 
-def write_version(path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """All tensors of one version in one safetensors file, whole or not at all."""
+def write_version(
+    path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]
+) -> None:
+    """All tensors of one version in one safetensors file, whole or not at all.
+
+    Args:
+        about: what `read_about` returns: version, round and the metrics of the tasks.
+    """
     tensors = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
     for task, private in tasks.items():
         tensors |= {f"tasks/{task}/{name}": tensor for name, tensor in private.items()}
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(contiguous, {"about": json.dumps(about)}))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Version, round and metrics (`tasks`) of a file that `write_version` wrote."""
+    with safe_open(path, "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+    return about
 
 
 def write_spec(path: Path, spec: JobSpec) -> None:

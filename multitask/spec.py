@@ -58,6 +58,8 @@ class TaskSpec:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Rate, Rate, Rate] = (0.229, 0.224, 0.225)
     label_smoothing: Share = 0.0
+    weight: Rate = 1.0
+    """Of this task's workers where gradients are averaged (`sync`, `allreduce`, `local` by rounds)."""
     auxiliary_weight: Amount = 0.4
     """Weight of the loss of an auxiliary classifier (InceptionV3)."""
     undecodable: Literal["fail", "skip"] = "fail"
@@ -122,20 +124,72 @@ class CosineSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AsyncSpec:
-    """Workers as Ray actors around one parameter-server actor; nobody waits for another worker."""
+    """Workers as Ray actors around a parameter server; nobody waits for another worker."""
 
     name: Literal["async"] = "async"
     in_flight: Annotated[int, Field(ge=0, le=1)] = 0
     """Pushes unanswered while the next gradient is computed: 1 hides the server's time behind one step of staleness."""
+    shards: Count = 1
+    """Actors over which the server's tensors are spread."""
+    divide_rate_by_staleness: bool = False
+    """A push of staleness s > 1 is applied at the rate divided by s."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BoundedSpec:
+    """As `async`, but a worker whose step count is `staleness` ahead of the slowest worker's waits for it."""
+
+    name: Literal["bounded"]
+    staleness: Annotated[int, Field(ge=0)]
+    """0 is engine `sync`."""
+    in_flight: Annotated[int, Field(ge=0, le=1)] = 0
+    shards: Count = 1
+    divide_rate_by_staleness: bool = False
+
+    @model_validator(mode="after")
+    def _a_worker_may_always_make_its_next_step(self) -> Self:
+        if self.in_flight and self.in_flight >= self.staleness:
+            raise ValueError(f"in_flight is {self.in_flight}; it has to be below staleness ({self.staleness})")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SyncSpec:
+    """All workers make a step on the same values; the server applies the weighted mean of their gradients."""
+
+    name: Literal["sync"]
+    shards: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LocalSpec:
-    """All workers in this process, one update each in turn: the numerical reference, and where breakpoints work."""
+    """All workers in this process: the numerical reference, and where breakpoints work."""
 
     name: Literal["local"]
+    schedule: Literal["turns", "rounds"] = "turns"
+    """One update for each worker in turn, as `async`, or one by the mean of all, as `sync`."""
     delay: Annotated[int, Field(ge=0)] = 0
-    """Updates of its own that a worker's values lag behind."""
+    """By turns: updates of its own that a worker's values lag behind."""
+
+    @model_validator(mode="after")
+    def _rounds_know_no_delay(self) -> Self:
+        if self.schedule == "rounds" and self.delay:
+            raise ValueError(f"delay is {self.delay}, but schedule 'rounds' has none; use schedule 'turns'")
+        return self
+
+
+EngineSpec = Annotated[AsyncSpec | BoundedSpec | SyncSpec | LocalSpec, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointsSpec:
+    """When the run's state is saved, and where."""
+
+    uri: str | None = None
+    """Folder: a path or a pyarrow filesystem URI; checkpoints/ in the run directory by default."""
+    every_minutes: Rate | None = 10.0
+    every_rounds: Count | None = None
+    keep: Count = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,6 +202,8 @@ class ResourcesSpec:
     """Threads that decode images for a worker, or for all workers of a node that share one decode."""
     start_timeout_s: Rate = 300.0
     """How long workers may take to start before the job gives up and says who is missing."""
+    step_timeout_s: Rate = 600.0
+    """How long a worker may be silent, though it waits for nobody, before it is taken for lost."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -173,7 +229,8 @@ class JobSpec:
     private_rate_factor: Rate = 1.0
     """Private tensors learn at this multiple of the rate: small patches want larger rates than whole networks."""
     schedule: Annotated[ConstantSpec | ExponentialSpec | CosineSpec, Field(discriminator="name")] = ConstantSpec()
-    engine: Annotated[AsyncSpec | LocalSpec, Field(discriminator="name")] = AsyncSpec()
+    engine: EngineSpec = AsyncSpec()
+    checkpoints: CheckpointsSpec = CheckpointsSpec()
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     seed: Annotated[int, Field(ge=0)] = 0
@@ -191,6 +248,10 @@ class JobSpec:
     @property
     def run_directory(self) -> Path:
         return Path(self.directory or f"runs/{self.name}")
+
+    @property
+    def checkpoint_folder(self) -> str:
+        return self.checkpoints.uri or str(self.run_directory.resolve() / "checkpoints")
 
 
 _ADAPTER = TypeAdapter(JobSpec)
@@ -223,6 +284,21 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
         return _ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise SpecError(_explain(where, error)) from None
+
+
+def load_task(path: Path) -> dict[str, Any]:
+    """One task from a YAML file, with the keys of a job spec's task; relative data paths start at the file's folder.
+
+    Raises:
+        SpecError: as for `load_spec`.
+    """
+    raw = {"tasks": [_read_file(path)]}
+    _anchor_paths(raw, path.parent)
+    try:
+        task = TypeAdapter(TaskSpec).validate_python(raw["tasks"][0])
+    except ValidationError as error:
+        raise SpecError(_explain(str(path), error, within=("tasks", 0)).replace("tasks[0].", "")) from None
+    return TypeAdapter(TaskSpec).dump_python(task, mode="json")
 
 
 def dump_spec(spec: JobSpec) -> dict[str, Any]:
@@ -277,10 +353,10 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(where: str, error: ValidationError) -> str:
+def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] = ()) -> str:
     lines = []
     for problem in error.errors(include_url=False):
-        key, allowed = _locate(problem["loc"])
+        key, allowed = _locate((*within, *problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), allowed)

@@ -50,6 +50,7 @@ class Tracker:
         tasks: task name -> its params; each task gets a child run of that name.
         spec_text: the job spec as the user wrote it, kept as the artifact `spec.yaml`.
         parent_run_id: an existing run under which this one nests, as a trial does under its sweep.
+        resume_run_id: this run exists already and goes on, with its tasks; tasks that are new get a child run.
     Raises:
         ValueError: on entering: a URI that MLflow would not take, a deleted experiment, an unknown parent run.
     """
@@ -64,6 +65,7 @@ class Tracker:
         tasks: Mapping[str, Mapping[str, Any]],
         spec_text: str | None = None,
         parent_run_id: str | None = None,
+        resume_run_id: str | None = None,
     ) -> None:
         self.tracking_uri, self._database = _resolve(tracking_uri)
         self.artifacts = self._database and self._database.with_name(f"{self._database.stem}-artifacts")
@@ -73,6 +75,7 @@ class Tracker:
         self._task_params = tasks
         self._spec_text = spec_text
         self._parent_run_id = parent_run_id
+        self._resume_run_id = resume_run_id
         self._client: MlflowClient | None = None
         self._runs: dict[str | None, str] = {}  # None is the run itself, the others its tasks
         self._non_finite: dict[str, dict[str, str]] = {}
@@ -102,6 +105,13 @@ class Tracker:
     def task_run_id(self, task: str) -> str:
         """MLflow's id of the task's child run."""
         return self._run_of(task)
+
+    def add_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Open a child run for each task that has none yet; name -> params."""
+        experiment_id = _patiently(lambda: self._client_now().get_run(self.run_id)).info.experiment_id
+        for task, params in tasks.items():
+            if task not in self._runs:
+                self._open_run(task, experiment_id, task, params, self.run_id)
 
     def log_steps(self, task: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Record many steps of one task in as few calls as MLflow allows.
@@ -146,11 +156,21 @@ class Tracker:
         experiment_id = _experiment_id(client, self._experiment, self.artifacts)
         if self._parent_run_id is not None:
             _check_parent(client, self._parent_run_id, experiment_id, self.tracking_uri)
-        self._open_run(None, experiment_id, self._run_name, self._params, self._parent_run_id)
+        if self._resume_run_id is None:
+            self._open_run(None, experiment_id, self._run_name, self._params, self._parent_run_id)
+        else:
+            self._reopen(client, experiment_id, self._resume_run_id)
         if self._spec_text is not None:
             client.log_text(self.run_id, self._spec_text, "spec.yaml")
-        for task, params in self._task_params.items():
-            self._open_run(task, experiment_id, task, params, self.run_id)
+        self.add_tasks(self._task_params)
+
+    def _reopen(self, client: "MlflowClient", experiment_id: str, run_id: str) -> None:
+        """Find the run with its tasks again, and mark them as running."""
+        children = _patiently(lambda: client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'"))
+        self._runs = {None: run_id}
+        self._runs |= {c.data.tags[TASK_TAG]: c.info.run_id for c in children if c.data.tags.get(TASK_TAG)}
+        for found in self._runs.values():
+            _patiently(lambda found=found: client.update_run(found, status="RUNNING"))  # type: ignore[misc]
 
     def _open_run(
         self, task: str | None, experiment_id: str, name: str, params: Mapping[str, Any], parent: str | None

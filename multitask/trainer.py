@@ -1,26 +1,34 @@
-"""Start a training job, watch it, and leave a run directory behind."""
+"""Start a training job, or go on with one; watch it, change its tasks, and leave a run directory behind."""
 
+import contextlib
 import logging
 import shutil
+import signal
 import time
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from multitask.engines import ENGINES
+from multitask.checkpoint import CheckpointStore
+from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job import Job
-from multitask.runs import Run, write_json, write_spec, write_version
-from multitask.server.messages import Evaluation, StepRecord
+from multitask.live import STATUS, Request, requests
+from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
+from multitask.server.messages import Evaluation
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 from multitask.tracking import Tracker
+from multitask.watch import Watch
+from multitask.worker import TrainingError
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(KeyboardInterrupt):
+    """Training stopped on Ctrl-C, with a checkpoint; the message says how to go on."""
 
 
 def train(
@@ -37,130 +45,217 @@ def train(
     Raises:
         SpecError and the errors of patches and data: before anything starts.
         TrainingError: a worker failed, or found no place on the cluster.
+        Stopped: Ctrl-C; a second Ctrl-C does not wait for the checkpoint.
     """
     spec = load_spec(spec)
     directory = spec.run_directory.resolve()
     _check_directory(directory, overwrite)
+    store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
+    if store.where() is not None and not overwrite:
+        raise SpecError(
+            f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
+            f"with that run (multitask train --resume {directory}), or use --overwrite."
+        )
     job = Job(spec)
     if directory.exists():
         shutil.rmtree(directory)
+    store.clear()
     directory.mkdir(parents=True)
     write_spec(directory / "spec.yaml", spec)
-    tracker = Tracker(
-        spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
-        spec.tracking.experiment,
-        spec.name,
-        params={key: value for key, value in dump_spec(spec).items() if key != "tasks"},
-        tasks={task["name"]: task for task in dump_spec(spec)["tasks"]},
-        spec_text=dump_yaml(spec),
-    )
-    start = time.perf_counter()
-    with tracker, _progress(console) as progress:
-        watch = _Watch(job, tracker, progress)
-        outcome = ENGINES[spec.engine.name](job, watch)
-        for version, snapshot in outcome.versions.items():
-            write_version(directory / f"{version}.safetensors", *job.state(snapshot.groups))
+    return _Training(directory, job, store, console).run()
+
+
+def resume(directory: Path, *, console: Console | None = None) -> Run:
+    """Go on with a run that stopped, or whose driver was lost, from its latest checkpoint.
+
+    Raises:
+        RunError: there is no run, or it has ended.
+        CheckpointError: the checkpoint is damaged.
+        Otherwise as `train`.
+    """
+    directory = directory.resolve()
+    if not (directory / "spec.yaml").is_file():
+        raise RunError(f"'{directory}' holds no run (no spec.yaml). Name a directory that `multitask train` uses.")
+    if (directory / "result.json").is_file():
+        raise RunError(f"The run in '{directory}' has ended; there is nothing to go on with. Next: multitask export.")
+    # The directory may have moved, or be named from elsewhere.
+    spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
+    store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
+    return _Training(directory, Job(spec, store.latest()), store, console, resumed=True).run()
+
+
+class _Training:
+    """One driver's work on a run, from its start or its latest checkpoint to its end."""
+
+    def __init__(
+        self, directory: Path, job: Job, store: CheckpointStore, console: Console | None, *, resumed: bool = False
+    ) -> None:
+        self._directory, self._job, self._store = directory, job, store
+        self._resumed = resumed
+        spec = job.spec
+        status = Watch.read(directory) if resumed else None
+        self._tracker = Tracker(
+            spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
+            spec.tracking.experiment,
+            spec.name,
+            params={key: value for key, value in dump_spec(spec).items() if key != "tasks"},
+            tasks=_task_params(spec),
+            spec_text=dump_yaml(spec),
+            resume_run_id=None if status is None else status["mlflow_run_id"],
+        )
+        self._watch = Watch(directory, self._tracker, console, status)
+        self._interrupted = False
+        self._request: tuple[Request, JobSpec] | None = None
+
+    def run(self) -> Run:
+        start = time.perf_counter()
+        with self._tracker, _first_interrupt(self._interrupt), self._watch.showing(self._job):
+            try:
+                outcome = self._run_engine()
+            except TrainingError as error:
+                self._watch.end("failed", str(error))
+                where = self._store.where()
+                if where is None:
+                    raise
+                hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
+                raise TrainingError(f"{error}\n{hint}") from None
+            except BaseException as error:
+                self._watch.end("failed", repr(error))
+                raise
+            if outcome.paused:
+                self._watch.end("stopped")
+                raise Stopped(
+                    f"Stopped; the checkpoint is {self._store.where()}. "
+                    f"Go on with: multitask train --resume {self._directory}"
+                )
+            self._finish(outcome, time.perf_counter() - start)
+        return Run(self._directory)
+
+    def _run_engine(self) -> Outcome:
+        """Run the engine until the job ends or is interrupted; in between, its tasks may change."""
+        recoveries: list[float] = []
+        while True:
+            outcome = ENGINES[self._job.spec.engine.name](self._job, Driver(self._take, self._store, self._wants_pause))
+            recoveries += outcome.recoveries
+            outcome.recoveries = recoveries
+            if self._request is not None and not outcome.paused:
+                self._request[0].answer("it has ended.")
+            if self._request is None or not outcome.paused:
+                return outcome
+            self._change_tasks(*self._request)
+            self._request = None
+
+    def _take(self, records: Any, evaluations: list[Evaluation], progress: Any) -> None:
+        for evaluation in evaluations:
+            if evaluation.best:
+                self._write_version("best", evaluation)
+        self._watch(records, evaluations, progress)
+
+    def _write_version(self, name: str, version: Evaluation) -> None:
+        about = {"version": version.version, "round": version.round, "tasks": version.metrics}
+        write_version(self._directory / f"{name}.safetensors", *self._job.state(version.groups), about)
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        self._watch.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
+
+    def _wants_pause(self) -> bool:
+        """On Ctrl-C, or when the job is asked for a change of its tasks that can be made."""
+        if self._interrupted or self._request is not None:
+            return True
+        for request in requests(self._directory):
+            try:
+                spec = _changed(self._job.spec, request)
+                Job(spec)  # what does not fit is said before anybody has to stop
+            except ValueError as error:
+                request.answer(str(error))
+            else:
+                self._request = request, spec
+                return True
+        return False
+
+    def _change_tasks(self, request: Request, spec: JobSpec) -> None:
+        checkpoint = self._store.latest()
+        assert checkpoint is not None, "a pause ends with a checkpoint"
+        if request.remove is not None:
+            before = self._job.restored(checkpoint)
+            backbone, private = before.state({name: group.state() for name, group in before.groups.items()})
+            path = self._directory / "removed" / f"{request.remove}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            write_version(path, backbone, {request.remove: private[request.remove]}, {})
+        self._job = Job(spec, checkpoint)
+        write_spec(self._directory / "spec.yaml", spec)
+        self._tracker.add_tasks(_task_params(spec))
+        self._watch.change_tasks(self._job)
+        request.answer()
+
+    def _finish(self, outcome: Outcome, seconds: float) -> None:
+        self._write_version("last", outcome.versions["last"])
         result: dict[str, Any] = {
-            version: {"version": snapshot.version, "round": snapshot.round, "tasks": snapshot.metrics}
-            for version, snapshot in outcome.versions.items()
+            version: read_about(self._directory / f"{version}.safetensors") for version in ("last", "best")
         }
         result |= {
-            "engine": spec.engine.name,
-            "parameters": job.parameters(),
-            "seconds": time.perf_counter() - start,
-            "mlflow_run_id": tracker.run_id,
-            "tasks": watch.summary(outcome.processes),
+            "engine": self._job.spec.engine.name,
+            "parameters": self._job.parameters(),
+            "seconds": seconds,
+            "recovery_seconds": outcome.recoveries,
+            "mlflow_run_id": self._tracker.run_id,
+            "tasks": self._watch.summary(outcome.processes),
         }
-        write_json(directory / "result.json", result)
-        tracker.log_artifact(directory / "result.json")
-    return Run(directory)
+        self._watch.end("finished")
+        write_json(self._directory / "result.json", result)
+        self._tracker.log_artifact(self._directory / "result.json")
 
 
-@dataclass
-class _TaskWatch:
-    bar: TaskID
-    pushes: int = 0
-    staleness: list[int] = field(default_factory=list)
-    skipped: int = 0
-    bad_images: set[str] = field(default_factory=set)
-    curve: list[dict[str, float]] = field(default_factory=list)
+def _changed(spec: JobSpec, request: Request) -> JobSpec:
+    """The job with one task more or less.
+
+    Raises:
+        SpecError: the change cannot be made.
+    """
+    content = dump_spec(spec)
+    names = [task.name for task in spec.tasks]
+    if request.attach is not None:
+        content["tasks"] = [*content["tasks"], request.attach]
+    if request.remove is not None:
+        if request.remove not in names:
+            raise SpecError(f"it has no task '{request.remove}', only {names}.")
+        content["tasks"] = [task for task in content["tasks"] if task["name"] != request.remove]
+    return load_spec(content)
 
 
-class _Watch:
-    """Hands what happens to the progress bars, to MLflow and to the run's result."""
-
-    def __init__(self, job: Job, tracker: Tracker, progress: Progress) -> None:
-        self._job = job
-        self._tracker = tracker
-        self._progress = progress
-        steps = job.spec.steps
-        self._tasks = {
-            task.name: _TaskWatch(progress.add_task(task.name, total=steps * task.workers, state="starting"))
-            for task in job.spec.tasks
-        }
-
-    def __call__(self, records: list[StepRecord], evaluations: list[Evaluation]) -> None:
-        by_task = defaultdict(list)
-        for record in records:
-            by_task[record.task].append(record)
-        for task, news in by_task.items():
-            watch = self._tasks[task]
-            watch.pushes += len(news)
-            watch.staleness += [record.staleness for record in news]
-            watch.skipped += sum(record.skipped for record in news)
-            for bad in {bad for record in news for bad in record.bad_images} - watch.bad_images:
-                watch.bad_images.add(bad)
-                log.warning("Task '%s' skips %s", task, bad)
-            self._progress.update(watch.bar, completed=watch.pushes, state=f"loss {news[-1].loss:.3f}")
-            self._tracker.log_steps(task, [_step_metrics(record) for record in news])
-        for evaluation in evaluations:
-            for task, metrics in evaluation.metrics.items():
-                self._tasks[task].curve.append({"step": evaluation.round, **metrics})
-                named = {f"validation_{name}": value for name, value in metrics.items()}
-                self._tracker.log_metrics(task, named, evaluation.round)
-            self._tracker.log_metrics(None, {"validation_mean_top1": evaluation.mean_top1}, evaluation.round)
-
-    def summary(self, processes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-        """Per task: what the pushes, the staleness and the validation curve came to."""
-        return {
-            name: {
-                "processes": [process for worker, process in processes.items() if self._job.workers[worker] == name],
-                "pushes": watch.pushes,
-                "mean_staleness": mean(watch.staleness),
-                "skipped_images": watch.skipped,
-                "curve": sorted(watch.curve, key=lambda point: point["step"]),
-            }
-            for name, watch in self._tasks.items()
-        }
+def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:
+    return {task["name"]: task for task in dump_spec(spec)["tasks"]}
 
 
-def _step_metrics(record: StepRecord) -> dict[str, float]:
-    return {
-        "step": record.step,
-        "loss": record.loss,
-        "rate": record.rate,
-        "staleness": record.staleness,
-        "samples_per_s": record.images / record.seconds,
-        "skipped_images": record.skipped,
-    }
+@contextlib.contextmanager
+def _first_interrupt(call: Any) -> Iterator[None]:
+    """The first Ctrl-C calls; the next one does what it did before."""
 
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        call()
 
-def _progress(console: Console | None) -> Progress:
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console or Console(stderr=True))
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread, which alone may handle signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check_directory(directory: Path, overwrite: bool) -> None:
-    """A finished run is replaced on request only, and what is no run never."""
+    """A run is replaced on request only, and what is no run never."""
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not (directory / "spec.yaml").is_file():
         raise SpecError(f"Run directory '{directory}' holds other files and no run. Name another with `directory`.")
-    if (directory / "result.json").is_file() and not overwrite:
-        raise SpecError(f"Run directory '{directory}' holds a run. Name another with `directory`, or use --overwrite.")
+    ended = (directory / "result.json").is_file()
+    if not overwrite and (ended or (directory / STATUS).is_file()):
+        go_on = "" if ended else f" go on with it (multitask train --resume {directory}),"
+        raise SpecError(
+            f"Run directory '{directory}' holds a run. Name another with `directory`,{go_on} or use --overwrite."
+        )

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,21 +15,35 @@ from multitask.data import Batch
 from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, bind, training_norms
-from multitask.server.messages import GroupValues, Push, Reply, as_tensor
+from multitask.server.messages import Cut, Gradients, GroupValues, Push, Reply, as_tensor
 from patches import PatchedModel
+
+REFUSED_IN_A_ROW = 5
+"""Pushes that a worker may lose one after another before the run ends."""
+ALIVE_S = 10.0
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the worker, its task and the step."""
 
 
+Values = Mapping[str, Sequence[GroupValues]]
+"""Group -> its values, a range for each shard of the server."""
+
+
 class Server(Protocol):
     """How a worker reaches the parameter server: `multitask.engines` has one for each side of a process border."""
 
-    def push(self, push: Push) -> Any:
-        """Send a push; `wait` turns what this returns into the reply."""
+    def pull(self, worker: str) -> tuple[Reply, Values]:
+        """The newest values for a worker that has nothing in flight."""
 
-    def wait(self, handle: Any) -> Reply: ...
+    def push(self, push: Push, gradients: Gradients) -> Any:
+        """Send a push; `wait` turns what this returns into the reply and the newest values."""
+
+    def wait(self, handle: Any) -> tuple[Reply, Values]: ...
+
+    def kept(self, version: int, worker: str) -> Values | None:
+        """A version put aside: the groups that the worker's task uses; None where the server no longer knows it."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Any other method of ParameterServer, waited for."""
@@ -70,6 +85,9 @@ class TaskWorker:
         loss: Callable[[Any, Tensor], Tensor],
         validation: Callable[[], Iterable[Batch]] | None,
         device: torch.device,
+        step: int = 0,
+        position: int = 0,
+        incarnation: int = 0,
     ) -> None:
         """Args:
         name: unique in the run, for example "fashion/0".
@@ -77,6 +95,9 @@ class TaskWorker:
         initial: group -> values (layout.size,) and counters (layout.counters,) at the start.
         private: the groups that stay with this worker, kept on the CPU.
         validation: makes an iterator over the validation images; None for a worker that does not evaluate.
+        step: steps that the private tensors have learned from.
+        position: where the batches begin.
+        incarnation: counts the processes that this worker has had in this run.
         """
         self.name = name
         self.task = task
@@ -87,9 +108,12 @@ class TaskWorker:
         self._batches = batches
         self._loss = loss
         self._device = device
-        self._step = 0
+        self.step = self._learned_step = step
+        self._learned_position = position
+        self._incarnation = incarnation
         self._version = 0
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, str]] = set()
+        self._refused_in_a_row = 0
         self._values = {group: initial[group][0].to(device, copy=True) for group in layouts}
         self._counters = {group: initial[group][1].to(device, copy=True) for group in layouts}
         self._gradients = {group: torch.zeros(layout.pushed, device=device) for group, layout in layouts.items()}
@@ -98,11 +122,12 @@ class TaskWorker:
         for norm in training_norms(model.network).values():
             norm.momentum = 1.0
 
-    def compute(self) -> tuple[Push, dict[str, Tensor]]:
+    def compute(self) -> tuple[Push, Gradients, dict[str, Tensor]]:
         """Forward and backward on the next batch.
 
         Returns:
-            The push for the server, and the private groups' pushes (layout.pushed,) to apply when it is answered.
+            The push for the server with its gradients, and the private groups' pushes (layout.pushed,) to apply when
+            it is answered.
         Raises:
             TrainingError: the loss is not finite.
         """
@@ -116,7 +141,7 @@ class TaskWorker:
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise TrainingError(
-                f"Worker '{self.name}' (task '{self.task}'): the loss is {loss_value} at step {self._step}. "
+                f"Worker '{self.name}' (task '{self.task}'): the loss is {loss_value} at step {self.step}. "
                 "Lower optimizer.rate, or look at the task's images and labels."
             )
         for group, layout in self._layouts.items():
@@ -124,100 +149,161 @@ class TaskWorker:
             layout.section(self._gradients[group], Role.STATISTIC).copy_(statistics)
         push = Push(
             worker=self.name,
-            step=self._step,
+            step=self.step,
             version=self._version,
-            gradients={
-                group: gradient.cpu().numpy().copy()
-                for group, gradient in self._gradients.items()
-                if group not in self._private and gradient.numel()
-            },
             loss=loss_value,
             images=len(batch.labels),
             seconds=time.perf_counter() - start,
+            position=batch.position,
+            incarnation=self._incarnation,
             skipped=batch.skipped,
             bad_images=batch.bad_images,
         )
-        self._step += 1
-        return push, {group: self._gradients[group].cpu().clone() for group in self._private}
+        self.step += 1
+        gradients = {
+            group: gradient.cpu().numpy()
+            for group, gradient in self._gradients.items()
+            if group not in self._private and gradient.numel()
+        }
+        return push, gradients, {group: self._gradients[group].to("cpu", copy=True) for group in self._private}
 
-    def absorb(self, reply: Reply, private_pushes: Mapping[str, Tensor]) -> dict[int, dict[str, GroupValues]]:
-        """Apply the private part of an answered push and take over the newest shared values.
+    def absorb(self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values) -> list["HandIn"]:
+        """Apply the private part of an answered push and take over the newest values.
 
         Returns:
-            Versions put aside since the last reply -> the private tensors as of this worker's last push up to them.
+            For each version put aside since the last reply: what this worker held as of its last push up to it.
+        Raises:
+            TrainingError: the server refused several pushes in a row.
         """
-        new = [version for version in reply.pending if version not in self._seen]
-        self._seen.update(new)
-        due = {version: self._private_state() for version in new if version < reply.applied_version}
-        for group, push in private_pushes.items():
-            self._private[group].apply(push, reply.rate)
-        self.receive(reply)
-        return due | {version: self._private_state() for version in new if version >= reply.applied_version}
+        due = [self._hand_in(cut) for cut in self._new(reply.cuts, lambda cut: cut.version < reply.applied_version)]
+        if reply.refused is None:
+            self._refused_in_a_row = 0
+            for group, gradient in private_pushes.items():
+                self._private[group].apply(gradient, reply.rate)
+        else:
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row == REFUSED_IN_A_ROW:
+                raise TrainingError(f"{reply.refused} It was refused push number {REFUSED_IN_A_ROW} in a row.")
+        self._learned_step, self._learned_position = push.step + 1, push.position
+        self.receive(reply, values)
+        return due + [self._hand_in(cut) for cut in self._new(reply.cuts)]
 
-    def receive(self, reply: Reply) -> None:
+    def receive(self, reply: Reply, values: Values) -> None:
         """Take over the newest values of all groups."""
         self._version = reply.version
-        self._load(reply.groups | self._private_state())
+        self._load(values)
+        self._load({name: [group.view()] for name, group in self._private.items()})
 
     def evaluate(
-        self, server_groups: Mapping[str, GroupValues], private: Mapping[str, GroupValues]
+        self, values: Values, private: Mapping[str, GroupValues], alive: Callable[[], None]
     ) -> dict[str, float]:
-        """Validation metrics (top1 and top5 in percent, loss) of one version; restores the worker's values."""
+        """Validation metrics (top1 and top5 in percent, loss) of one version; restores the worker's values.
+
+        Args:
+            values: of the groups on the server.
+            private: of the groups that this worker holds.
+            alive: called now and then.
+        """
         assert self.validation is not None
         kept = {group: (self._values[group].clone(), self._counters[group].clone()) for group in self._layouts}
-        self._load({**server_groups, **private})
-        metrics = evaluate(self.model, self.validation(), self._device)
+        self._load(values)
+        self._load({name: [group] for name, group in private.items()})
+        metrics = evaluate(self.model, _now_and_then(alive, self.validation()), self._device)
         self.model.train()
-        for group, (values, counters) in kept.items():
-            self._values[group].copy_(values)
+        for group, (whole, counters) in kept.items():
+            self._values[group].copy_(whole)
             self._counters[group].copy_(counters)
         return metrics
 
     def complete(self, server: Server) -> None:
-        """After the last step of all workers: take over the final values and hand in what waits for evaluation."""
-        self.receive(server.call("pull", self.name))
-        if self.validation is not None:
-            for version in server.call("pending", self.task):
-                hand_in(self, server, version, self._private_state())
+        """After the last step of all workers: take over the final values and hand in what is still asked for."""
+        self.receive(*server.pull(self.name))
+        for cut in self._new(server.call("cuts", self.name)):
+            give(self, server, self._hand_in(cut))
 
-    def _private_state(self) -> dict[str, GroupValues]:
-        return {name: group.state() for name, group in self._private.items()}
+    def _new(self, cuts: Iterable[Cut], when: Callable[[Cut], bool] = lambda _: True) -> list[Cut]:
+        """What is asked of this worker for the first time."""
+        new = []
+        for cut in filter(when, cuts):
+            evaluate = cut.evaluate and self.validation is not None and (cut.version, "evaluate") not in self._seen
+            save = cut.save and (cut.version, "save") not in self._seen
+            self._seen |= {(cut.version, "evaluate")} if evaluate else set()
+            self._seen |= {(cut.version, "save")} if save else set()
+            if evaluate or save:
+                new.append(Cut(cut.version, evaluate, save))
+        return new
 
-    def _load(self, groups: Mapping[str, GroupValues]) -> None:
-        for name, state in groups.items():
-            self._values[name][: self._layouts[name].pushed].copy_(as_tensor(state.values))
-            self._counters[name].copy_(as_tensor(state.counters))
+    def _hand_in(self, cut: Cut) -> "HandIn":
+        private = {name: group.state(cut.save) for name, group in self._private.items()}
+        return HandIn(cut, self._learned_step, self._learned_position, private)
+
+    def _load(self, values: Values) -> None:
+        for name, parts in values.items():
+            start = 0
+            for part in parts:
+                self._values[name][start : start + part.values.size].copy_(as_tensor(part.values))
+                start += part.values.size
+            self._counters[name].copy_(as_tensor(parts[0].counters))
 
 
-def hand_in(worker: TaskWorker, server: Server, version: int, private: dict[str, GroupValues]) -> None:
-    """Evaluate a version that was put aside and give the server the metrics and the private tensors."""
-    metrics = worker.evaluate(server.call("snapshot", version, worker.task), private)
-    server.call("hand_in", version, worker.task, metrics, private)
+@dataclass(frozen=True)
+class HandIn:
+    """What a worker held as of its last push up to a version that was put aside."""
+
+    cut: Cut
+    step: int
+    position: int
+    private: dict[str, GroupValues]
+
+
+def give(worker: TaskWorker, server: Server, held: HandIn) -> None:
+    """Give the server what it asked for: the private tensors first, since evaluating takes long."""
+    version = held.cut.version
+    if held.cut.save:
+        server.call("save", version, worker.name, held.step, held.position, held.private)
+    values = server.kept(version, worker.name) if held.cut.evaluate else None
+    if values is not None:
+        private = {name: GroupValues(group.values, group.counters) for name, group in held.private.items()}
+        metrics = worker.evaluate(values, private, lambda: server.call("alive", worker.name))
+        server.call("hand_in", version, worker.task, metrics, private)
 
 
 def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) -> Iterator[None]:
-    """The training loop of one worker; yields after each step, so that engine `local` can take turns.
+    """The training loop of one worker; yields after each push, so that engine `local` can take turns.
 
     Args:
-        steps: this worker's number of steps.
+        steps: the step at which this worker has finished.
         in_flight: pushes that may be unanswered while the next gradient is computed; 0 waits for every answer.
     """
-    waiting: deque[tuple[Any, dict[str, Tensor]]] = deque()
+    waiting: deque[tuple[Any, Push, dict[str, Tensor]]] = deque()
 
-    def absorb_oldest() -> None:
-        handle, private_pushes = waiting.popleft()
-        due = worker.absorb(server.wait(handle), private_pushes)
-        if worker.validation is not None:
-            for version, private in due.items():
-                hand_in(worker, server, version, private)
+    def absorb_oldest() -> bool:
+        handle, push, private_pushes = waiting.popleft()
+        reply, values = server.wait(handle)
+        for held in worker.absorb(push, private_pushes, reply, values):
+            give(worker, server, held)
+        return reply.pause
 
-    worker.receive(server.call("pull", worker.name))
-    for _ in range(steps):
-        push, private_pushes = worker.compute()
-        waiting.append((server.push(push), private_pushes))
-        if len(waiting) > in_flight:
-            absorb_oldest()
+    first, values = server.pull(worker.name)
+    worker.receive(first, values)
+    pause = first.pause
+    while worker.step < steps and not pause:
+        push, gradients, private_pushes = worker.compute()
+        waiting.append((server.push(push, gradients), push, private_pushes))
         yield
+        if len(waiting) > in_flight:
+            pause = absorb_oldest()
     while waiting:
-        absorb_oldest()
-    server.call("finish", worker.name)
+        pause = absorb_oldest()
+    if worker.step == steps:
+        server.call("finish", worker.name)
+
+
+def _now_and_then(call: Callable[[], None], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches, with a call between two of them every few seconds."""
+    called = time.monotonic()
+    for batch in batches:
+        if time.monotonic() - called > ALIVE_S:
+            called = time.monotonic()
+            call()
+        yield batch

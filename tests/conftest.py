@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from multitask.checkpoint import CheckpointStore
 from multitask.data import write_table
+from multitask.engines import ENGINES, Driver, Outcome
+from multitask.job import Job
+from multitask.server.messages import Evaluation, StepRecord
+from multitask.server.progress import Progress
 from multitask.spec import JobSpec, load_spec
 
 MakeData = Callable[..., str]
@@ -22,6 +28,42 @@ def png(seed: int, label: int, size: int = 12) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray((noise + 40 * label).astype(np.uint8)).save(buffer, "png")
     return buffer.getvalue()
+
+
+@dataclass
+class EngineRun:
+    """What an engine did with a job."""
+
+    job: Job
+    outcome: Outcome
+    records: list[StepRecord]
+    evaluations: list[Evaluation]
+    progress: Progress
+
+
+def store_of(job: Job) -> CheckpointStore:
+    return CheckpointStore(job.spec.checkpoint_folder, job.spec.checkpoints.keep)
+
+
+def run_engine(
+    job: Job,
+    wants_pause: Callable[[], bool] = lambda: False,
+    watch: Callable[[list[StepRecord]], None] = lambda _: None,
+) -> EngineRun:
+    """Run a job's engine without a trainer around it."""
+    records: list[StepRecord] = []
+    evaluations: list[Evaluation] = []
+    progress = job.progress
+
+    def note(new_records: list[StepRecord], new_evaluations: list[Evaluation], new_progress: Progress) -> None:
+        nonlocal progress
+        records.extend(new_records)
+        evaluations.extend(new_evaluations)
+        progress = new_progress
+        watch(new_records)
+
+    outcome = ENGINES[job.spec.engine.name](job, Driver(note, store_of(job), wants_pause))
+    return EngineRun(job, outcome, records, evaluations, progress)
 
 
 @pytest.fixture(scope="session")

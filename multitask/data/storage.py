@@ -113,6 +113,10 @@ class Location:
             if name.endswith(PARTIAL):
                 self.filesystem.delete_file(f"{self.root}/{name}")
 
+    def delete(self, name: str) -> None:
+        """One file."""
+        self.filesystem.delete_file(f"{self.root}/{name}")
+
     def remove(self) -> None:
         """The directory and everything in it."""
         self.filesystem.delete_dir(self.root)

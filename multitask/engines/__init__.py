@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 
-from multitask.engines import asynchronous, local
-from multitask.engines.interface import Outcome, Watch
+from multitask.engines import local, served
+from multitask.engines.interface import Driver, Outcome, Watch
 from multitask.job import Job
 
-ENGINES: dict[str, Callable[[Job, Watch], Outcome]] = {"async": asynchronous.run, "local": local.run}
+ENGINES: dict[str, Callable[[Job, Driver], Outcome]] = {
+    "async": served.run,
+    "bounded": served.run,
+    "local": local.run,
+    "sync": served.run,
+}
 
-__all__ = ["ENGINES", "Outcome", "Watch"]
+__all__ = ["ENGINES", "Driver", "Outcome", "Watch"]

@@ -1,53 +1,96 @@
-"""Engine `local`: all workers in one process, one update each in turn."""
+"""Engine `local`: all workers in one process, by turns or by rounds."""
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from multitask.engines.interface import Outcome, Watch
+from multitask.engines.interface import Driver, Outcome, take
 from multitask.evaluation import torch_threads
 from multitask.job import Job
-from multitask.server.messages import Push, Reply
+from multitask.server.messages import Gradients, Push, Reply
 from multitask.server.parameter_server import ParameterServer
 from multitask.spec import LocalSpec
-from multitask.worker import train_steps
+from multitask.worker import TaskWorker, Values, train_steps
+
+Answer = tuple[Reply, Values]
 
 
-class _Direct:
-    """A server in the same process: answers at once."""
+class DirectServer:
+    """The server as a worker in the same process sees it."""
 
-    def __init__(self, server: ParameterServer) -> None:
-        self._server = server
+    def __init__(self, server: ParameterServer, delay: int = 0) -> None:
+        """Args:
+        delay: pushes that a worker leaves unanswered: then an answer keeps the values of its moment.
+        """
+        self._server, self._delay = server, delay
 
-    def push(self, push: Push) -> Reply:
-        return self._server.push(push)
+    def pull(self, worker: str) -> Answer:
+        reply = self._server.reply(worker)
+        assert reply is not None, "a worker was asked to go on before its round was complete"
+        groups = self._server.shard.groups
+        return reply, {name: [groups[name].view()] for name in self._server.groups_of(worker)}
 
-    def wait(self, handle: Reply) -> Reply:
-        return handle
+    def push(self, push: Push, gradients: Gradients) -> str | Answer:
+        self._server.push(push, gradients)
+        if not self._delay:
+            return push.worker
+        reply, values = self.pull(push.worker)
+        groups = self._server.shard.groups
+        return reply, {name: [groups[name].state()] for name in values}
+
+    def wait(self, handle: str | Answer) -> Answer:
+        return self.pull(handle) if isinstance(handle, str) else handle
+
+    def kept(self, version: int, worker: str) -> Values | None:
+        kept = self._server.shard.kept(version)
+        return None if kept is None else {name: [kept[name]] for name in self._server.groups_of(worker)}
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._server, method)(*arguments)
 
 
-def run(job: Job, watch: Watch) -> Outcome:
+def run(job: Job, driver: Driver) -> Outcome:
     """Train with every worker in this process: the numerical reference of the other engines."""
     assert isinstance(job.spec.engine, LocalSpec)
     delay = job.spec.engine.delay
+    outcome = Outcome(processes=dict.fromkeys(job.workers, os.getpid()))
     with torch_threads(job.spec.resources.threads_per_worker):
         server = job.make_server()
-        direct = _Direct(server)
-        batches = {}
-        for names in job.sharing(job.workers):
-            stream = job.make_stream(names)
-            for name in names:
-                batches[name] = job.view(name).batches(partial(stream.next, name))
-        workers = [job.make_worker(name, batches[name]) for name in job.workers]
-        loops = [train_steps(worker, direct, job.spec.steps, delay) for worker in workers]
-        # One step of each worker in turn, until the loops end (all in the same turn).
+        direct = DirectServer(server, delay)
+        workers = make_workers(job)
+
+        def poll() -> None:
+            news = server.drain()
+            take(job, driver, outcome, news, lambda v: {n: [g] for n, g in (server.shard.kept(v) or {}).items()})
+            for version in news[1]:
+                server.release(version)
+
+        loops = {worker.name: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
+        # One push of each worker in turn, until the loops end (all in the same turn).
         while loops:
-            loops = [loop for loop in loops if next(loop, "ended") != "ended"]
-            watch(*server.drain())
+            loops = {name: loop for name, loop in loops.items() if _goes_on(loop)}
+            poll()
+            if driver.wants_pause():
+                server.pause()
+        outcome.paused = any(worker.step < job.spec.steps for worker in workers)
+        if outcome.paused:
+            server.put_aside()
         for worker in workers:
             worker.complete(direct)
-        watch(*server.drain())
-    return Outcome(server.result(), dict.fromkeys(job.workers, os.getpid()))
+        poll()
+    return outcome
+
+
+def make_workers(job: Job) -> list[TaskWorker]:
+    """All workers of a job in this process; those that read the same rows share their decode."""
+    batches = {}
+    for names in job.sharing(job.workers):
+        stream = job.make_stream(names)
+        for name in names:
+            batches[name] = job.view(name).batches(partial(stream.next, name))
+    return [job.make_worker(name, batches[name]) for name in job.workers]
+
+
+def _goes_on(loop: Iterator[None]) -> bool:
+    return next(loop, "ended") != "ended"

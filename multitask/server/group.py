@@ -1,8 +1,8 @@
 """A parameter group: the tensors that the same tasks share, their optimiser and the running statistics."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,63 +12,98 @@ from multitask.server.messages import GroupValues
 
 
 class ParameterGroup:
-    """Values of one group in one flat buffer, changed by `apply` alone.
+    """Values of one group, or of one shard's range of it, in one flat buffer, changed by `apply` alone.
 
-    The server holds one per set of tasks that share tensors; a worker holds one for the private tensors of a task
-    that has no other worker; engine `local` holds the same objects in one process.
+    Each shard of the server holds one per set of tasks that share tensors; a worker holds one for the private tensors
+    of a task that has no other worker; engine `local` holds the same objects in one process.
     """
 
     def __init__(
         self,
         layout: Layout,
-        values: Tensor,
-        counters: Tensor,
+        state: GroupValues,
         make_optimizer: Callable[[Tensor, Tensor], Optimizer],
         rate_factor: float = 1.0,
+        part: tuple[int, int] | None = None,
     ) -> None:
         """Args:
-        values: shape (layout.size,), float32; taken over, not copied.
-        counters: shape (layout.counters,), int64; taken over.
+        state: the whole group at the start, with the optimiser's slots if it has made steps; copied.
         make_optimizer: from the trained values with and without weight decay to their optimiser.
         rate_factor: multiplies the rate of every step.
+        part: start and stop of the range of what is pushed, in floats; all of it by default.
         """
-        self.layout = layout
-        self.values = values
-        self.counters = counters
-        self._trained = tuple(layout.section(values, role).detach() for role in (Role.DECAYED, Role.PLAIN))
-        self._optimizer = make_optimizer(*self._trained)
+        start, stop = part or (0, layout.pushed)
+        self.values = torch.tensor(state.values[start:stop])
+        self.counters = torch.tensor(state.counters)
+        self.updates = 0
+        """Times that `apply` has changed the values."""
         self._rate_factor = rate_factor
-        statistics = [slot for slot in layout.slots if slot.role is Role.STATISTIC]
-        self._statistics = layout.section(values, Role.STATISTIC)
-        self._momenta = torch.zeros_like(self._statistics)
-        start = layout.ends[Role.PLAIN]
-        for slot in statistics:
-            self._momenta[slot.offset - start : slot.offset - start + slot.size] = slot.momentum
+        self._sections = [
+            slice(min(max(begin - start, 0), stop - start), min(max(end - start, 0), stop - start))
+            for begin, end in zip((0, *layout.ends[:2]), layout.ends[:3], strict=True)
+        ]
+        momenta = torch.zeros(layout.pushed)
+        for slot in layout.slots:
+            if slot.role is Role.STATISTIC:
+                momenta[slot.offset : slot.offset + slot.size] = slot.momentum
+        self._momenta = momenta[start:stop][self._sections[Role.STATISTIC]].clone()
         self._live_counters = sum(slot.role is Role.COUNTER for slot in layout.slots)
+        self._trained = [self.values[self._sections[role]] for role in (Role.DECAYED, Role.PLAIN)]
+        self._optimizer = make_optimizer(*self._trained)
+        if state.scalars or state.slots:
+            trained = slice(min(start, layout.trained), min(stop, layout.trained))
+            self._load({name: slot[trained] for name, slot in state.slots.items()}, state.scalars)
+
+    @property
+    def size(self) -> int:
+        """Floats that a push carries for this group, or range."""
+        return self.values.numel()
 
     @torch.no_grad()
     def apply(self, push: Tensor, rate: float) -> None:
         """One optimiser step on the trained values, one momentum step on the running statistics.
 
         Args:
-            push: shape (layout.pushed,), float32: gradients, then the batch's mean and (unbiased) variance of each
+            push: shape (size,), float32: gradients, then the batch's mean and (unbiased) variance of each
                 normalisation layer.
             rate: learning rate, as the server's schedule has it.
         """
-        for values, role in zip(self._trained, (Role.DECAYED, Role.PLAIN), strict=True):
-            values.grad = self.layout.section(push, role)
+        for values, section in zip(self._trained, self._sections, strict=False):
+            values.grad = push[section]
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._rate_factor
         self._optimizer.step()
+        self.updates += 1
         for values in self._trained:
             values.grad = None
-        self._statistics.lerp_(self.layout.section(push, Role.STATISTIC), self._momenta)
+        statistics = self._sections[Role.STATISTIC]
+        self.values[statistics].lerp_(push[statistics], self._momenta)
         self.counters[: self._live_counters] += 1
 
-    def state(self) -> GroupValues:
-        """A copy of what training changes."""
-        return GroupValues(self.values[: self.layout.pushed].numpy().copy(), self.counters.numpy().copy())
+    def view(self) -> GroupValues:
+        """What training changes, without a copy: the next `apply` changes it."""
+        return GroupValues(self.values.numpy(), self.counters.numpy())
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's slots and step counts, as torch's `state_dict` gives them."""
-        return self._optimizer.state_dict()
+    def state(self, slots: bool = False) -> GroupValues:
+        """A copy of what training changes, with or without the optimiser's slots."""
+        values, counters = self.values.numpy().copy(), self.counters.numpy().copy()
+        if not slots:
+            return GroupValues(values, counters)
+        decayed, plain = (self._optimizer.state[values] for values in self._trained)
+        names = [name for name, slot in decayed.items() if slot is not None]
+        return GroupValues(
+            values,
+            counters,
+            {name: torch.cat([decayed[name], plain[name]]).numpy() for name in names if decayed[name].dim()},
+            {name: float(decayed[name]) for name in names if not decayed[name].dim()},
+        )
+
+    def _load(self, slots: Mapping[str, np.ndarray], scalars: Mapping[str, float]) -> None:
+        cut = self._trained[0].numel()
+        parts = ({n: slot[:cut] for n, slot in slots.items()}, {n: slot[cut:] for n, slot in slots.items()})
+        state = {
+            index: {name: torch.tensor(slot) for name, slot in part.items()}
+            | {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
+            for index, part in enumerate(parts)
+        }
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,11 @@ class Layout:
         return self.ends[Role.FIXED]
 
     @property
+    def trained(self) -> int:
+        """Floats that the optimiser moves: the first part of what is pushed."""
+        return self.ends[Role.PLAIN]
+
+    @property
     def pushed(self) -> int:
         """Floats that a push and a pull carry: the buffer's part that training changes."""
         return self.ends[Role.STATISTIC]
@@ -81,6 +87,16 @@ class Layout:
     def section(self, buffer: Tensor, role: Role) -> Tensor:
         start = self.ends[role - 1] if role else 0
         return buffer[start : self.ends[role]]
+
+    def trained_slots(self) -> list[Slot]:
+        """The tensors that the optimiser moves."""
+        return [slot for slot in self.slots if slot.role <= Role.PLAIN]
+
+    def ranges(self, shards: int) -> list[tuple[int, int]]:
+        """Cut what is pushed into contiguous ranges of about equal size, one for each shard, on aligned borders."""
+        blocks = self.pushed // ALIGNMENT_FLOATS
+        borders = [ALIGNMENT_FLOATS * -(-blocks * shard // shards) for shard in range(shards + 1)]
+        return list(pairwise(borders))
 
     def tensors(self, values: Tensor, counters: Tensor) -> dict[str, Tensor]:
         """Name -> view, over a flat buffer of shape (size,) and counters of shape (counters,)."""

@@ -1,27 +1,101 @@
-"""The parameter server: owns the shared tensors, applies pushes in order of arrival, sets the rate."""
+"""The parameter server: decides which pushes are applied, in which order and at which rate, and counts."""
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Protocol
 
-import numpy as np
-
-from multitask.server.group import ParameterGroup
 from multitask.server.messages import (
+    Cut,
     Evaluation,
+    Gradients,
     GroupValues,
     Push,
     PushRejectedError,
     Reply,
-    Snapshot,
     StepRecord,
-    as_tensor,
+    mean_top1,
 )
+from multitask.server.progress import Progress
 from multitask.server.schedules import Schedule
+from multitask.server.shard import GroupUpdate, Key, Shard, Update
+
+
+@dataclass(frozen=True)
+class ServedTask:
+    """What the server knows of a task."""
+
+    shared: tuple[str, ...]
+    """Groups that it shares with other tasks, or could."""
+    private: tuple[str, ...] = ()
+    """Its own groups that lie on the server, because it has several workers."""
+    weight: float = 1.0
+    """Of its workers' gradients in a mean over workers."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.shared + self.private
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When pushes are applied, and when versions are put aside."""
+
+    evaluate_every_rounds: int
+    save_every_rounds: int | None = None
+    save_every_s: float | None = None
+    together: bool = False
+    """A round's pushes are applied as one weighted mean (`sync`), not each at once (`async`, `bounded`)."""
+    bound: int | None = None
+    """Steps by which a worker may be ahead of the slowest one; None for no bound."""
+    in_flight: int = 0
+    divide_rate_by_staleness: bool = False
+
+
+class OtherShards(Protocol):
+    """The shards in other processes: do the same as the one here, in the same order."""
+
+    def apply(self, update: Update, done: Iterable[Key]) -> None: ...
+    def keep(self, version: int, slots: bool) -> None: ...
+    def release(self, version: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A version put aside, with everything that the workers hold of it; the shards keep the rest until released."""
+
+    progress: Progress
+    evaluation: Evaluation | None
+    """With the private groups that workers hold."""
+    saved: dict[str, GroupValues] | None
+    """The private groups that workers hold, with slots; for a checkpoint."""
+
+
+@dataclass
+class _PutAside:
+    cut: Cut
+    progress: Progress
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluated: dict[str, GroupValues] = field(default_factory=dict)
+    savers: set[str] = field(default_factory=set)
+    saved: dict[str, GroupValues] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What became of a worker's latest push."""
+
+    version: int
+    rate: float
+    refused: str | None = None
+    redone: bool = False
 
 
 class ParameterServer:
-    """A plain class; engine `async` makes it an actor, engine `local` calls it in one process.
+    """A plain class; the server engines make it an actor, engine `local` calls it in one process.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3: independent, asynchronous updates of
     shared weights, each worker bound to one task. The paper keeps private weights on the server too; here they stay
@@ -30,166 +104,360 @@ class ParameterServer:
 
     def __init__(
         self,
-        groups: Mapping[str, ParameterGroup],
-        uses: Mapping[str, Sequence[str]],
+        shard: Shard,
+        tasks: Mapping[str, ServedTask],
         workers: Mapping[str, str],
         schedule: Schedule,
-        evaluate_every_rounds: int,
+        rules: Rules,
+        progress: Progress,
+        others: OtherShards | None = None,
     ) -> None:
         """Args:
-        groups: name -> the group's values and optimiser.
-        uses: task -> names of the groups on the server that its model holds.
-        workers: worker -> its task.
+        shard: the range of every group that this process holds.
+        workers: worker -> its task, in the order in which gradients are added up.
         schedule: rounds done -> rate.
-        evaluate_every_rounds: how often a version is put aside for evaluation; the last one always is.
+        progress: where the run stands; the shard's values are those of that moment.
+        others: the other shards, if there are any.
         """
-        self._groups = dict(groups)
-        self._uses = {task: tuple(names) for task, names in uses.items()}
+        self.shard = shard
+        self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
+        self._tasks = dict(tasks)
         self._workers = dict(workers)
         self._schedule = schedule
-        self._evaluate_every = evaluate_every_rounds
-        self._version = 0
-        self._rounds = Fraction(0)
+        self._rules = rules
+        self._progress = deepcopy(progress)
         self._active = set(workers)
-        self._next_step = dict.fromkeys(workers, 0)
-        self._applied = dict.fromkeys(workers, (0, schedule(0)))
-        self._snapshots: dict[int, Snapshot] = {}
-        self._last_snapshot = -1
-        self._best: tuple[float, Snapshot | None] = (-math.inf, None)
-        self._latest: Snapshot | None = None
+        self._incarnation = dict.fromkeys(workers, 0)
+        self._redo_until = dict.fromkeys(workers, 0)
+        self._answers = {name: _Answer(progress.version, self._private_rate(name)) for name in workers}
+        self._arrived: dict[str, Push] = {}
+        """This round's pushes, where they are applied together."""
+        self._refused: set[str] = set()
+        """Workers whose push of this round was refused."""
+        self._waiting: dict[int, _PutAside] = {}
+        self._completed: dict[int, Completed] = {}
+        self._evaluated_version = self._saved_version = progress.version
+        self._saved_at = time.monotonic()
+        self._pause_wanted = self._pausing = False
+        self._heard = dict.fromkeys(workers, time.monotonic())
         self._records: list[StepRecord] = []
-        self._evaluations: list[Evaluation] = []
 
-    def pull(self, worker: str) -> Reply:
-        """The newest values for a worker that has nothing in flight: at its start and at its end."""
-        return self._reply(worker)
+    # What workers call.
 
-    def push(self, push: Push) -> Reply:
-        """Apply one worker's gradients to the groups that its task uses, exactly once, and answer with the values.
+    def join(self, worker: str, incarnation: int, step: int | None) -> None:
+        """A worker's process starts, or comes back after the server was restored.
 
-        A push that was applied before (its step is the last one seen) changes nothing and is answered again.
-
-        Raises:
-            PushRejectedError: unknown worker, a step out of order, groups or shapes that are not the task's, a value
-                that is not finite, a version that this server never had.
+        Args:
+            incarnation: counts the processes of this worker.
+            step: steps that the private tensors which it holds have learned from; None if it holds none, and goes on
+                at the server's step.
         """
-        self._check(push)
-        if push.step < self._next_step[push.worker]:
-            return self._reply(push.worker)
-        rate = self._schedule(math.floor(self._rounds))
-        for name, gradient in push.gradients.items():
-            self._groups[name].apply(as_tensor(gradient), rate)
-        self._records.append(
-            StepRecord(
-                worker=push.worker,
-                task=self._workers[push.worker],
-                step=push.step,
-                round=math.floor(self._rounds),
-                version=self._version + 1,
-                staleness=self._version - push.version,
-                rate=rate,
-                loss=push.loss,
-                images=push.images,
-                seconds=push.seconds,
-                skipped=push.skipped,
-                bad_images=push.bad_images,
-            )
+        self._check_worker(worker, incarnation)
+        self._incarnation[worker] = incarnation
+        self.alive(worker)
+        self._arrived.pop(worker, None)
+        progress = self._progress.workers[worker]
+        if step is not None and step > progress.step:
+            progress.lost += step - progress.step
+            self._count_rounds(step - progress.step)
+            progress.step = step
+        self._redo_until[worker] = progress.step if step is not None else 0
+        self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker))
+
+    def push(self, push: Push, gradients: Gradients, problems: Sequence[str | None] = ()) -> None:
+        """Take in one worker's gradients: apply them, exactly once, or with those of the round.
+
+        A push whose step is done changes nothing.
+
+        Args:
+            gradients: this process's range of the groups that the task uses.
+            problems: what the other shards found wrong with theirs.
+        Raises:
+            PushRejectedError: unknown worker, an earlier incarnation, a step out of order, a version that this server
+                never had. What else is wrong stands in the reply.
+        """
+        worker = push.worker
+        self._check_worker(worker, push.incarnation)
+        self.alive(worker)
+        progress = self._progress.workers[worker]
+        if push.step < progress.step or worker in self._arrived:
+            if push.step < self._redo_until[worker]:
+                progress.redone += 1
+                self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), redone=True)
+                self._records.append(self._record(push, redone=True))
+            self._apply({}, [push])
+            return
+        self._check_order(push)
+        problem = next(filter(None, problems), None)
+        problem = problem or self.shard.stash((worker, push.step), gradients, self.groups_of(worker))
+        if problem:
+            self._refuse(push, problem)
+        self._arrived[worker] = push
+        if not self._rules.together:
+            self._apply_arrived()
+        else:
+            self._apply_round_if_complete()
+
+    def reply(self, worker: str) -> Reply | None:
+        """How things stand for a worker; None while it has to wait for others."""
+        if worker in self._arrived or self._is_ahead(worker):
+            return None
+        progress, answer = self._progress.workers[worker], self._answers[worker]
+        return Reply(
+            version=self._progress.version,
+            applied_version=answer.version,
+            rate=answer.rate,
+            cuts=self.cuts(worker),
+            refused=answer.refused,
+            pause=self._pausing,
+            step=progress.step,
+            position=progress.position,
         )
-        self._version += 1
-        self._next_step[push.worker] += 1
-        self._applied[push.worker] = (self._version, rate)
-        before = self._rounds // self._evaluate_every
-        # Exact, so that K workers' K-th parts add up to whole rounds and all tasks see one rate per round.
-        self._rounds += Fraction(1, len(self._active))
-        if self._rounds // self._evaluate_every > before:
-            self._put_aside()
-        return self._reply(push.worker)
+
+    def groups_of(self, worker: str) -> tuple[str, ...]:
+        """The groups on the server that the worker's task uses."""
+        return self._tasks[self._workers[worker]].groups
 
     def finish(self, worker: str) -> None:
         """A worker has made its last step: it no longer counts for rounds. After the last one, the end is put aside."""
+        if worker not in self._active:
+            return
         self._active.discard(worker)
-        if not self._active and self._last_snapshot < self._version:
-            self._put_aside()
+        if self._active:
+            self._apply_round_if_complete()
+        else:
+            self._put_aside(evaluate=True, save=False)
 
-    def snapshot(self, version: int, task: str) -> dict[str, GroupValues]:
-        """A version put aside: the groups on the server that the task uses."""
-        groups = self._snapshots[version].groups
-        return {name: groups[name] for name in self._uses[task]}
-
-    def pending(self, task: str) -> list[int]:
-        """Versions put aside that this task has not handed metrics in for, oldest first."""
-        return [version for version, snapshot in sorted(self._snapshots.items()) if task not in snapshot.metrics]
+    def cuts(self, worker: str) -> tuple[Cut, ...]:
+        """Versions put aside for which this worker has something to hand in, oldest first."""
+        task = self._workers[worker]
+        waiting = [aside for _, aside in sorted(self._waiting.items())]
+        return tuple(
+            aside.cut
+            for aside in waiting
+            if (aside.cut.evaluate and task not in aside.metrics) or (aside.cut.save and worker not in aside.savers)
+        )
 
     def hand_in(self, version: int, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""
-        snapshot = self._snapshots[version]
-        snapshot.metrics[task] = metrics
-        snapshot.groups |= private
-        if len(snapshot.metrics) < len(self._uses):
+        if version in self._waiting:  # if not: it was put aside before the server was restored
+            self._waiting[version].metrics[task] = metrics
+            self._waiting[version].evaluated |= private
+            self._complete(version)
+
+    def save(self, version: int, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
+        """What a worker holds as of its last push up to a version, with its optimiser, for the checkpoint.
+
+        Args:
+            step, position: of the worker and its stream at that moment.
+        """
+        if version in self._waiting:
+            aside = self._waiting[version]
+            progress = aside.progress.workers[worker]
+            progress.private_step, progress.private_position = step, position
+            aside.savers.add(worker)
+            aside.saved |= private
+            self._complete(version)
+
+    def alive(self, worker: str) -> None:
+        """A sign of life, for a worker that is busy without pushing."""
+        self._heard[worker] = time.monotonic()
+
+    # What the driver calls.
+
+    def drain(self) -> tuple[list[StepRecord], dict[int, Completed], Progress]:
+        """What happened since the last call, versions that are complete (each handed out once), and where things stand.
+
+        The shards keep a version's values until `release`.
+        """
+        records, completed = self._records, self._completed
+        self._records, self._completed = [], {}
+        return records, completed, deepcopy(self._progress)
+
+    def release(self, version: int) -> None:
+        """Forget a version put aside, unless something more is asked of it."""
+        if version in self._waiting or version in self._completed:
             return
-        del self._snapshots[version]
-        mean = sum(task_metrics["top1"] for task_metrics in snapshot.metrics.values()) / len(snapshot.metrics)
-        best = mean > self._best[0]
-        if best:
-            self._best = (mean, snapshot)
-        if self._latest is None or version > self._latest.version:
-            self._latest = snapshot
-        self._evaluations.append(Evaluation(version, snapshot.round, snapshot.metrics, best))
+        for shard in self._shards:
+            shard.release(version)
 
-    def drain(self) -> tuple[list[StepRecord], list[Evaluation]]:
-        """What happened since the last call; each record is handed out once."""
-        records, evaluations = self._records, self._evaluations
-        self._records, self._evaluations = [], []
-        return records, evaluations
+    def pause(self) -> None:
+        """Let every worker stop after its step; one whose pushes are applied together, at the end of its round."""
+        self._pause_wanted = True
+        self._pausing = self._pausing or not self._rules.together
 
-    def result(self) -> dict[str, Snapshot]:
-        """The `last` and the `best` version, complete with every task's private tensors."""
-        assert self._latest is not None
-        assert self._best[1] is not None
-        assert not self._snapshots
-        return {"last": self._latest, "best": self._best[1]}
+    def put_aside(self) -> None:
+        """Put the values aside for a checkpoint as they stand, when all workers have stopped."""
+        self._put_aside(evaluate=False, save=True)
 
-    def _put_aside(self) -> None:
-        values = {name: group.state() for name, group in self._groups.items()}
-        self._snapshots[self._version] = Snapshot(self._version, math.floor(self._rounds), values)
-        self._last_snapshot = self._version
+    def silent(self, seconds: float) -> list[str]:
+        """Active workers of which nothing was heard for so long, though they wait for no other worker."""
+        now = time.monotonic()
+        return [
+            worker
+            for worker in self._workers
+            if worker in self._active and now - self._heard[worker] > seconds and self.reply(worker) is not None
+        ]
 
-    def _reply(self, worker: str) -> Reply:
-        task = self._workers[worker]
-        applied_version, rate = self._applied[worker]
-        return Reply(
-            version=self._version,
-            applied_version=applied_version,
-            rate=rate,
-            groups={name: self._groups[name].state() for name in self._uses[task]},
-            pending=tuple(self.pending(task)),
-        )
+    # How it is done.
 
-    def _check(self, push: Push) -> None:
-        if push.worker not in self._workers:
+    def _check_worker(self, worker: str, incarnation: int) -> None:
+        if worker not in self._workers:
             raise PushRejectedError(
-                f"A push came from worker '{push.worker}', but this server knows {sorted(self._workers)}. "
+                f"A push came from worker '{worker}', but this server knows {sorted(self._workers)}. "
                 "Pass this run's server to every worker."
             )
+        if incarnation < self._incarnation[worker]:
+            raise PushRejectedError(
+                f"A push came from process {incarnation} of worker '{worker}', but process "
+                f"{self._incarnation[worker]} took its place. Nothing was applied; the earlier process has to end."
+            )
+
+    def _check_order(self, push: Push) -> None:
         where = f"Push {push.step} of worker '{push.worker}' (task '{self._workers[push.worker]}')"
-        expected = self._next_step[push.worker]
-        if push.step not in (expected, expected - 1):
+        expected, version = self._progress.workers[push.worker].step, self._progress.version
+        if push.step != expected:
             raise PushRejectedError(
                 f"{where} is out of order: step {expected} is next. Push every step once, in order."
             )
-        if push.version > self._version:
+        if push.version > version:
             raise PushRejectedError(
-                f"{where} was computed on version {push.version}, but this server is at {self._version}: "
+                f"{where} was computed on version {push.version}, but this server is at {version}: "
                 "the worker holds values of another run. Pull before the first step."
             )
-        wanted = {name: self._groups[name].layout.pushed for name in self._uses[self._workers[push.worker]]}
-        wanted = {name: size for name, size in wanted.items() if size}
-        found = {name: gradient.size for name, gradient in push.gradients.items()}
-        if found != wanted or any(gradient.dtype != np.float32 for gradient in push.gradients.values()):
-            raise PushRejectedError(f"{where} carries floats per group {found}; expected float32 {wanted}.")
-        for name, gradient in push.gradients.items():
-            if not np.isfinite(gradient).all():
-                raise PushRejectedError(
-                    f"{where} holds a gradient that is not finite in group '{name}' (loss {push.loss:g}). "
-                    "Lower optimizer.rate, or look at the images of this step."
-                )
+
+    def _refuse(self, push: Push, problem: str) -> None:
+        worker = push.worker
+        self._progress.workers[worker].refused += 1
+        reason = (
+            f"Push {push.step} of worker '{worker}' (task '{self._workers[worker]}') was refused: {problem} "
+            f"(loss {push.loss:g}). Lower optimizer.rate, or look at the images of this step."
+        )
+        self._refused.add(worker)
+        self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), reason)
+        self._records.append(self._record(push, refused=reason))
+
+    def _apply_round_if_complete(self) -> None:
+        if self._arrived and self._arrived.keys() >= self._active:
+            self._apply_arrived()
+            self._pausing = self._pause_wanted
+
+    def _apply_arrived(self) -> None:
+        """One update by the pushes that arrived; those that were refused count as steps and change nothing."""
+        pushes = [self._arrived[worker] for worker in self._workers if worker in self._arrived]
+        good = [push for push in pushes if push.worker not in self._refused]
+        self._arrived, self._refused = {}, set()
+        update = self._update(good)
+        self._records += [self._record(push) for push in good]
+        rates = {push.worker: self._private_rate(push.worker) for push in good}
+        self._apply(update, pushes)
+        self._progress.version += bool(good)
+        for push in pushes:
+            self._progress.workers[push.worker].step += 1
+            self._progress.workers[push.worker].position = push.position
+        for worker, rate in rates.items():
+            self._answers[worker] = _Answer(self._progress.version, rate)
+        self._count_rounds(len(pushes))
+
+    def _update(self, pushes: Sequence[Push]) -> Update:
+        """For each group that one of the pushes carries: whose gradients, with which weights, at which rate."""
+        update: Update = {}
+        for name in dict.fromkeys(name for push in pushes for name in self.groups_of(push.worker)):
+            users = [push for push in pushes if name in self.groups_of(push.worker)]
+            tasks = [self._tasks[self._workers[push.worker]] for push in users]
+            private = name in tasks[0].private
+            rate = self._private_rate(users[0].worker) if private else self._schedule(math.floor(self._progress.rounds))
+            if self._rules.divide_rate_by_staleness:
+                rate /= max(1, max(self._staleness(push) for push in users))
+            keys = tuple((push.worker, push.step) for push in users)
+            update[name] = GroupUpdate(keys, tuple(task.weight for task in tasks), rate)
+        return update
+
+    def _apply(self, update: Update, done: Sequence[Push]) -> None:
+        for shard in self._shards:
+            shard.apply(update, [(push.worker, push.step) for push in done])
+
+    def _staleness(self, push: Push) -> int:
+        return self._progress.version - push.version
+
+    def _record(self, push: Push, *, refused: str | None = None, redone: bool = False) -> StepRecord:
+        return StepRecord(
+            worker=push.worker,
+            task=self._workers[push.worker],
+            step=push.step,
+            round=math.floor(self._progress.rounds),
+            version=self._progress.version + (not refused and not redone),
+            staleness=self._staleness(push),
+            rate=self._private_rate(push.worker),
+            loss=push.loss,
+            images=push.images,
+            seconds=push.seconds,
+            skipped=push.skipped,
+            bad_images=push.bad_images,
+            refused=refused,
+            redone=redone,
+        )
+
+    def _private_rate(self, worker: str) -> float:
+        """A task's own schedule, which starts when the task joins the run."""
+        first = self._progress.first_round.get(self._workers[worker], 0)
+        return self._schedule(max(0, math.floor(self._progress.rounds) - first))
+
+    def _is_ahead(self, worker: str) -> bool:
+        """The worker's next step is too far ahead of the slowest worker's."""
+        if self._rules.bound is None or self._pausing or worker not in self._active or self._answers[worker].redone:
+            return False
+        slowest = min(self._lap(name) for name in self._active)
+        return self._lap(worker) + self._rules.in_flight - slowest >= self._rules.bound
+
+    def _lap(self, worker: str) -> int:
+        progress = self._progress.workers[worker]
+        return progress.lap + progress.step
+
+    def _count_rounds(self, steps: int) -> None:
+        """Exact, so that K workers' K-th parts add up to whole rounds and all tasks see one rate per round."""
+        before, rules = self._progress.rounds, self._rules
+        self._progress.rounds += Fraction(steps, max(1, len(self._active)))
+        now = self._progress.rounds
+        evaluate = now // rules.evaluate_every_rounds > before // rules.evaluate_every_rounds
+        by_rounds = rules.save_every_rounds and now // rules.save_every_rounds > before // rules.save_every_rounds
+        by_time = rules.save_every_s is not None and time.monotonic() - self._saved_at > rules.save_every_s
+        save = bool(by_rounds or by_time) and not any(aside.cut.save for aside in self._waiting.values())
+        if evaluate or save:
+            self._put_aside(evaluate=evaluate, save=save)
+
+    def _put_aside(self, *, evaluate: bool, save: bool) -> None:
+        version = self._progress.version
+        evaluate = evaluate and version > self._evaluated_version
+        save = save and version > self._saved_version
+        if not (evaluate or save):
+            return
+        if evaluate:
+            self._evaluated_version = version
+        if save:
+            self._saved_version, self._saved_at = version, time.monotonic()
+        for shard in self._shards:
+            shard.keep(version, save)
+        earlier = self._waiting.get(version)
+        if earlier is None:
+            self._waiting[version] = _PutAside(Cut(version, evaluate, save), deepcopy(self._progress))
+        else:
+            earlier.cut = Cut(version, evaluate or earlier.cut.evaluate, save or earlier.cut.save)
+
+    def _complete(self, version: int) -> None:
+        """Hand a version to the driver when all tasks and workers have handed in what they hold of it."""
+        aside = self._waiting[version]
+        cut, metrics = aside.cut, aside.metrics
+        if (cut.evaluate and metrics.keys() < self._tasks.keys()) or (cut.save and aside.savers < self._workers.keys()):
+            return
+        del self._waiting[version]
+        evaluation = None
+        if cut.evaluate:
+            mean = mean_top1(metrics.values())
+            best = mean > self._progress.best_top1
+            self._progress.best_top1 = max(mean, self._progress.best_top1)
+            evaluation = Evaluation(version, math.floor(aside.progress.rounds), metrics, best, aside.evaluated)
+        aside.progress.best_top1 = self._progress.best_top1
+        earlier = self._completed.get(version, Completed(aside.progress, None, None))
+        saved = aside.saved if cut.save else earlier.saved
+        self._completed[version] = Completed(aside.progress, evaluation or earlier.evaluation, saved)

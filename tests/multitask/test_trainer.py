@@ -33,6 +33,7 @@ def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSp
         "best.safetensors",
         "last.safetensors",
         "result.json",
+        "status.json",
     }
     assert Run(run.directory).spec == spec
     assert run.result["last"]["version"] == 8

@@ -1,5 +1,6 @@
 """Engine `local` against training loops written here with torch's own parts."""
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -8,27 +9,21 @@ from torch.nn import functional
 
 import patches
 from multitask.data import TrainBatches, open_table
-from multitask.engines import ENGINES
 from multitask.engines.interface import Outcome
+from multitask.engines.local import DirectServer
 from multitask.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
-from multitask.worker import TrainingError
+from multitask.worker import TaskWorker, TrainingError
+from tests.conftest import run_engine
 
 MakeSpec = Callable[..., JobSpec]
 
 
 def run(spec: JobSpec) -> tuple[Job, Outcome, list[StepRecord], list[Evaluation]]:
-    records: list[StepRecord] = []
-    evaluations: list[Evaluation] = []
-
-    def watch(new_records: list[StepRecord], new_evaluations: list[Evaluation]) -> None:
-        records.extend(new_records)
-        evaluations.extend(new_evaluations)
-
-    job = Job(spec)
-    return job, ENGINES[spec.engine.name](job, watch), records, evaluations
+    ran = run_engine(Job(spec))
+    return ran.job, ran.outcome, ran.records, ran.evaluations
 
 
 def train_batches(spec: JobSpec, index: int) -> TrainBatches:
@@ -111,26 +106,30 @@ def test_shared_statistics_are_those_of_one_process_taking_tasks_in_turn(make_sp
 
 def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec: MakeSpec) -> None:
     job = Job(make_spec())
-    server = job.make_server()
+    direct = DirectServer(job.make_server())
     pets, cars = (job.make_worker(name, job.make_batches(name)) for name in ("pets/0", "cars/0"))
-    for worker in (pets, cars):
-        push, private = worker.compute()
-        worker.absorb(server.push(push), private)
+
+    def step(worker: TaskWorker) -> None:
+        push, gradients, private = worker.compute()
+        worker.absorb(push, private, *direct.wait(direct.push(push, gradients)))
+
+    def shared() -> bytes:
+        return direct.pull("cars/0")[1]["shared:pets+cars"][0].values.tobytes()
+
+    step(pets)
+    step(cars)
     group = cars._private["private:cars"]
     tensors = {name: tensor.clone() for name, tensor in cars.model.private_state().items()}
-    values, slots = group.values.clone(), repr(group.optimizer_state())
-    shared_before = server.pull("cars/0").groups["shared:pets+cars"].values.copy()
+    state, shared_before = pickle.dumps(group.state(slots=True)), shared()
 
-    for _ in range(2):
-        push, private = pets.compute()
-        pets.absorb(server.push(push), private)
+    step(pets)
+    step(pets)
 
-    assert (server.pull("cars/0").groups["shared:pets+cars"].values != shared_before).any()
-    assert torch.equal(group.values, values)
-    assert repr(group.optimizer_state()) == slots
+    assert shared() != shared_before
+    assert pickle.dumps(group.state(slots=True)) == state
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in cars.model.private_state().items())
     # The server never holds what is private to a task with one worker.
-    assert set(server.pull("pets/0").groups) == {"shared:pets+cars"}
+    assert set(direct.pull("pets/0")[1]) == {"shared:pets+cars"}
 
 
 def test_private_tensors_learn_at_their_multiple_of_the_rate(make_spec: MakeSpec) -> None:
@@ -219,14 +218,15 @@ def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec:
     job = Job(make_spec(evaluate_every=1, steps=2))
     server = job.make_server()
     pets, cars = (job.make_worker(name, job.make_batches(name)) for name in ("pets/0", "cars/0"))
+    direct = DirectServer(server)
     due = {}
     history = {}
     for _ in range(2):
         for worker in (cars, pets):
-            push, private = worker.compute()
-            reply = server.push(push)
-            for version, state in worker.absorb(reply, private).items():
-                due[version, worker.task] = state[f"private:{worker.task}"].values
+            push, gradients, private = worker.compute()
+            reply, values = direct.wait(direct.push(push, gradients))
+            for held in worker.absorb(push, private, reply, values):
+                due[held.cut.version, worker.task] = held.private[f"private:{worker.task}"].values
             history[reply.version, worker.task] = worker._private[f"private:{worker.task}"].values.numpy().copy()
 
     # Versions 2 and 4 were made by pushes of pets; cars had pushed last at versions 1 and 3.

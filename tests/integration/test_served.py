@@ -1,7 +1,6 @@
-"""Engine `async` with real actors."""
+"""Engines `async`, `bounded` and `sync` with real actors."""
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,29 +10,25 @@ import ray
 import torch
 
 from multitask.data import write_table
-from multitask.engines import ENGINES
-from multitask.engines.asynchronous import actors, await_all, decoders, worker_cpus
+from multitask.engines.served import actors, decoders, worker_cpus
 from multitask.job import Job
-from multitask.server.messages import Evaluation, Snapshot, StepRecord
+from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
-from tests.conftest import png
+from tests.conftest import EngineRun, png, run_engine, store_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
+SYNC = {"name": "sync"}
+ROUNDS = {"name": "local", "schedule": "rounds"}
 
 
-def run(spec: JobSpec) -> tuple[dict[str, Snapshot], dict[str, int], list[StepRecord]]:
-    records: list[StepRecord] = []
-
-    def watch(new_records: list[StepRecord], _: list[Evaluation]) -> None:
-        records.extend(new_records)
-
-    outcome = ENGINES[spec.engine.name](Job(spec), watch)
-    return outcome.versions, outcome.processes, records
+def run(spec: JobSpec) -> tuple[dict[str, Evaluation], dict[str, int], list[StepRecord]]:
+    ran = run_engine(Job(spec))
+    return ran.outcome.versions, ran.outcome.processes, ran.records
 
 
-def all_values(snapshot: Snapshot) -> dict[str, bytes]:
+def all_values(snapshot: Evaluation) -> dict[str, bytes]:
     return {name: group.values.tobytes() + group.counters.tobytes() for name, group in snapshot.groups.items()}
 
 
@@ -67,13 +62,14 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)
     job = Job(spec)
 
-    with actors(job) as (server, workers):
-        ray.get([worker.prepare.remote(None) for worker in workers.values()])
+    with actors(job, store_of(job)) as crew:
+        workers = crew.workers
+        ray.get([worker.prepare.remote() for worker in workers.values()])
         start = ray.get(workers["pets/0"].private_state.remote())
         ray.get([worker.train.remote() for worker in workers.values()])
         ray.get([worker.complete.remote() for worker in workers.values()])
         first, second = ray.get([workers[f"pets/{rank}"].private_state.remote() for rank in range(2)])
-        records, _ = ray.get(server.call.remote("drain"))
+        records, _, _ = ray.get(crew.server.call.remote("drain"))
 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -96,23 +92,6 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
     assert "in compute" in message
 
 
-def test_a_worker_that_dies_ends_the_run_with_its_name(make_spec: MakeSpec) -> None:
-    killed = []
-
-    def watch(records: list[StepRecord], _: list[Evaluation]) -> None:
-        if records and not killed:
-            os.kill(processes["cars/0"], signal.SIGKILL)
-            killed.append(True)
-
-    job = Job(make_spec(engine={"name": "async"}, steps=100_000, evaluate_every=100_000))
-    with actors(job) as (server, workers):
-        processes = {name: ray.get(worker.place.remote())[1] for name, worker in workers.items()}
-        ray.get([worker.prepare.remote(None) for worker in workers.values()])
-        calls = {name: worker.train.remote() for name, worker in workers.items()}
-        with pytest.raises(TrainingError, match="Worker 'cars/0' of task 'cars' was lost"):
-            await_all(server, calls, job, watch)
-
-
 def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
     spec = make_spec(engine={"name": "async"}, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
 
@@ -124,20 +103,21 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
     worker = job.make_worker("pets/0", job.make_batches("pets/0"))
 
-    with actors(job) as (server, _):
-        push, _ = worker.compute()
-        first = ray.get(server.call.remote("push", push))
-        again = ray.get(server.call.remote("push", push))
+    with actors(job, store_of(job)) as crew:
+        push, gradients, _ = worker.compute()
+        replies = [ray.get(crew.server.push.remote(push, gradients)) for _ in range(2)]
+        first, again = (ray.get(parts[0]["shared:pets"]).values for _, parts in replies)
 
-    assert first.version == again.version == 1
-    assert np.array_equal(first.groups["shared:pets"].values, again.groups["shared:pets"].values)
+    assert [reply.version for reply, _ in replies] == [1, 1]
+    assert np.array_equal(first, again)
 
 
 def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_spec: MakeSpec) -> None:
     tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
     job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
-    with actors(job) as (_, workers):
+    with actors(job, store_of(job)) as crew:
+        workers = crew.workers
         nodes = {name: ray.get(worker.place.remote())[0] for name, worker in workers.items()}
         with decoders(job, nodes) as decoder_of:
             assert len(set(decoder_of.values())) == 1
@@ -148,10 +128,56 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     # Six steps and two asked for ahead; each of the two workers alone would have decoded as many.
     assert 6 <= decoded < 2 * 8
     for name, own in tasks.items():
-        job = Job(make_spec({name: own}, **changes))
-        alone = ENGINES["local"](job, lambda *_: None).versions["last"]
-        _, private = job.state(alone.groups)
+        alone = run_engine(Job(make_spec({name: own}, **changes)))
+        _, private = alone.job.state(alone.outcome.versions["last"].groups)
         assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
+
+
+# Engine `sync`, shards.
+
+
+@pytest.mark.parametrize(
+    ("tasks", "engine"),
+    [
+        ({"pets": {}}, SYNC),
+        ({"pets": {"weight": 2.0}, "cars": {}}, {"name": "bounded", "staleness": 0}),
+        ({"pets": {"workers": 2}, "cars": {"workers": 2}}, SYNC),
+        ({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 2}),
+        ({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 4}),
+    ],
+)
+def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict, engine: dict) -> None:
+    """1, 2, 3 and 4 workers; 1, 2 and 4 shards."""
+    changes = {"steps": 50, "evaluate_every": 25, "schedule": {"name": "cosine"}}
+    local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
+    remote = run_engine(Job(make_spec(tasks, engine=engine, **changes)))
+
+    def losses(ran: EngineRun) -> dict[tuple[str, int], float]:
+        return {(record.worker, record.step): record.loss for record in ran.records}
+
+    assert losses(remote) == losses(local)
+    assert len(losses(remote)) == 50 * len(remote.job.workers)
+    assert {record.staleness for record in remote.records} == {0}
+    for version in ("best", "last"):
+        assert all_values(remote.outcome.versions[version]) == all_values(local.outcome.versions[version])
+    assert remote.outcome.versions["last"].version == 50
+
+
+def test_shards_change_no_bit_under_async(make_spec: MakeSpec) -> None:
+    changes = {"steps": 8, "task_defaults": {"workers": 1}}
+    spec = {shards: make_spec({"pets": {}}, engine={"name": "async", "shards": shards}, **changes) for shards in (1, 2)}
+    whole, cut = (run_engine(Job(spec[shards])).outcome.versions["last"] for shards in (1, 2))
+    assert all_values(whole) == all_values(cut)
+
+
+def test_bounded_workers_stay_within_the_bound(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {}, "cars": {"batch_size": 32}}, engine={"name": "bounded", "staleness": 2}, steps=20)
+    ran = run_engine(Job(spec))
+    made = {"pets": 0, "cars": 0}
+    for record in ran.records:
+        made[record.task] += 1
+        assert abs(made["pets"] - made["cars"]) <= 2
+    assert made == {"pets": 20, "cars": 20}
 
 
 @pytest.mark.slow

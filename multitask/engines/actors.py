@@ -1,0 +1,306 @@
+"""The parameter server and its workers as Ray actors."""
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from multitask.checkpoint import CheckpointStore
+from multitask.data import prefetch
+from multitask.data.batches import Drawn
+from multitask.job import Job
+from multitask.server.messages import Gradients, GroupValues, Push, Reply
+from multitask.server.shard import Key, Shard, Update
+from multitask.worker import Values, train_steps
+
+RETRY_S = 0.2
+Actor = Any
+"""A handle; Ray's own types differ between a class and its options."""
+Refs = dict[str, "ray.ObjectRef[GroupValues]"]
+"""Group -> one shard's range of its values, in the object store."""
+Answer = TypeVar("Answer")
+
+
+class _Published:
+    """A shard's values in the object store: one copy for all who read them, until they change."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._refs: dict[str, tuple[int, ray.ObjectRef[GroupValues]]] = {}
+
+    def refs(self, names: Iterable[str]) -> Refs:
+        for name in names:
+            group = self._shard.groups[name]
+            if self._refs.get(name, (-1, None))[0] != group.updates:
+                self._refs[name] = group.updates, ray.put(group.view())
+        return {name: self._refs[name][1] for name in names}
+
+
+class ShardActor:
+    """A shard of the server beside the first one."""
+
+    def __init__(self, job: Job, number: int, store: CheckpointStore) -> None:
+        torch.set_num_threads(1)
+        self._job, self._number, self._store = job, number, store
+        self.life = time.time_ns()
+
+    def restore(self, version: int) -> int:
+        """Go to the values of a version: the job's own, or the latest checkpoint's.
+
+        Returns:
+            A number that tells this process from those before it.
+        """
+        job = self._job.restored(self._store.latest())
+        assert job.progress.version == version, "the server and its shards have to read the same checkpoint"
+        self._shard = job.make_shard(self._number)
+        self._published = _Published(self._shard)
+        return self.life
+
+    def ping(self) -> int:
+        return self.life
+
+    def stash(self, key: Key, gradients: Gradients, names: Sequence[str]) -> str | None:
+        return self._shard.stash(key, gradients, names)
+
+    def apply(self, update: Update, done: Sequence[Key]) -> None:
+        self._shard.apply(update, done)
+
+    def read(self, names: Sequence[str]) -> Refs:
+        return self._published.refs(names)
+
+    def keep(self, version: int, slots: bool) -> None:
+        self._shard.keep(version, slots)
+
+    def kept(self, version: int) -> dict[str, GroupValues] | None:
+        return self._shard.kept(version)
+
+    def release(self, version: int) -> None:
+        self._shard.release(version)
+
+
+class _RemoteShards:
+    """The other shards, told and not waited for: calls from one process arrive in order."""
+
+    def __init__(self, shards: Sequence[Actor]) -> None:
+        self._shards = shards
+
+    def apply(self, update: Update, done: Iterable[Key]) -> None:
+        for shard in self._shards:
+            shard.apply.remote(update, list(done))
+
+    def keep(self, version: int, slots: bool) -> None:
+        for shard in self._shards:
+            shard.keep.remote(version, slots)
+
+    def release(self, version: int) -> None:
+        for shard in self._shards:
+            shard.release.remote(version)
+
+
+class ServerActor:
+    """The parameter server with its first shard. Ray starts it again when it is lost, from the latest checkpoint."""
+
+    def __init__(self, job: Job, store: CheckpointStore, shards: Sequence[Actor] = ()) -> None:
+        torch.set_num_threads(1)
+        job = job.restored(store.latest())
+        self._others = list(shards)
+        lives = ray.get([shard.restore.remote(job.progress.version) for shard in shards])
+        self.lives = [time.time_ns(), *lives]
+        self._server = job.make_server(_RemoteShards(shards) if shards else None)
+        self._published = _Published(self._server.shard)
+        self._changed: Any = None
+
+    def ping(self) -> list[int]:
+        """A number for this process and for each other shard as it was when this process began."""
+        return self.lives
+
+    async def join(self, worker: str, incarnation: int, step: int | None) -> tuple[Reply, list[Refs]]:
+        self._server.join(worker, incarnation, step)
+        return await self._answer(worker)
+
+    async def pull(self, worker: str) -> tuple[Reply, list[Refs]]:
+        return await self._answer(worker)
+
+    async def push(self, push: Push, gradients: Gradients, *problems: str | None) -> tuple[Reply, list[Refs]]:
+        self._server.push(push, gradients, problems)
+        return await self._answer(push.worker)
+
+    async def kept(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:
+        """A version put aside: all groups, or those of a worker's task; None where it is not known (any more)."""
+        parts = [self._server.shard.kept(version)]
+        parts += [await shard.kept.remote(version) for shard in self._others]
+        if any(part is None for part in parts):
+            return None
+        names = parts[0] if worker is None else self._server.groups_of(worker)
+        return {name: [part[name] for part in parts if part is not None] for name in names or ()}
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        answer = getattr(self._server, method)(*arguments)
+        self._notify()
+        return answer
+
+    async def _answer(self, worker: str) -> tuple[Reply, list[Refs]]:
+        self._notify()
+        while (reply := self._server.reply(worker)) is None:
+            self._changed = self._changed or asyncio.Event()
+            await self._changed.wait()
+        names = self._server.groups_of(worker)
+        others = [shard.read.remote(names) for shard in self._others]
+        return reply, [self._published.refs(names), *[await other for other in others]]
+
+    def _notify(self) -> None:
+        """Let those who wait look again."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+
+class RemoteServer:
+    """The server as a worker in another process sees it; it outlives the server's process."""
+
+    def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
+        self._server, self._shards = server, shards
+        self._worker, self._incarnation = worker, incarnation
+        self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
+        self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
+        self._timeout_s = job.spec.resources.start_timeout_s
+        self._step: int | None = None
+        self._connection = 0
+        """Counts the times that the server was lost: what was sent before is lost too."""
+
+    def join(self, step: int | None) -> tuple[Reply, Values]:
+        """Make the worker known, as `ParameterServer.join` has it, and pull."""
+        return self._retry(lambda: self._server.join.remote(self._worker, self._incarnation, step), _fetch)
+
+    def pull(self, worker: str) -> tuple[Reply, Values]:
+        return self._retry(lambda: self._server.pull.remote(worker), _fetch)
+
+    def push(self, push: Push, gradients: Gradients) -> tuple[int, "ray.ObjectRef[Any]"]:
+        self._step = push.step + 1
+        parts: list[Gradients] = [
+            {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
+            for number in range(1 + len(self._shards))
+        ]
+        parts = [{name: gradient for name, gradient in part.items() if gradient.size} for part in parts]
+        problems = [
+            shard.stash.remote((push.worker, push.step), part, self._names)
+            for shard, part in zip(self._shards, parts[1:], strict=True)
+        ]
+        return self._connection, self._server.push.remote(push, parts[0], *problems)
+
+    def wait(self, handle: tuple[int, "ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+        connection, answer = handle
+        if connection == self._connection:
+            try:
+                return _fetch(ray.get(answer))
+            except RayActorError:
+                self._connection += 1
+        # The pushes that were on their way may have been applied or not; none is sent again.
+        return self.join(self._step)
+
+    def kept(self, version: int, worker: str) -> Values | None:
+        return self._retry(lambda: self._server.kept.remote(version, worker), lambda answer: answer)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self._retry(lambda: self._server.call.remote(method, *arguments), lambda answer: answer)
+
+    def _retry(self, send: Callable[[], "ray.ObjectRef[Any]"], use: Callable[[Any], Answer]) -> Answer:
+        """Ask until the server answers: after a loss it takes seconds to come back."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return use(ray.get(send()))
+            except RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
+
+
+def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
+    reply, shards = answer
+    names = list(shards[0])
+    found = iter(ray.get([refs[name] for name in names for refs in shards]))
+    return reply, {name: [next(found) for _ in shards] for name in names}
+
+
+class WorkerActor:
+    """One task worker in a process of its own."""
+
+    def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
+        torch.set_num_threads(job.spec.resources.threads_per_worker)
+        self._job, self._name, self._incarnation = job, name, incarnation
+        self._in_flight = getattr(job.spec.engine, "in_flight", 0)
+        self._server = RemoteServer(job, name, incarnation, server, shards)
+
+    def place(self) -> tuple[str, int]:
+        """Ray's name of this node, and this process's id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def prepare(self, decoder: Actor | None = None) -> None:
+        """Build the model and open the training stream.
+
+        Args:
+            decoder: the actor that decodes for several workers of this node; None decodes here.
+        """
+        start = self._job.start_of(self._name)
+        holds_private = self._job.holds_private(self._name)
+        reply, _ = self._server.join(start[0] if holds_private else None)
+        if not holds_private:  # nothing is lost with this worker's process: it goes on where the server stands
+            start = reply.step, reply.position
+        if decoder is None:
+            batches = prefetch(self._job.make_batches(self._name, start[1]))
+        else:
+            batches = self._job.view(self._name).batches(partial(next, _drawn_ahead(decoder, self._name)))
+        self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+
+    def train(self) -> None:
+        for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
+            pass
+
+    def complete(self) -> int:
+        """Hand in what is still asked for.
+
+        Returns:
+            Steps made.
+        """
+        self._worker.complete(self._server)
+        return self._worker.step
+
+    def catch_up(self, phases: Sequence[str]) -> Any:
+        """For a process that takes another's place: everything up to the last of these methods, in order."""
+        return [getattr(self, phase)() for phase in phases][-1]
+
+    def private_state(self) -> dict[str, torch.Tensor]:
+        """Copies of the task's private tensors as this worker holds them."""
+        return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
+
+
+class DecodeActor:
+    """Decodes each image once for several workers of one node."""
+
+    def __init__(self, job: Job, workers: Sequence[str]) -> None:
+        torch.set_num_threads(1)
+        self._stream = job.make_stream(workers)
+
+    def next(self, worker: str) -> Drawn:
+        return self._stream.next(worker)
+
+    def decoded(self) -> int:
+        """Batches decoded so far."""
+        return self._stream.decoded
+
+
+def _drawn_ahead(decoder: Actor, worker: str) -> Iterator[Drawn]:
+    """A worker's batches from another process, two of them asked for ahead."""
+    waiting = deque(decoder.next.remote(worker) for _ in range(2))
+    while True:
+        drawn = ray.get(waiting.popleft())
+        waiting.append(decoder.next.remote(worker))
+        yield drawn

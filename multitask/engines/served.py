@@ -1,0 +1,315 @@
+"""Engines `async`, `bounded` and `sync`: one actor per worker around parameter-server actors, and what heals them.
+
+Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3 (`async`); Ho et al., "More Effective
+Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`bounded`).
+"""
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from multitask.checkpoint import CheckpointStore
+from multitask.engines.actors import Actor, DecodeActor, ServerActor, ShardActor, WorkerActor
+from multitask.engines.interface import Driver, Outcome, take
+from multitask.job import Job, make_rules
+from multitask.worker import TrainingError, Values
+
+POLL_S = 0.5
+RESTARTS_WITHOUT_A_STEP = 3
+"""Times that a worker, or under `sync` the whole group, may be lost without a step made in between."""
+ALL = "all workers"
+Answer = TypeVar("Answer")
+
+log = logging.getLogger(__name__)
+
+
+class LostError(RuntimeError):
+    """A process is gone, and under `sync` all have to go back to the last checkpoint together."""
+
+
+def run(job: Job, driver: Driver) -> Outcome:
+    """Train on the Ray cluster that this process is connected to, or on one started here for the run.
+
+    Under `async` and `bounded` a lost worker or server is replaced while the others go on; under `sync` all start again
+    from the last checkpoint.
+
+    Raises:
+        TrainingError: a worker failed (with its name, task and traceback), workers found no place in time, or
+            processes are lost again and again without a step made.
+    """
+    outcome = Outcome()
+    losses = 0
+    with ray_session():
+        while True:
+            try:
+                with actors(job, driver.store) as crew:
+                    session = _Session(crew, driver, outcome)
+                    return session.run()
+            except LostError as lost:
+                losses = 1 if session.made_steps else losses + 1
+                if losses > RESTARTS_WITHOUT_A_STEP:
+                    raise TrainingError(f"{lost} It was lost {losses} times without a step made.") from None
+                log.warning("%s All workers go back to %s.", lost, driver.store.where() or "the start")
+                job = job.restored(driver.store.latest())
+
+
+class Crew:
+    """The actors of a run."""
+
+    def __init__(self, job: Job, store: CheckpointStore) -> None:
+        resources = job.spec.resources
+        cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
+        self.job, self.store = job, store
+        self._shared_job = ray.put(job)
+        # Under `sync` a lost server takes everything back to the checkpoint, so there it is not started again alone.
+        self.heals = not make_rules(job.spec).together
+        restarts = {"num_cpus": 0, "max_restarts": -1 if self.heals else 0}
+        self._group = spread(job.shards)
+        strategies = [
+            PlacementGroupSchedulingStrategy(self._group, number) if self._group else "DEFAULT"
+            for number in range(job.shards)
+        ]
+        shard_class, server_class = ray.remote(ShardActor), ray.remote(ServerActor)
+        self.shards: list[Actor] = [
+            shard_class.options(**restarts, scheduling_strategy=strategies[number]).remote(
+                self._shared_job, number, store
+            )
+            for number in range(1, job.shards)
+        ]
+        self.server: Actor = server_class.options(**restarts, scheduling_strategy=strategies[0]).remote(
+            self._shared_job, store, self.shards
+        )
+        self._worker_class: Any = ray.remote(WorkerActor).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker)
+        self.incarnations = dict.fromkeys(job.workers, 0)
+        self.workers = {name: self._start(self._shared_job, name) for name in job.workers}
+
+    def _start(self, job: "ray.ObjectRef[Job]", name: str) -> Actor:
+        return self._worker_class.remote(job, name, self.incarnations[name], self.server, self.shards)
+
+    def replace(self, name: str) -> Actor:
+        """A new process for a worker, from the latest checkpoint."""
+        ray.kill(self.workers[name])
+        self.incarnations[name] += 1
+        self.workers[name] = self._start(ray.put(self.job.restored(self.store.latest())), name)
+        return self.workers[name]
+
+    def end(self) -> None:
+        for actor in (*self.workers.values(), self.server, *self.shards):
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+@contextlib.contextmanager
+def actors(job: Job, store: CheckpointStore) -> Iterator[Crew]:
+    """The server and all workers as actors, ended with the block."""
+    crew = Crew(job, store)
+    try:
+        yield crew
+    finally:
+        crew.end()
+
+
+def spread(shards: int) -> PlacementGroup | None:
+    """Places for the server's shards, on as many nodes as there are; one shard needs none."""
+    if shards == 1:
+        return None
+    # A trace of memory: a bundle has to ask for something, and the server's CPU time is small and comes in bursts.
+    group = placement_group([{"memory": 1.0}] * shards, strategy="SPREAD")
+    ray.get(group.ready())
+    return group
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for a run: the session that exists, the cluster that RAY_ADDRESS names, or one in this process."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    embedded: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **embedded)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
+    """Worker -> the actor that decodes for it, where workers on one node read the same rows; ended with the block.
+
+    Args:
+        nodes: worker -> Ray's name of its node.
+    """
+    shared_job = ray.put(job)
+    decoder_of: dict[str, Actor] = {}
+    for node in set(nodes.values()):
+        for readers in job.sharing(name for name in job.workers if nodes[name] == node):
+            if len(readers) > 1:
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=here)
+                decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
+    try:
+        yield decoder_of
+    finally:
+        for decoder in set(decoder_of.values()):
+            ray.kill(decoder)
+
+
+class _Session:
+    """One crew's work, from its start to its end, or until it has to start again."""
+
+    def __init__(self, crew: Crew, driver: Driver, outcome: Outcome) -> None:
+        self._crew, self._job, self._driver, self._outcome = crew, crew.job, driver, outcome
+        self._lives: list[int] = []
+        self._restarts = dict.fromkeys(crew.workers, (0, -1))
+        """Worker -> restarts without a step made in between, and its step at the last one."""
+        self._steps = dict.fromkeys(crew.workers, 0)
+        self._pausing = False
+        self.made_steps = False
+
+    def run(self) -> Outcome:
+        job, crew = self._job, self._crew
+        places = await_start(job, {name: worker.place.remote() for name, worker in crew.workers.items()})
+        self._lives = self._patiently(crew.server.ping.remote)
+        self._outcome.processes = {name: process for name, (_, process) in places.items()}
+        with decoders(job, {name: node for name, (node, _) in places.items()}) as decoder_of:
+            self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
+            self._all("train")
+        if self._pausing:
+            self._call("put_aside")
+        steps = self._all("complete")
+        self._poll()
+        self._outcome.paused = min(steps.values()) < job.spec.steps
+        return self._outcome
+
+    def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
+        """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
+        phases = ("prepare", "train", "complete")
+        workers = self._crew.workers
+        calls = {getattr(workers[name], method).remote(*(arguments or {}).get(name, ())): name for name in workers}
+        results = {}
+        while calls:
+            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
+            for call in done:
+                name = calls.pop(call)
+                try:
+                    results[name] = ray.get(call)
+                    self._outcome.back(name)
+                except RayTaskError as error:
+                    raise TrainingError(f"{self._who(name)} failed: {error.cause}\n{error}") from None
+                except RayActorError as error:
+                    successor = self._replace(name, str(error))
+                    calls[successor.catch_up.remote(phases[: phases.index(method) + 1])] = name
+            self._poll()
+        return results
+
+    def _poll(self) -> None:
+        """Tell the driver what happened; look after the server and after workers that hang."""
+        crew = self._crew
+        self._watch_server()
+        news = self._call("drain")
+        take(self._job, self._driver, self._outcome, news, self._kept)
+        for version in news[1]:
+            self._call("release", version)
+        self._steps = {name: worker.step for name, worker in news[2].workers.items()}
+        self.made_steps = self.made_steps or bool(news[0])
+        for name in {record.worker for record in news[0]} | ({ALL} if news[0] else set()):
+            self._outcome.back(name)
+        if self._driver.wants_pause() and not self._pausing:
+            self._pausing = True
+            self._call("pause")
+        timeout_s = self._job.spec.resources.step_timeout_s
+        for name in self._call("silent", timeout_s):
+            if name not in self._outcome.lost_at:
+                log.warning("%s made no step for %g s; its process is ended.", self._who(name), timeout_s)
+                ray.kill(crew.workers[name])
+
+    def _watch_server(self) -> None:
+        """A shard that was started again holds older values than the others: then all go back together."""
+        lives = self._patiently(self._crew.server.ping.remote)
+        others = [self._patiently(shard.ping.remote) for shard in self._crew.shards]
+        if lives[1:] != others:
+            self._lose("server", "A shard of the parameter server was lost.")
+            ray.kill(self._crew.server, no_restart=False)
+            lives = self._patiently(self._crew.server.ping.remote)
+        if lives != self._lives:
+            self._lives = lives
+            self._lose("server", "The parameter server was lost.")
+            if self._pausing:
+                self._patiently(lambda: self._crew.server.call.remote("pause"))
+            log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
+            self._outcome.back("server")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._patiently(lambda: self._crew.server.call.remote(method, *arguments))
+
+    def _kept(self, version: int) -> Values | None:
+        """The values of a version put aside; None where the server was lost since."""
+        return self._patiently(lambda: self._crew.server.kept.remote(version))
+
+    def _patiently(self, send: Callable[[], "ray.ObjectRef[Answer]"]) -> Answer:
+        """Ask the server, until it is back where it was lost."""
+        timeout_s = self._job.spec.resources.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ray.get(send(), timeout=timeout_s)
+            except RayActorError as error:
+                self._lose("server", f"The parameter server was lost: {error}")
+                if time.monotonic() > deadline:
+                    raise TrainingError(f"The parameter server did not come back within {timeout_s:g} s.") from None
+                time.sleep(POLL_S)
+            except GetTimeoutError:
+                raise TrainingError(f"The parameter server did not answer within {timeout_s:g} s.") from None
+
+    def _replace(self, name: str, reason: str) -> Actor:
+        self._lose(name, f"{self._who(name)} was lost: {reason}")
+        restarts, step = self._restarts[name]
+        restarts = restarts + 1 if self._steps[name] <= step else 1
+        self._restarts[name] = restarts, self._steps[name]
+        if restarts > RESTARTS_WITHOUT_A_STEP:
+            raise TrainingError(f"{self._who(name)} was lost {restarts} times without a step made: {reason}")
+        log.warning("%s was lost; another process goes on from its last checkpoint.", self._who(name))
+        return self._crew.replace(name)
+
+    def _lose(self, what: str, message: str) -> None:
+        self._outcome.lose(what if self._crew.heals else ALL)
+        if not self._crew.heals:
+            raise LostError(message.splitlines()[0])
+
+    def _who(self, worker: str) -> str:
+        return f"Worker '{worker}' of task '{self._job.workers[worker]}'"
+
+
+def worker_cpus(cluster_cpus: float, workers: int) -> float:
+    """CPUs that each worker asks for: an equal share rounded down to hundredths, at most one."""
+    return min(1.0, max(0.01, math.floor(100 * cluster_cpus / workers) / 100))
+
+
+def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[tuple[str, int]]"]) -> dict[str, tuple[str, int]]:
+    """Worker -> its node and process.
+
+    Raises:
+        TrainingError: some did not start in time; says who.
+    """
+    timeout_s = job.spec.resources.start_timeout_s
+    _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
+    if missing:
+        late = [name for name, start in starts.items() if start in missing]
+        raise TrainingError(
+            f"Workers {late} did not start within {timeout_s:g} s. The cluster has {ray.cluster_resources()}, "
+            f"of which {ray.available_resources()} is free. Stop other jobs, or lower resources.cpus_per_worker "
+            "or resources.gpus_per_worker."
+        )
+    return {name: ray.get(start) for name, start in starts.items()}

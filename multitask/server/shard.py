@@ -1,0 +1,87 @@
+"""A shard of the parameter server: a contiguous range of every group, and the pushes that wait for their turn."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multitask.server.group import ParameterGroup
+from multitask.server.messages import Gradients, GroupValues, as_tensor
+
+Key = tuple[str, int]
+"""Worker and step: names a push."""
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """One step of one group: whose gradients are averaged, in this order, with which weights, at which rate."""
+
+    pushes: tuple[Key, ...]
+    weights: tuple[float, ...]
+    rate: float
+
+
+Update = dict[str, GroupUpdate]
+"""Group -> its step. Every shard makes the same updates in the same order."""
+
+
+class Shard:
+    """Holds values and optimiser slots; what is applied, when and at which rate, `ParameterServer` decides."""
+
+    def __init__(self, groups: Mapping[str, ParameterGroup]) -> None:
+        self.groups = dict(groups)
+        self._stashed: dict[Key, Gradients] = {}
+        self._kept: dict[int, dict[str, GroupValues]] = {}
+
+    def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:
+        """Take in a push's range, to be applied later.
+
+        Args:
+            names: the groups that the worker's task uses.
+        Returns:
+            What is wrong with it, if anything: then it is not kept.
+        """
+        wanted = {name: self.groups[name].size for name in names if self.groups[name].size}
+        found = {name: gradient.size for name, gradient in gradients.items()}
+        if found != wanted or any(gradient.dtype != np.float32 for gradient in gradients.values()):
+            return f"it carries floats per group {found}; expected float32 {wanted}"
+        for name, gradient in gradients.items():
+            if not bool(torch.isfinite(as_tensor(gradient)).all()):
+                return f"it holds a gradient that is not finite in group '{name}'"
+        self._stashed[key] = gradients
+        return None
+
+    def apply(self, update: Update, done: Iterable[Key]) -> None:
+        """One step of each named group, then forget the pushes that are done with."""
+        for name, step in update.items():
+            group = self.groups[name]
+            if group.size:
+                group.apply(
+                    _mean([as_tensor(self._stashed[key][name]) for key in step.pushes], step.weights), step.rate
+                )
+        for key in done:
+            self._stashed.pop(key, None)
+
+    def keep(self, version: int, slots: bool) -> None:
+        """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""
+        self._kept[version] = {name: group.state(slots) for name, group in self.groups.items()}
+
+    def kept(self, version: int) -> dict[str, GroupValues] | None:
+        """What was put aside; None where this process knows of no such version."""
+        return self._kept.get(version)
+
+    def release(self, version: int) -> None:
+        self._kept.pop(version, None)
+
+
+def _mean(gradients: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Weighted mean, added up in the order given."""
+    if len(gradients) == 1:
+        return gradients[0]
+    equal = len(set(weights)) == 1
+    total = gradients[0].clone() if equal else gradients[0] * weights[0]
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        total += gradient if equal else gradient * weight
+    return total.div_(len(weights) if equal else sum(weights))
