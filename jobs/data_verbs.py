@@ -241,7 +241,7 @@ def _import(
     rows_per_shard: int,
 ) -> None:
     from multitask.data.importing import import_table
-    from multitask.engines.asynchronous import ray_session
+    from multitask.engines.served import ray_session
 
     splits = {name: float(_value(share)) for name, share in _pairs(split, "--split").items()}
     with ray_session(), _progress() as on_rows:

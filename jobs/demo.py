@@ -18,7 +18,7 @@ from rich.console import Console
 import multitask
 import patches
 from multitask.data import TrainBatches, open_table
-from multitask.engines.asynchronous import ray_session
+from multitask.engines.served import ray_session
 from multitask.evaluation import reestimate_statistics, torch_threads
 from multitask.report import accuracy_table, write_report
 from multitask.runs import Export, Run, evaluate_models, write_json

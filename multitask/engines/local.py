@@ -69,8 +69,10 @@ def run(job: Job, driver: Driver) -> Outcome:
         loops = {worker.name: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
         # One push of each worker in turn, until the loops end (all in the same turn).
         while loops:
-            loops = {name: loop for name, loop in loops.items() if _goes_on(loop)}
-            poll()
+            try:
+                loops = {name: loop for name, loop in loops.items() if _goes_on(loop)}
+            finally:
+                poll()  # when a worker fails, too: what led there is worth knowing, and a checkpoint may be complete
             if driver.wants_pause():
                 server.pause()
         outcome.paused = any(worker.step < job.spec.steps for worker in workers)

@@ -207,6 +207,7 @@ class _Session:
                     results[name] = ray.get(call)
                     self._outcome.back(name)
                 except RayTaskError as error:
+                    self._poll()  # what led there is worth knowing, and a checkpoint may be complete
                     raise TrainingError(f"{self._who(name)} failed: {error.cause}\n{error}") from None
                 except RayActorError as error:
                     successor = self._replace(name, str(error))
