@@ -98,6 +98,9 @@ class Job:
             initial={group.name: (group.values, group.counters) for group in groups.values()},
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server},
             batches=batches,
+            accumulate=task.accumulate,
+            precision=torch.bfloat16 if task.precision == "bfloat16" else torch.float32,
+            clip_norm=spec.clip_norm,
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
@@ -127,6 +130,7 @@ class Job:
         options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
         make = partial(make_optimizer, self.spec.optimizer.name, **options)
         factor = self.spec.private_rate_factor if group.private else 1.0
+        factor *= images_factor(self.spec, group.tasks)
         return ParameterGroup(group.layout, group.values.clone(), group.counters.clone(), make, factor)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
@@ -203,6 +207,24 @@ def make_schedule(spec: JobSpec) -> Schedule:
     if spec.schedule.name == "cosine":
         options["rounds"] = spec.steps
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
+
+
+def images_factor(spec: JobSpec, tasks: Sequence[str]) -> float:
+    """What the rate rule makes of the rate of a group: 1, or images of one of its updates / 256.
+
+    An update is one push (one worker's batch * accumulate), or under `sync` the mean over the pushes of all workers
+    that use the group: a private group's update has fewer images than a shared one's.
+
+    Args:
+        tasks: those that use the group.
+    Source: Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677; "Parasite Networks" and "Visual
+        Prompt Tuning" state their rates for 256 images.
+    """
+    if spec.rate_rule == "fixed":
+        return 1.0
+    users = [task for task in spec.tasks if task.name in tasks]
+    pushes = sum(task.workers for task in users) if spec.engine.name == "sync" else 1
+    return users[0].batch_size * users[0].accumulate * pushes / 256
 
 
 def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:

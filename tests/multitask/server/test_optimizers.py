@@ -60,7 +60,7 @@ def test_rmsprop_equals_timms_formula_in_float32() -> None:
 
 
 def test_adams_decay_goes_into_the_gradient_and_adamws_does_not() -> None:
-    """Kingma and Ba's Adam with an L2 term: where the gradient is the decay alone, the first step is the rate's size."""
+    """Adam with an L2 term: where the decay is all of the gradient, the first step is as long as the rate."""
     steps = {}
     for name in ("adam", "adamw"):
         decayed, plain = torch.full((16,), 2.0), torch.ones(16)

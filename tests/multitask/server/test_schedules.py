@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_a_warm_up_rises_in_a_line_and_the_cosine_falls_from_where_it_ends(
     assert rates[0] == rates[rounds] == rates[rounds + 1] == 0
     assert rates[warm_up] == rate == max(rates)
     # Continuous: the last step of the line is as high as every other one.
-    rises = [after - before for before, after in zip(rates[:warm_up], rates[1 : warm_up + 1], strict=True)]
+    rises = [after - before for before, after in pairwise(rates[: warm_up + 1])]
     assert rises == pytest.approx([rate / warm_up] * warm_up, rel=1e-6)
     falling = rates[warm_up:]
     assert falling == sorted(falling, reverse=True)
