@@ -1,0 +1,161 @@
+"""A worker's step: accumulated batches, clipped gradients, bfloat16."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from multitask.data import Batch
+from multitask.engines import ENGINES
+from multitask.job import Job
+from multitask.server.layout import Role
+from multitask.server.messages import Push, StepRecord, as_tensor
+from multitask.spec import JobSpec, load_spec
+from multitask.worker import TaskWorker, TrainingError
+
+MakeSpec = Callable[..., JobSpec]
+# BatchNorm stays as the backbone has it, so images of one batch do not see each other; filters and head learn.
+NO_BATCH_STATISTICS = {"method": "depthwise+last_layer"}
+
+
+def worker_of(spec: JobSpec) -> tuple[Job, TaskWorker]:
+    job = Job(spec)
+    return job, job.make_worker("pets/0", job.make_batches("pets/0"))
+
+
+def gradients_of(push: Push, private: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Group -> what one step found, shape (layout.pushed,): gradients, then batch statistics."""
+    return {group: as_tensor(gradient) for group, gradient in push.gradients.items()} | private
+
+
+def train(spec: JobSpec) -> tuple[list[StepRecord], dict[str, Tensor], float]:
+    """Records, final values of all groups, last validation top-1."""
+    records: list[StepRecord] = []
+    evaluations = []
+
+    def watch(new_records: list[StepRecord], new_evaluations: list[Any]) -> None:
+        records.extend(new_records)
+        evaluations.extend(new_evaluations)
+
+    outcome = ENGINES[spec.engine.name](Job(spec), watch)
+    values = {name: as_tensor(group.values) for name, group in outcome.versions["last"].groups.items()}
+    return records, values, evaluations[-1].mean_top1
+
+
+def test_four_small_batches_equal_one_large_without_batch_statistics(make_spec: MakeSpec) -> None:
+    def run(batch_size: int, accumulate: int) -> tuple[list[StepRecord], dict[str, Tensor], float]:
+        task = {**NO_BATCH_STATISTICS, "batch_size": batch_size, "accumulate": accumulate}
+        sgd = {"name": "sgd", "rate": 0.1, "momentum": 0.9}
+        return train(make_spec({"pets": task}, train_shared=False, optimizer=sgd, steps=4))
+
+    large, large_values, _ = run(8, 1)
+    small, small_values, _ = run(2, 4)
+
+    assert [record.images for record in small] == [record.images for record in large] == [8] * 4
+    assert large[-1].loss != large[0].loss
+    assert [record.loss for record in small] == pytest.approx([record.loss for record in large], abs=1e-6)
+    for group, values in large_values.items():
+        torch.testing.assert_close(small_values[group], values, rtol=0, atol=1e-6)
+
+
+def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(make_spec: MakeSpec) -> None:
+    job, single = worker_of(make_spec({"pets": {"batch_size": 4}}))
+    steps = [gradients_of(*single.compute()) for _ in range(3)]
+    _, accumulating = worker_of(make_spec({"pets": {"batch_size": 4, "accumulate": 3}}))
+
+    found = gradients_of(*accumulating.compute())
+
+    statistics = job.groups["private:pets"].layout.section(found["private:pets"], Role.STATISTIC)
+    assert statistics.numel()
+    assert (statistics != 0).any()
+    for group, values in found.items():
+        expected = torch.stack([step[group] for step in steps]).mean(0)
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_skipped_by_the_batches_of_a_step_add_up(make_spec: MakeSpec) -> None:
+    job = Job(make_spec({"pets": {"batch_size": 4, "accumulate": 2}}))
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(job.make_batches("pets/0")):
+            yield replace(batch, skipped=number + 1, bad_images=(f"row {number}",))
+
+    push, _ = job.make_worker("pets/0", batches()).compute()
+
+    assert (push.images, push.skipped, push.bad_images) == (8, 3, ("row 0", "row 1"))
+
+
+def test_clipping_shortens_shared_and_private_gradients_together(make_spec: MakeSpec) -> None:
+    def step(clip_norm: float | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients and statistics of the first step, by group."""
+        job, worker = worker_of(make_spec({"pets": {"accumulate": 2}}, clip_norm=clip_norm))
+        found = gradients_of(*worker.compute())
+        ends = {group: job.groups[group].layout.ends[Role.PLAIN] for group in found}
+        return (
+            {group: values[: ends[group]] for group, values in found.items()},
+            {group: values[ends[group] :] for group, values in found.items()},
+        )
+
+    gradients, statistics = step(None)
+    norm = torch.cat(list(gradients.values())).norm()
+    clipped, clipped_statistics = step(norm.item() / 4)
+    untouched, _ = step(norm.item() * 2)
+
+    assert len(gradients) == 2
+    for group, gradient in gradients.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(clipped[group], gradient / 4, rtol=1e-4, atol=1e-9)
+        assert torch.equal(clipped_statistics[group], statistics[group])
+        assert torch.equal(untouched[group], gradient)
+
+
+def test_a_gradient_too_long_to_clip_names_worker_task_and_step(make_spec: MakeSpec) -> None:
+    _, worker = worker_of(make_spec({"pets": {}}, clip_norm=1.0))
+    worker._loss = lambda outputs, _labels: 1e30 * outputs.sum()
+
+    with pytest.raises(TrainingError, match=r"Worker 'pets/0' \(task 'pets'\): the gradient's norm is inf at step 0"):
+        worker.compute()
+
+
+def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec) -> None:
+    changes = {"steps": 40, "evaluate_every": 40}
+    _, worker = worker_of(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
+    outputs = []
+    worker.model.register_forward_hook(lambda _model, _inputs, logits: outputs.append(logits.dtype))
+    push, private = worker.compute()
+
+    assert outputs == [torch.bfloat16]
+    assert {tensor.dtype for tensor in gradients_of(push, private).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in worker.model.parameters()} == {torch.float32}
+
+    reduced, _, _ = train(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
+    full, _, _ = train(make_spec({"pets": {}}, **changes))
+    assert reduced[0].loss != full[0].loss
+    assert reduced[0].loss == pytest.approx(full[0].loss, rel=0.02)
+    assert mean(record.loss for record in reduced[-5:]) < 0.8 * mean(record.loss for record in reduced[:5])
+
+
+@pytest.mark.slow
+def test_bfloat16_reaches_the_accuracy_of_float32_on_digits() -> None:
+    specs = Path(__file__).parents[2] / "jobs" / "specs"
+    demo = load_spec(specs / "demo.yaml")
+    digits = next(task for task in demo.tasks if task.name == "digits")
+
+    def top1(precision: str) -> float:
+        spec = replace(
+            demo,
+            tasks=(replace(digits, precision=precision, validation_images=None),),
+            steps=100,
+            evaluate_every=100,
+            engine={"name": "local"},
+        )
+        return train(spec)[2]
+
+    full = top1("float32")
+    assert full > 90
+    assert top1("bfloat16") == pytest.approx(full, abs=1.0)
