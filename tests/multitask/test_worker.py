@@ -142,7 +142,7 @@ def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec)
 
 @pytest.mark.slow
 def test_bfloat16_reaches_the_accuracy_of_float32_on_digits() -> None:
-    """One seed of a network smaller than the demo's, trained until seeds differ by less than the point that is allowed.
+    """One seed of a network smaller than the demo's; two seeds of it in float32 reach 95.0 and 95.6 %.
 
     The demo's own network misses it after 100 steps: 94.2 against 96.4 % (batch 128, seed 0). Whether seeds differ as
     much there is not measured: a bfloat16 step of it takes 1.3 s on a CPU without bfloat16.
