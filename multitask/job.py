@@ -22,7 +22,7 @@ from multitask.server.parameter_server import OtherShards, ParameterServer, Rule
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.schedules import SCHEDULES, Schedule
 from multitask.server.shard import Shard
-from multitask.spec import JobSpec, SpecError, TaskSpec
+from multitask.spec import BoundedSpec, EngineSpec, JobSpec, LocalSpec, SpecError, SyncSpec, TaskSpec
 from multitask.worker import TaskWorker, task_loss
 
 
@@ -205,6 +205,9 @@ class Job:
             initial={group.name: (group.values, group.counters) for group in groups.values()},
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server and g.layout.pushed},
             batches=batches,
+            accumulate=task.accumulate,
+            precision=torch.bfloat16 if task.precision == "bfloat16" else torch.float32,
+            clip_norm=spec.clip_norm,
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
@@ -246,6 +249,7 @@ class Job:
         options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
         make = partial(make_optimizer, self.spec.optimizer.name, **options)
         factor = self.spec.private_rate_factor if group.private else 1.0
+        factor *= images_factor(self.spec, group.tasks)
         return ParameterGroup(group.layout, group.state(), make, factor, part)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
@@ -327,6 +331,12 @@ def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> pa
     return model.train()
 
 
+def applies_together(engine: EngineSpec) -> bool:
+    """All workers' pushes of a round make one update, as under `sync`."""
+    by_rounds = isinstance(engine, LocalSpec) and engine.schedule == "rounds"
+    return isinstance(engine, SyncSpec) or by_rounds or (isinstance(engine, BoundedSpec) and engine.staleness == 0)
+
+
 def make_rules(spec: JobSpec) -> Rules:
     """When the server of this job applies pushes and puts versions aside."""
     engine = spec.engine
@@ -336,7 +346,7 @@ def make_rules(spec: JobSpec) -> Rules:
         evaluate_every_rounds=spec.evaluate_every,
         save_every_rounds=spec.checkpoints.every_rounds,
         save_every_s=None if minutes is None else 60 * minutes,
-        together=engine.name == "sync" or bound == 0 or getattr(engine, "schedule", None) == "rounds",
+        together=applies_together(engine),
         bound=bound or None,
         in_flight=getattr(engine, "in_flight", 0),
         divide_rate_by_staleness=getattr(engine, "divide_rate_by_staleness", False),
@@ -348,6 +358,24 @@ def make_schedule(spec: JobSpec) -> Schedule:
     if spec.schedule.name == "cosine":
         options["rounds"] = spec.steps
     return SCHEDULES[spec.schedule.name](spec.optimizer.rate, **options)
+
+
+def images_factor(spec: JobSpec, tasks: Sequence[str]) -> float:
+    """What the rate rule makes of the rate of a group: 1, or images of one of its updates / 256.
+
+    An update is one push (one worker's batch * accumulate), or, where pushes are applied together, the mean over those
+    of all workers that use the group: a private group's update has fewer images than a shared one's.
+
+    Args:
+        tasks: those that use the group.
+    Source: Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677; "Parasite Networks" and "Visual
+        Prompt Tuning" state their rates for 256 images.
+    """
+    if spec.rate_rule == "fixed":
+        return 1.0
+    users = [task for task in spec.tasks if task.name in tasks]
+    pushes = sum(task.workers for task in users) if applies_together(spec.engine) else 1
+    return users[0].batch_size * users[0].accumulate * pushes / 256
 
 
 def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:

@@ -9,6 +9,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from multitask.recipes import fill_in
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Unknown keys are errors; the strings under the fields are the schema's descriptions."""
 
@@ -50,7 +52,11 @@ class TaskSpec:
     resolution: Annotated[int, Field(ge=8)]
     """Side of the square images, in pixels."""
     batch_size: Count = 64
-    """Images for each worker and step."""
+    """Images of one forward pass."""
+    accumulate: Count = 1
+    """Forward passes for each worker and step: a push carries the mean of their gradients."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of forward pass and loss in training; weights, gradients and evaluations are float32 with both."""
     workers: Count = 1
     """Workers of this task; several share its patch through the server."""
     augment: Literal["none", "crop_flip"] = "none"
@@ -95,6 +101,16 @@ class SGDSpec:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamSpec:
+    name: Literal["adam"]
+    rate: Rate
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: Amount = 0.0
+    """Added to the gradient (L2); `adamw` shrinks the weights instead."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdamWSpec:
     name: Literal["adamw"]
     rate: Rate
@@ -120,6 +136,8 @@ class ExponentialSpec:
 class CosineSpec:
     name: Literal["cosine"]
     """From the full rate to 0 over the job's steps."""
+    warm_up_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds in which the rate first rises from 0 in a line; they are part of the job's steps."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -225,7 +243,14 @@ class JobSpec:
     """Steps of each worker."""
     evaluate_every: Count
     """Rounds between evaluations on the validation tables; the end is always evaluated."""
-    optimizer: Annotated[RMSpropSpec | SGDSpec | AdamWSpec, Field(discriminator="name")]
+    optimizer: Annotated[RMSpropSpec | SGDSpec | AdamSpec | AdamWSpec, Field(discriminator="name")]
+    """In a file: without it, or without its name or rate, what is missing comes from the recipe of the tasks' method
+    (multitask/recipes.py), and so does a missing schedule."""
+    rate_rule: Literal["fixed", "per_256_images"] = "fixed"
+    """The rate as it stands, or times images of an update / 256; images are counted after `accumulate`, and over the
+    workers where an update is the mean of their pushes."""
+    clip_norm: Rate | None = None
+    """Longest gradient (L2 norm over all tensors of one push, shared and private) that leaves a worker."""
     private_rate_factor: Rate = 1.0
     """Private tensors learn at this multiple of the rate: small patches want larger rates than whole networks."""
     schedule: Annotated[ConstantSpec | ExponentialSpec | CosineSpec, Field(discriminator="name")] = ConstantSpec()
@@ -243,6 +268,26 @@ class JobSpec:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"task names {repeated} appear more than once; give every task its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _the_warm_up_ends_before_the_job(self) -> Self:
+        if isinstance(self.schedule, CosineSpec) and self.schedule.warm_up_rounds >= self.steps:
+            raise ValueError(
+                f"schedule.warm_up_rounds is {self.schedule.warm_up_rounds}, but the job has {self.steps} steps; "
+                "set fewer rounds, or more steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_rate_rule_finds_one_number_of_images(self) -> Self:
+        images = {task.name: task.batch_size * task.accumulate for task in self.tasks}
+        if self.rate_rule == "per_256_images" and len(set(images.values())) > 1:
+            raise ValueError(
+                f"rate_rule 'per_256_images' needs one number of images for all tasks, but batch_size * accumulate is "
+                f"{', '.join(f'{count} for {name}' for name, count in images.items())}; make them equal, or set "
+                "rate_rule: fixed"
+            )
         return self
 
     @property
@@ -263,7 +308,7 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
     Args:
         source: a YAML file, the same as a mapping, or a spec already built. In a file, `base: OTHER.yaml` names a spec
             that this one changes, `task_defaults` holds keys for every task, and relative data and weight paths start
-            at the file's folder.
+            at the file's folder. Optimiser and schedule may be left to the recipe of the tasks' method.
         overrides: keys that replace the source's, nested like the spec.
     Raises:
         SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
@@ -280,6 +325,10 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
     defaults = raw.pop("task_defaults", None) or {}
     if defaults and isinstance(raw.get("tasks"), list):
         raw["tasks"] = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
+    try:
+        raw = fill_in(raw)
+    except ValueError as error:
+        raise SpecError(f"{where}: {error}") from None
     try:
         return _ADAPTER.validate_python(raw)
     except ValidationError as error:

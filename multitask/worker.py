@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
 
 from multitask.data import Batch
 from multitask.evaluation import evaluate
@@ -82,6 +83,9 @@ class TaskWorker:
         initial: Mapping[str, tuple[Tensor, Tensor]],
         private: Mapping[str, ParameterGroup],
         batches: Iterator[Batch],
+        accumulate: int,
+        precision: torch.dtype,
+        clip_norm: float | None,
         loss: Callable[[Any, Tensor], Tensor],
         validation: Callable[[], Iterable[Batch]] | None,
         device: torch.device,
@@ -94,6 +98,9 @@ class TaskWorker:
         layouts: group -> its layout, for all groups that the model holds.
         initial: group -> values (layout.size,) and counters (layout.counters,) at the start.
         private: the groups that stay with this worker, kept on the CPU.
+        accumulate: batches of one step.
+        precision: torch.float32, or a dtype that forward pass and loss are cast to where torch holds it safe.
+        clip_norm: longest gradient of a step, as an L2 norm over all groups; None leaves it alone.
         validation: makes an iterator over the validation images; None for a worker that does not evaluate.
         step: steps that the private tensors have learned from.
         position: where the batches begin.
@@ -106,6 +113,9 @@ class TaskWorker:
         self._layouts = dict(layouts)
         self._private = dict(private)
         self._batches = batches
+        self._accumulate = accumulate
+        self._precision = precision
+        self._clip_norm = clip_norm
         self._loss = loss
         self._device = device
         self.step = self._learned_step = step
@@ -123,7 +133,7 @@ class TaskWorker:
             norm.momentum = 1.0
 
     def compute(self) -> tuple[Push, Gradients, dict[str, Tensor]]:
-        """Forward and backward on the next batch.
+        """Forward and backward on the next `accumulate` batches: loss, gradients and batch statistics are their means.
 
         Returns:
             The push for the server with its gradients, and the private groups' pushes (layout.pushed,) to apply when
@@ -132,32 +142,33 @@ class TaskWorker:
             TrainingError: the loss is not finite.
         """
         start = time.perf_counter()
-        batch = next(self._batches)
         for gradient in self._gradients.values():
             gradient.zero_()
-        images = batch.images(self._device).contiguous(memory_format=torch.channels_last)
-        loss = self._loss(self.model(images), batch.labels.to(self._device))
-        loss.backward()
-        loss_value = loss.item()
-        if not math.isfinite(loss_value):
-            raise TrainingError(
-                f"Worker '{self.name}' (task '{self.task}'): the loss is {loss_value} at step {self.step}. "
-                "Lower optimizer.rate, or look at the task's images and labels."
-            )
-        for group, layout in self._layouts.items():
-            statistics = layout.section(self._values[group], Role.STATISTIC)
-            layout.section(self._gradients[group], Role.STATISTIC).copy_(statistics)
+        loss, images, skipped = 0.0, 0, 0
+        bad_images: tuple[str, ...] = ()
+        for _ in range(self._accumulate):
+            batch = next(self._batches)
+            loss += self._add_gradients(batch)
+            images += len(batch.labels)
+            skipped += batch.skipped
+            bad_images += batch.bad_images
+        problem = self._private_problem()
+        if self._clip_norm is not None:
+            # The statistics that lie behind the gradients in the same buffers stay as they are.
+            norm = clip_grad_norm_(self.model.network.parameters(), self._clip_norm).item()
+            problem = problem if math.isfinite(norm) else f"its gradient's norm is {norm}, which cannot be clipped"
         push = Push(
             worker=self.name,
             step=self.step,
             version=self._version,
-            loss=loss_value,
-            images=len(batch.labels),
+            loss=loss,
+            images=images,
             seconds=time.perf_counter() - start,
             position=batch.position,
             incarnation=self._incarnation,
-            skipped=batch.skipped,
-            bad_images=batch.bad_images,
+            skipped=skipped,
+            bad_images=bad_images,
+            problem=problem,
         )
         self.step += 1
         gradients = {
@@ -166,6 +177,29 @@ class TaskWorker:
             if group not in self._private and gradient.numel()
         }
         return push, gradients, {group: self._gradients[group].to("cpu", copy=True) for group in self._private}
+
+    def _add_gradients(self, batch: Batch) -> float:
+        """Forward and backward on one batch; returns its share of the step's loss, as its gradients are shares."""
+        images = batch.images(self._device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
+            loss = self._loss(self.model(images), batch.labels.to(self._device)) / self._accumulate
+        loss.backward()
+        loss_value = loss.item()
+        if not math.isfinite(loss_value):
+            raise TrainingError(
+                f"Worker '{self.name}' (task '{self.task}'): the loss is {loss_value} at step {self.step}. "
+                "Lower optimizer.rate, or look at the task's images and labels."
+            )
+        for group, layout in self._layouts.items():
+            # The forward pass left this batch's own statistics here; the next one writes over them.
+            statistics = layout.section(self._values[group], Role.STATISTIC)
+            layout.section(self._gradients[group], Role.STATISTIC).add_(statistics, alpha=1 / self._accumulate)
+        return loss_value
+
+    def _private_problem(self) -> str | None:
+        """What is wrong with the gradients that the server does not see."""
+        bad = [group for group in self._private if not bool(self._gradients[group].isfinite().all())]
+        return f"it holds a gradient that is not finite in group '{bad[0]}'" if bad else None
 
     def absorb(self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values) -> list["HandIn"]:
         """Apply the private part of an answered push and take over the newest values.

@@ -34,6 +34,8 @@ class Push:
     """Undecodable images passed over while loading the batch."""
     bad_images: tuple[str, ...] = ()
     """Those of them that are met for the first time: file, row and what is wrong."""
+    problem: str | None = None
+    """What is wrong with the part of the gradient that stays with the worker: then the push is refused."""
 
 
 Gradients = dict[str, np.ndarray]

@@ -188,7 +188,7 @@ class ParameterServer:
             self._apply({}, [push])
             return
         self._check_order(push)
-        problem = next(filter(None, problems), None)
+        problem = next(filter(None, (push.problem, *problems)), None)
         problem = problem or self.shard.stash((worker, push.step), gradients, self.groups_of(worker))
         if problem:
             self._refuse(push, problem)

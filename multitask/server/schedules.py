@@ -23,9 +23,22 @@ def exponential(rate: float, *, factor: float, every_rounds: int) -> Schedule:
     return lambda done: rate * factor ** (done // every_rounds)
 
 
-def cosine(rate: float, *, rounds: int) -> Schedule:
-    """Half a cosine from `rate` down to 0 after `rounds` rounds."""
-    return lambda done: rate * 0.5 * (1 + math.cos(math.pi * min(done, rounds) / rounds))
+def cosine(rate: float, *, rounds: int, warm_up_rounds: int = 0) -> Schedule:
+    """Linear from 0 to `rate` over the warm-up, then half a cosine down to 0 after `rounds` rounds in all.
+
+    Args:
+        rounds: more than `warm_up_rounds`.
+    Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, whose code starts at 0 too and has the cosine begin where the
+        warm-up ends. It moves once an epoch, we every round: epochs of two tasks do not end together.
+    """
+    falling = rounds - warm_up_rounds
+
+    def at(done: int) -> float:
+        if done < warm_up_rounds:
+            return rate * done / warm_up_rounds
+        return rate * 0.5 * (1 + math.cos(math.pi * min(done - warm_up_rounds, falling) / falling))
+
+    return at
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": constant, "cosine": cosine, "exponential": exponential}

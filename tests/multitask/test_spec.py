@@ -40,10 +40,8 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(path)
 
-    assert (
-        str(caught.value)
-        == f"{path}: engine.in_fligt: unknown key; did you mean in_flight? allowed here: name, in_flight"
-    )
+    allowed = "name, in_flight, shards, divide_rate_by_staleness"
+    assert str(caught.value) == f"{path}: engine.in_fligt: unknown key; did you mean in_flight? allowed here: {allowed}"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,17 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
     [
         ({"steps": 0}, ["job spec: steps:", "greater than or equal to 1", "found 0"]),
         ({"steps": "many"}, ["steps", "valid integer", "found 'many'"]),
-        ({"optimizer": {"name": "adam", "rate": 1}}, ["optimizer", "'rmsprop', 'sgd', 'adamw'"]),
+        ({"optimizer": {"name": "lion", "rate": 1}}, ["optimizer", "'rmsprop', 'sgd', 'adam', 'adamw'"]),
+        ({"optimizer": {"name": "adam"}}, ["optimizer.rate", "required"]),
+        ({"schedule": {"name": "cosine", "warm_up_rounds": 3}}, ["schedule.warm_up_rounds is 3", "3 steps"]),
+        ({"clip_norm": 0}, ["clip_norm", "greater than 0"]),
+        ({"rate_rule": "linear"}, ["rate_rule", "'fixed' or 'per_256_images'"]),
+        ({"tasks": [{**TASK, "accumulate": 0}]}, ["tasks[0].accumulate", "greater than or equal to 1"]),
+        ({"tasks": [{**TASK, "precision": "float16"}]}, ["tasks[0].precision", "'float32' or 'bfloat16'"]),
+        (
+            {"tasks": [TASK, {**TASK, "name": "cars", "accumulate": 2}], "rate_rule": "per_256_images"},
+            ["rate_rule", "64 for pets, 128 for cars", "rate_rule: fixed"],
+        ),
         ({"optimizer": {"name": "sgd", "rate": -1.0}}, ["optimizer.rate", "greater than 0"]),
         ({"optimizer": {"name": "sgd", "rate": float("nan")}}, ["optimizer.rate", "finite"]),
         ({"tasks": []}, ["tasks", "at least 1"]),

@@ -42,9 +42,47 @@ def test_rmsprop_equals_timms_with_weight_decay() -> None:
     torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-14)
 
 
+def test_rmsprop_equals_timms_formula_in_float32() -> None:
+    """timm's step written out: the root of the average plus epsilon, and the rate inside the momentum buffer."""
+    ours = torch.linspace(-1, 1, 1000)
+    theirs, square, momentum = ours.clone(), torch.ones(1000), torch.zeros(1000)
+    optimizer = RMSpropTF([{"params": [ours]}], lr=0.045, weight_decay=4e-5, **OPTIONS)
+
+    for gradient in gradients(20, 1000):
+        ours.grad = gradient.float()
+        optimizer.step()
+        decayed = gradient.float() + 4e-5 * theirs
+        square = square + (decayed.pow(2) - square) * 0.1
+        momentum = momentum * 0.9 + 0.045 * (decayed / (square + 1.0).sqrt())
+        theirs = theirs - momentum
+
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_adams_decay_goes_into_the_gradient_and_adamws_does_not() -> None:
+    """Adam with an L2 term: where the decay is all of the gradient, the first step is as long as the rate."""
+    steps = {}
+    for name in ("adam", "adamw"):
+        decayed, plain = torch.full((16,), 2.0), torch.ones(16)
+        optimizer = make_optimizer(name, decayed, plain, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        decayed.grad, plain.grad = torch.zeros(16), torch.zeros(16)
+        optimizer.step()
+        steps[name] = 2.0 - decayed
+
+    torch.testing.assert_close(steps["adam"], torch.full((16,), 0.1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(steps["adamw"], torch.full((16,), 0.1 * 0.01 * 2.0), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("rmsprop", OPTIONS), ("sgd", {"momentum": 0.9}), ("adamw", {"betas": (0.9, 0.999), "eps": 1e-8})],
+    [
+        ("rmsprop", OPTIONS),
+        ("sgd", {"momentum": 0.9}),
+        ("adam", {"betas": (0.9, 0.999), "eps": 1e-8}),
+        ("adamw", {"betas": (0.9, 0.999), "eps": 1e-8}),
+    ],
 )
 def test_weight_decay_reaches_one_of_the_two_buffers(name: str, options: dict) -> None:
     decayed, plain = torch.ones(16), torch.ones(16)

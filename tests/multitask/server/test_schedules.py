@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -28,3 +29,43 @@ def test_cosine_ends_at_zero_and_stays_there() -> None:
 def test_rates_never_rise_or_leave_their_range(rate: float, done: int, rounds: int) -> None:
     for schedule in (constant(rate), exponential(rate, factor=0.9, every_rounds=rounds), cosine(rate, rounds=rounds)):
         assert 0 <= schedule(done + 1) <= schedule(done) <= rate
+
+
+@given(st.data(), st.floats(1e-6, 10), st.integers(2, 2000))
+def test_a_warm_up_rises_in_a_line_and_the_cosine_falls_from_where_it_ends(
+    data: st.DataObject, rate: float, rounds: int
+) -> None:
+    warm_up = data.draw(st.integers(1, rounds - 1), "warm_up_rounds")
+    schedule = cosine(rate, rounds=rounds, warm_up_rounds=warm_up)
+    rates = [schedule(done) for done in range(rounds + 2)]
+
+    assert rates[0] == rates[rounds] == rates[rounds + 1] == 0
+    assert rates[warm_up] == rate == max(rates)
+    # Continuous: the last step of the line is as high as every other one.
+    rises = [after - before for before, after in pairwise(rates[: warm_up + 1])]
+    assert rises == pytest.approx([rate / warm_up] * warm_up, rel=1e-6)
+    falling = rates[warm_up:]
+    assert falling == sorted(falling, reverse=True)
+    assert falling == [cosine(rate, rounds=rounds - warm_up)(done) for done in range(len(falling))]
+
+
+@given(
+    sizes=st.lists(st.integers(100, 2_000_000), min_size=2, max_size=5),
+    batch_size=st.integers(1, 256),
+    decays=st.integers(1, 5),
+)
+def test_tasks_of_all_sizes_decay_together_when_images_per_decay_are_equal(
+    sizes: list[int], batch_size: int, decays: int
+) -> None:
+    """The product rule: 2.5 epochs of ImageNet are fewer epochs of a larger set, and the same number of rounds."""
+    images_per_decay = 2.5 * sizes[0]
+    every_rounds = max(1, round(images_per_decay / batch_size))
+    schedule = exponential(0.045, factor=0.98, every_rounds=every_rounds)
+
+    for size in sizes:
+        epochs_per_decay = images_per_decay / size
+        rounds_per_epoch = size / batch_size
+        # A round more than the rounding can take away.
+        done = math.ceil(decays * epochs_per_decay * rounds_per_epoch) + decays
+        assert schedule(done) <= 0.045 * 0.98**decays * (1 + 1e-12)
+        assert schedule(decays * every_rounds - 1) > 0.045 * 0.98**decays * (1 + 1e-12)

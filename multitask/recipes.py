@@ -1,0 +1,100 @@
+"""What the papers train their patch methods with, for job specs that leave it out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A paper's optimiser and schedule, as a job spec writes them."""
+
+    source: str
+    optimizer: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    per_data_set: Mapping[str, str] = field(default_factory=dict)
+    """Keys left out above because the paper sets them for each data set -> what it says of them."""
+
+
+K_FOR_1 = Recipe(
+    source="Mudrakarta et al., 'K for the Price of 1', ICLR 2019, section 5.1",
+    # The rate is the paper's, the other constants are TF-slim's, which it trained with.
+    optimizer={"name": "rmsprop", "rate": 0.045, "decay": 0.9, "momentum": 0.9, "eps": 1.0, "weight_decay": 4e-5},
+    schedule={"name": "exponential", "factor": 0.98},
+    per_data_set={"schedule.every_rounds": "2.5 epochs, so 2.5 * training images / (batch_size * accumulate)"},
+)
+K_FOR_1_WHOLE_NETWORK = replace(
+    K_FOR_1,
+    optimizer={key: value for key, value in K_FOR_1.optimizer.items() if key != "rate"},
+    per_data_set={
+        **K_FOR_1.per_data_set,
+        "optimizer.rate": "the best of 0.0045 to 0.45 in factors of 3, a small one for a whole network",
+    },
+)
+
+RECIPES: dict[str, Recipe] = {
+    "scale_bias": K_FOR_1,
+    "depthwise": K_FOR_1,
+    "last_layer": K_FOR_1,
+    "norm_statistics": K_FOR_1,
+    "full": K_FOR_1_WHOLE_NETWORK,
+}
+"""Patch method -> its paper's recipe."""
+
+
+def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A job spec as plain data, whose `optimizer` and `schedule` take what they leave out from the methods' recipe.
+
+    An optimizer without a name or without a rate is filled in, unless it is another one than the recipe's. So is a
+    schedule without a name, and one that is missing where the optimizer is the recipe's.
+
+    Args:
+        raw: the spec before its validation; what has the wrong shape comes back as it is.
+    Raises:
+        ValueError: the methods have no common recipe, or the recipe leaves a key to the spec; the message begins with
+            the key.
+    """
+    filled = dict(raw)
+    optimizer, schedule = raw.get("optimizer") or {}, raw.get("schedule") or {}
+    methods = _methods(raw.get("tasks"))
+    if not methods or not isinstance(optimizer, Mapping) or not isinstance(schedule, Mapping):
+        return filled
+    takes_optimizer = not {"name", "rate"} <= optimizer.keys()
+    takes_schedule = bool(schedule) and "name" not in schedule
+    if not (takes_optimizer or takes_schedule):
+        return filled
+    recipe = _recipe(methods, "optimizer" if takes_optimizer else "schedule")
+    if takes_optimizer and optimizer.get("name", recipe.optimizer["name"]) == recipe.optimizer["name"]:
+        filled["optimizer"] = {**recipe.optimizer, **optimizer}
+        takes_schedule = takes_schedule or not schedule
+    if takes_schedule:
+        filled["schedule"] = {**recipe.schedule, **schedule}
+    for key, rule in recipe.per_data_set.items():
+        section, _, name = key.partition(".")
+        if filled.get(section) != raw.get(section) and name not in filled[section]:
+            raise ValueError(
+                f"{key}: this key is required, because the recipe of method '{methods[0]}' sets it for each data set: "
+                f"{rule} ({recipe.source}). Set {section}: {{{name}: ...}}, or a whole {section} of your own."
+            )
+    return filled
+
+
+def _methods(tasks: Any) -> list[str]:
+    """The methods of all tasks, each once, combinations taken apart; none where a task has no readable method."""
+    if not isinstance(tasks, Sequence) or not all(
+        isinstance(task, Mapping) and isinstance(task.get("method"), str) for task in tasks
+    ):
+        return []
+    return list(dict.fromkeys(name for task in tasks for name in task["method"].split("+")))
+
+
+def _recipe(methods: Sequence[str], key: str) -> Recipe:
+    """The recipe that all methods have in common."""
+    change = f"Set the whole {key}, its name and all else it needs."
+    unknown = [method for method in methods if method not in RECIPES]
+    if unknown:
+        raise ValueError(f"{key}: method '{unknown[0]}' has no recipe, only {', '.join(RECIPES)} have. {change}")
+    for method in methods[1:]:
+        if RECIPES[method] != RECIPES[methods[0]]:
+            raise ValueError(f"{key}: methods '{methods[0]}' and '{method}' have different recipes. {change}")
+    return RECIPES[methods[0]]

@@ -1,0 +1,56 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from multitask.job import Job, images_factor, make_schedule
+from multitask.server.messages import as_tensor
+from multitask.spec import JobSpec
+from tests.conftest import run_engine
+
+MakeSpec = Callable[..., JobSpec]
+
+
+def test_the_cosines_warm_up_is_part_of_the_jobs_steps(make_spec: MakeSpec) -> None:
+    schedule = make_schedule(make_spec(steps=10, schedule={"name": "cosine", "warm_up_rounds": 4}))
+
+    assert [schedule(done) for done in (0, 2, 4, 7, 10)] == pytest.approx([0, 0.005, 0.01, 0.005, 0])
+
+
+def test_the_rate_per_256_images_counts_accumulated_ones(make_spec: MakeSpec) -> None:
+    """Both tasks push 16 images; the first step of plain SGD is as long as the rate."""
+
+    def moved(rule: str) -> torch.Tensor:
+        tasks = {"pets": {"accumulate": 2}, "cars": {"batch_size": 16}}
+        sgd = {"name": "sgd", "rate": 1.0, "momentum": 0.0}
+        spec = make_spec(tasks, steps=1, rate_rule=rule, optimizer=sgd)
+        job = Job(spec)
+        outcome = run_engine(job).outcome
+        group = job.groups["private:pets"]
+        end = group.layout.ends[1]
+        return as_tensor(outcome.versions["last"].groups["private:pets"].values)[:end] - group.values[:end]
+
+    fixed, scaled = moved("fixed"), moved("per_256_images")
+
+    assert fixed.norm() > 0
+    torch.testing.assert_close(scaled, fixed * 16 / 256, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("engine", "shared", "private"),
+    [
+        ({"name": "async"}, 1, 1),
+        ({"name": "local"}, 1, 1),
+        ({"name": "local", "schedule": "rounds"}, 3, 2),
+        ({"name": "sync"}, 3, 2),
+        ({"name": "bounded", "staleness": 0}, 3, 2),
+    ],
+)
+def test_an_update_has_the_images_of_a_push_or_of_a_round(
+    make_spec: MakeSpec, engine: dict[str, Any], shared: int, private: int
+) -> None:
+    spec = make_spec({"pets": {"workers": 2}, "cars": {}}, rate_rule="per_256_images", engine=engine)
+
+    assert images_factor(spec, ("pets", "cars")) == 8 * shared / 256
+    assert images_factor(spec, ("pets",)) == 8 * private / 256

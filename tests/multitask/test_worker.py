@@ -1,0 +1,163 @@
+"""A worker's step: accumulated batches, clipped gradients, bfloat16."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from torch import Tensor
+
+from multitask.data import Batch
+from multitask.job import Job
+from multitask.server.layout import Role
+from multitask.server.messages import Gradients, Push, StepRecord, as_tensor
+from multitask.spec import JobSpec, load_spec
+from multitask.worker import TaskWorker
+from tests.conftest import run_engine
+
+MakeSpec = Callable[..., JobSpec]
+# BatchNorm stays as the backbone has it, so images of one batch do not see each other; filters and head learn.
+NO_BATCH_STATISTICS = {"method": "depthwise+last_layer"}
+
+
+def worker_of(spec: JobSpec) -> tuple[Job, TaskWorker]:
+    job = Job(spec)
+    return job, job.make_worker("pets/0", job.make_batches("pets/0"))
+
+
+def gradients_of(_push: Push, gradients: Gradients, private: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Group -> what one step found, shape (layout.pushed,): gradients, then batch statistics."""
+    return {group: as_tensor(gradient.copy()) for group, gradient in gradients.items()} | private
+
+
+def train(spec: JobSpec) -> tuple[list[StepRecord], dict[str, Tensor], float]:
+    """Records, final values of all groups, last validation top-1."""
+    ran = run_engine(Job(spec))
+    values = {name: as_tensor(group.values) for name, group in ran.outcome.versions["last"].groups.items()}
+    return ran.records, values, ran.evaluations[-1].mean_top1
+
+
+def test_four_small_batches_equal_one_large_without_batch_statistics(make_spec: MakeSpec) -> None:
+    def run(batch_size: int, accumulate: int) -> tuple[list[StepRecord], dict[str, Tensor], float]:
+        task = {**NO_BATCH_STATISTICS, "batch_size": batch_size, "accumulate": accumulate}
+        sgd = {"name": "sgd", "rate": 0.1, "momentum": 0.9}
+        return train(make_spec({"pets": task}, train_shared=False, optimizer=sgd, steps=4))
+
+    large, large_values, _ = run(8, 1)
+    small, small_values, _ = run(2, 4)
+
+    assert [record.images for record in small] == [record.images for record in large] == [8] * 4
+    assert large[-1].loss != large[0].loss
+    assert [record.loss for record in small] == pytest.approx([record.loss for record in large], abs=1e-6)
+    for group, values in large_values.items():
+        torch.testing.assert_close(small_values[group], values, rtol=0, atol=1e-6)
+
+
+def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(make_spec: MakeSpec) -> None:
+    job, single = worker_of(make_spec({"pets": {"batch_size": 4}}))
+    steps = [gradients_of(*single.compute()) for _ in range(3)]
+    _, accumulating = worker_of(make_spec({"pets": {"batch_size": 4, "accumulate": 3}}))
+
+    found = gradients_of(*accumulating.compute())
+
+    statistics = job.groups["private:pets"].layout.section(found["private:pets"], Role.STATISTIC)
+    assert statistics.numel()
+    assert (statistics != 0).any()
+    for group, values in found.items():
+        expected = torch.stack([step[group] for step in steps]).mean(0)
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_skipped_by_the_batches_of_a_step_add_up(make_spec: MakeSpec) -> None:
+    job = Job(make_spec({"pets": {"batch_size": 4, "accumulate": 2}}))
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(job.make_batches("pets/0")):
+            yield replace(batch, skipped=number + 1, bad_images=(f"row {number}",))
+
+    push, *_ = job.make_worker("pets/0", batches()).compute()
+
+    assert (push.images, push.skipped, push.bad_images) == (8, 3, ("row 0", "row 1"))
+
+
+def test_clipping_shortens_shared_and_private_gradients_together(make_spec: MakeSpec) -> None:
+    def step(clip_norm: float | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients and statistics of the first step, by group."""
+        job, worker = worker_of(make_spec({"pets": {"accumulate": 2}}, clip_norm=clip_norm))
+        found = gradients_of(*worker.compute())
+        ends = {group: job.groups[group].layout.ends[Role.PLAIN] for group in found}
+        return (
+            {group: values[: ends[group]] for group, values in found.items()},
+            {group: values[ends[group] :] for group, values in found.items()},
+        )
+
+    gradients, statistics = step(None)
+    norm = torch.cat(list(gradients.values())).norm()
+    clipped, clipped_statistics = step(norm.item() / 4)
+    untouched, _ = step(norm.item() * 2)
+
+    assert len(gradients) == 2
+    for group, gradient in gradients.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(clipped[group], gradient / 4, rtol=1e-4, atol=1e-9)
+        assert torch.equal(clipped_statistics[group], statistics[group])
+        assert torch.equal(untouched[group], gradient)
+
+
+def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(make_spec: MakeSpec) -> None:
+    _, worker = worker_of(make_spec({"pets": {}}, clip_norm=1.0))
+    worker._loss = lambda outputs, _labels: 1e30 * outputs.sum()
+
+    push, _, _ = worker.compute()
+
+    assert push.problem == "its gradient's norm is inf, which cannot be clipped"
+
+
+def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec) -> None:
+    changes = {"steps": 40, "evaluate_every": 40}
+    _, worker = worker_of(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
+    outputs = []
+    worker.model.register_forward_hook(lambda _model, _inputs, logits: outputs.append(logits.dtype))
+    found = gradients_of(*worker.compute())
+
+    assert outputs == [torch.bfloat16]
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in worker.model.parameters()} == {torch.float32}
+
+    reduced, _, _ = train(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
+    full, _, _ = train(make_spec({"pets": {}}, **changes))
+    assert reduced[0].loss != full[0].loss
+    assert reduced[0].loss == pytest.approx(full[0].loss, rel=0.02)
+    assert mean(record.loss for record in reduced[-5:]) < 0.8 * mean(record.loss for record in reduced[:5])
+
+
+@pytest.mark.slow
+def test_bfloat16_reaches_the_accuracy_of_float32_on_digits() -> None:
+    """One seed of a network smaller than the demo's; two seeds of it in float32 reach 95.0 and 95.6 %.
+
+    The demo's own network misses it after 100 steps: 94.2 against 96.4 % (batch 128, seed 0). Whether seeds differ as
+    much there is not measured: a bfloat16 step of it takes 1.3 s on a CPU without bfloat16.
+    """
+    demo = load_spec(Path(__file__).parents[2] / "jobs" / "specs" / "demo.yaml")
+    digits = next(task for task in demo.tasks if task.name == "digits")
+    blocks = {"inverted_residual_setting": [[1, 16, 1, 1], [3, 24, 1, 2], [3, 32, 1, 2]], "last_channel": 64}
+
+    def top1(precision: str) -> float:
+        spec = replace(
+            demo,
+            backbone=replace(demo.backbone, options={**demo.backbone.options, **blocks}),
+            tasks=(replace(digits, precision=precision, batch_size=64, validation_images=None),),
+            steps=200,
+            evaluate_every=200,
+            optimizer={"name": "adamw", "rate": 0.01, "weight_decay": 0.0},
+            private_rate_factor=1.0,
+            schedule={"name": "cosine", "warm_up_rounds": 20},
+            engine={"name": "local"},
+        )
+        return train(spec)[2]
+
+    full = top1("float32")
+    assert full > 90
+    assert top1("bfloat16") == pytest.approx(full, abs=1.0)
