@@ -35,7 +35,7 @@ from multitask.server.messages import Push, Reply
 from multitask.spec import JobSpec, load_spec
 from multitask.worker import Server, train_steps
 
-BASE, OVERLAPPED = "nothing shared", "async, in_flight 1"
+BASE, OVERLAPPED = "nothing shared", "async in_flight 1"
 DOCUMENTED = {"Ray's docs, async": False, "Ray's docs, sync": True}
 RESOLUTIONS = {"mobilenet_v2": 96, "resnet50": 64}
 STEPS = {"cpu": 12, "cuda": 200}
@@ -90,7 +90,7 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Variant]]:
     return {
         BASE: engine(shared=False, name="async", in_flight=0),
         OVERLAPPED: engine(name="async", in_flight=1),
-        "async, in_flight 0": engine(name="async", in_flight=0),
+        "async in_flight 0": engine(name="async", in_flight=0),
         "plain torch loop": partial(Plain, job),
         ddp: partial(DDP, job, backend, setting.folder / "ranks"),
         **{name: partial(Documented, job, synchronous=synchronous) for name, synchronous in DOCUMENTED.items()},
@@ -168,23 +168,14 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="measured steps of each worker in a turn; by default " + str(STEPS).strip("{}")
     )
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="start each row's processes for each of its turns, where memory cannot hold all rows at once; always so "
-        "with --device cuda and --model resnet50",
-    )
     arguments = parser.parse_args()
     steps = arguments.steps or STEPS[arguments.device]
-    restart = arguments.restart or arguments.device == "cuda" or arguments.model == "resnet50"
     around = environment() | gpu_environment(arguments.device)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - actors would run at nice 15, other processes at 0
     with tempfile.TemporaryDirectory() as name, ray_session():
         setting = Setting(arguments.model, gpus_per_worker(arguments.device), Path(name))
         write_tables(setting.folder)
-        turns = take_turns(
-            make_rows(setting), rounds=arguments.rounds, steps=steps, images_per_step=BATCH, restart=restart
-        )
+        turns = take_turns(make_rows(setting), rounds=arguments.rounds, steps=steps, images_per_step=BATCH)
     where = f"{arguments.model}, {RESOLUTIONS[arguments.model]} px, {arguments.device}"
     finish(
         arguments.out,
@@ -202,7 +193,7 @@ def main() -> None:
             "rounds": arguments.rounds,
             "steps": steps,
             "warm_up_steps": WARM_UP,
-            "rows_alive_at_once": 1 if restart else len(turns),
+            "rows_alive_at_once": 1,
             "outside_load_cores": [outside_load(turns, number) for number in range(arguments.rounds)],
             "turns": turns,
         },
