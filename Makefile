@@ -25,6 +25,7 @@ bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchm
 		name=$$(basename $$file .py); \
 		$(BIN)/python -m benchmarks.$$name --out benchmarks/results/$${name}_$$(date +%F).json || exit 1; \
 	done
+	$(BIN)/python -m benchmarks.engines --model resnet50 --out benchmarks/results/engines_resnet50_$$(date +%F).json
 
 clean:
 	rm -rf .venv runs

@@ -28,14 +28,16 @@ class Goal:
     value: float
     goal: float
     holds: bool
+    stretch: float | None = None
+    """A number beyond the goal that is aimed at; reported, and no part of `holds`."""
 
 
-def at_most(name: str, value: float, goal: float) -> Goal:
-    return Goal(f"{name}, at most", value, goal, value <= goal)
+def at_most(name: str, value: float, goal: float, stretch: float | None = None) -> Goal:
+    return Goal(f"{name}, at most", value, goal, value <= goal, stretch)
 
 
-def at_least(name: str, value: float, goal: float) -> Goal:
-    return Goal(f"{name}, at least", value, goal, value >= goal)
+def at_least(name: str, value: float, goal: float, stretch: float | None = None) -> Goal:
+    return Goal(f"{name}, at least", value, goal, value >= goal, stretch)
 
 
 def make_parser(question: str | None) -> argparse.ArgumentParser:
@@ -70,7 +72,8 @@ def finish(
     """Print tables and goals and write all of it as JSON; a row there names its table.
 
     Args:
-        tables: title -> rows of plain values by column; the rows of one table have the same columns.
+        tables: title -> rows of plain values by column, None where there is none; the rows of one table have the same
+            columns.
         goals: one for each promised number, the missed ones included.
         settings: what the run was asked to do.
     """
@@ -99,6 +102,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, int):

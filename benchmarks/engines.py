@@ -1,0 +1,278 @@
+"""What does it cost that gradients meet? Every engine against two workers that share nothing, beside torch's
+DistributedDataParallel and the parameter server of Ray's documentation.
+
+Two workers with one thread each train one network (MobileNetV2 at 96 px or ResNet-50 at 64 px) on generated images,
+batch 32, SGD with momentum. In every row that shares, all tensors of the network are common to both workers (one task
+with two workers, method `full`), and all rows read the same table in the same way, so that only the way in which
+gradients meet differs. The base is this project's own worker; a plain loop that shares nothing, too, shows what that
+worker costs by itself. One row runs at a time, in turns, so that a ratio compares neighbours in time. With
+`--device cuda` the workers compute on the GPU, on one of them together where there is only one.
+"""
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+
+from benchmarks._common import Goal, at_least, environment, finish, make_parser
+from benchmarks._rivals import DDP, Documented, Plain
+from benchmarks._turns import TIMEOUT_S, WARM_UP, Mark, Turns, Variant, outside_load, take_turns
+from multitask.data import write_table
+from multitask.engines.asynchronous import ServerActor, WorkerActor, ray_session
+from multitask.job import Job
+from multitask.server.messages import Push, Reply
+from multitask.spec import JobSpec, load_spec
+from multitask.worker import Server, train_steps
+
+BASE, OVERLAPPED = "nothing shared", "async in_flight 1"
+DOCUMENTED = {"Ray's docs, async": False, "Ray's docs, sync": True}
+RESOLUTIONS = {"mobilenet_v2": 96, "resnet50": 64}
+STEPS = {"cpu": 12, "cuda": 200}
+GOALS = {OVERLAPPED: (0.93, 0.97)}
+"""Row -> the least ratio to the base that was promised, and the one that is aimed at."""
+RESOLVED = 0.04
+"""Ratios that differ by less are called equal: on the machine of the design's measurements nothing finer repeats."""
+WORKERS, BATCH, ROWS, CLASSES = 2, 32, 512, 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows have in common."""
+
+    model: str
+    gpus_per_worker: float
+    folder: Path
+    """Where the table is."""
+
+    def spec(self, *, shared: bool, engine: Mapping[str, Any]) -> JobSpec:
+        """Two workers of one task, or one worker of each of two tasks that have nothing in common."""
+        tasks = [{"name": "both", "workers": WORKERS}] if shared else [{"name": "one"}, {"name": "two"}]
+        return load_spec(
+            {
+                "name": "engines",
+                "backbone": {"name": self.model},
+                "task_defaults": {
+                    "data": str(self.folder),
+                    "method": "full",
+                    "resolution": RESOLUTIONS[self.model],
+                    "batch_size": BATCH,
+                },
+                "tasks": tasks,
+                "train_shared": True,
+                "steps": 1_000_000,
+                "evaluate_every": 1_000_000,
+                "optimizer": {"name": "sgd", "rate": 0.001, "momentum": 0.9},
+                "engine": engine,
+                "resources": {"gpus_per_worker": self.gpus_per_worker},
+            }
+        )
+
+
+def make_rows(setting: Setting) -> dict[str, Callable[[], Variant]]:
+    """Row -> what starts its processes. Another engine is a line here, and one in GOALS."""
+
+    def engine(shared: bool = True, **options: Any) -> Callable[[], Variant]:
+        return lambda: ServerEngine(Job(setting.spec(shared=shared, engine=options)))
+
+    job = Job(setting.spec(shared=True, engine={"name": "async"}))
+    backend, ddp = ddp_backend(setting)
+    return {
+        BASE: engine(shared=False, name="async", in_flight=0),
+        OVERLAPPED: engine(name="async", in_flight=1),
+        "async in_flight 0": engine(name="async", in_flight=0),
+        "plain torch loop": partial(Plain, job),
+        ddp: partial(DDP, job, backend, setting.folder / "ranks"),
+        **{name: partial(Documented, job, synchronous=synchronous) for name, synchronous in DOCUMENTED.items()},
+    }
+
+
+def ddp_backend(setting: Setting) -> tuple[str, str]:
+    """How the ranks of DDP talk, and the name of its row."""
+    if setting.gpus_per_worker == 1:
+        return "nccl", "torch DDP, nccl"
+    if setting.gpus_per_worker:
+        return "gloo", "torch DDP, gloo (NCCL cannot put two ranks on one GPU)"
+    return "gloo", "torch DDP, gloo"
+
+
+class BlockedTime:
+    """A server as the worker sees it, with the seconds that pushes and their answers keep the worker waiting."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.seconds = 0.0
+
+    def push(self, push: Push) -> Any:
+        start = time.perf_counter()
+        handle = self._server.push(push)
+        self.seconds += time.perf_counter() - start
+        return handle
+
+    def wait(self, handle: Any) -> Reply:
+        start = time.perf_counter()
+        reply = self._server.wait(handle)
+        self.seconds += time.perf_counter() - start
+        return reply
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self._server.call(method, *arguments)
+
+
+class TimedWorker(WorkerActor):
+    """The engine's worker actor, run a few steps at a time."""
+
+    def prepare(self, decoder: Any) -> None:
+        super().prepare(decoder)
+        self._clock = BlockedTime(self._server)
+        self._loop: Iterator[None] = train_steps(self._worker, self._clock, self._steps, self._in_flight)
+
+    def run(self, steps: int) -> list[Mark]:
+        marks = []
+        for _ in range(steps):
+            next(self._loop)
+            marks.append(Mark(time.perf_counter(), self._clock.seconds))
+        return marks
+
+
+class ServerEngine:
+    """The actors of an engine with a parameter server."""
+
+    def __init__(self, job: Job) -> None:
+        shared_job = ray.put(job)
+        server: Any = ray.remote(ServerActor).options(num_cpus=0).remote(shared_job)
+        actor: Any = ray.remote(TimedWorker).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
+        self._workers = [actor.remote(shared_job, name, server) for name in job.workers]
+        self.actors: list[Any] = [server, *self._workers]
+        ray.get([worker.prepare.remote(None) for worker in self._workers], timeout=TIMEOUT_S)
+
+    def turn(self, steps: int) -> list[list[Mark]]:
+        return ray.get([worker.run.remote(steps) for worker in self._workers], timeout=TIMEOUT_S)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", choices=RESOLUTIONS, default="mobilenet_v2")
+    parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every row")
+    parser.add_argument(
+        "--steps", type=int, help="measured steps of each worker in a turn; by default " + str(STEPS).strip("{}")
+    )
+    arguments = parser.parse_args()
+    steps = arguments.steps or STEPS[arguments.device]
+    around = environment() | gpu_environment(arguments.device)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - actors would run at nice 15, other processes at 0
+    with tempfile.TemporaryDirectory() as name, ray_session():
+        setting = Setting(arguments.model, gpus_per_worker(arguments.device), Path(name))
+        write_tables(setting.folder)
+        turns = take_turns(make_rows(setting), rounds=arguments.rounds, steps=steps, images_per_step=BATCH)
+    where = f"{arguments.model}, {RESOLUTIONS[arguments.model]} px, {arguments.device}"
+    finish(
+        arguments.out,
+        tables={
+            f"Two workers, {where}: medians over rounds": [summary(name, turns) for name in turns],
+            f"Ratio of '{OVERLAPPED}' - ratio of another row": [lead(name, turns) for name in rivals(turns)],
+        },
+        environment=around,
+        goals=make_goals(turns),
+        settings={
+            "model": arguments.model,
+            "device": arguments.device,
+            "resolution": RESOLUTIONS[arguments.model],
+            "batch": BATCH,
+            "rounds": arguments.rounds,
+            "steps": steps,
+            "warm_up_steps": WARM_UP,
+            "rows_alive_at_once": 1,
+            "outside_load_cores": [outside_load(turns, number) for number in range(arguments.rounds)],
+            "turns": turns,
+        },
+    )
+
+
+def gpu_environment(device: str) -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+
+
+def gpus_per_worker(device: str) -> float:
+    """A whole GPU for each worker, or an equal share of the only one."""
+    if device == "cpu":
+        return 0.0
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here. Leave --device out to measure on the processor.")
+    return min(1.0, torch.cuda.device_count() / WORKERS)
+
+
+def ratios(name: str, turns: Turns) -> list[float]:
+    """Images/s to the base's in the same round."""
+    pairs = zip(turns[name], turns[BASE], strict=True)
+    return [turn["images/s"] / base["images/s"] for turn, base in pairs]
+
+
+def rivals(turns: Turns) -> list[str]:
+    return [name for name in turns if name.startswith("torch DDP") or name in DOCUMENTED]
+
+
+def leads(name: str, turns: Turns) -> list[float]:
+    """By how much the ratio of `async` with one push in flight is above another row's in the same round."""
+    pairs = zip(ratios(OVERLAPPED, turns), ratios(name, turns), strict=True)
+    return [ratio - other for ratio, other in pairs]
+
+
+def summary(name: str, turns: Turns) -> dict[str, Any]:
+    found = ratios(name, turns)
+    columns = turns[BASE][0]
+    return {
+        "row": name,
+        # Not every row can tell how long its workers are blocked.
+        **{key: median(turn[key] for turn in turns[name]) if key in turns[name][0] else None for key in columns},
+        "ratio": median(found),
+        "lowest": min(found),
+        "highest": max(found),
+    }
+
+
+def lead(name: str, turns: Turns) -> dict[str, Any]:
+    found = leads(name, turns)
+    middle = median(found)
+    verdict = f"equal within {RESOLVED}" if abs(middle) < RESOLVED else "above" if middle > 0 else "below"
+    return {"other row": name, "difference": middle, "lowest": min(found), "highest": max(found), "async is": verdict}
+
+
+def make_goals(turns: Turns) -> list[Goal]:
+    goals = [
+        at_least(f"{name}: images/s / images/s with {BASE}", median(ratios(name, turns)), goal, stretch)
+        for name, (goal, stretch) in GOALS.items()
+    ]
+    for name in rivals(turns):
+        least = 0.05 if name in DOCUMENTED else -RESOLVED
+        goals.append(at_least(f"{OVERLAPPED}: ratio - ratio of {name}", median(leads(name, turns)), least))
+    return goals
+
+
+def write_tables(folder: Path) -> None:
+    """Small noisy pictures: reading them costs a step little, as with a table that is in memory."""
+    random = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        images = ((noise(random), row % CLASSES) for row in range(ROWS))
+        write_table(folder / split, images, [f"class {label}" for label in range(CLASSES)])
+
+
+def noise(random: np.random.Generator) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()
