@@ -200,7 +200,7 @@ class _Training:
             "seconds": seconds,
             "recovery_seconds": outcome.recoveries,
             "mlflow_run_id": self._tracker.run_id,
-            "tasks": self._watch.summary(outcome.processes),
+            "tasks": self._watch.summary(),
         }
         self._watch.end("finished")
         write_json(self._directory / "result.json", result)

@@ -37,6 +37,8 @@ class _TaskWatch:
     refused: int = 0
     skipped: int = 0
     bad_images: list[str] = field(default_factory=list)
+    processes: dict[str, int] = field(default_factory=dict)
+    """Worker -> the process that made its last step."""
     curve: list[dict[str, float]] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
     """Loss, rate, staleness and images per second of the last push."""
@@ -116,11 +118,11 @@ class Watch:
         """Write the last status: finished, stopped or failed."""
         self._write(state, now=True, error=error)
 
-    def summary(self, processes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    def summary(self) -> dict[str, dict[str, Any]]:
         """Per task: what the pushes, the staleness and the validation curve came to."""
         return {
             name: {
-                "processes": [process for worker, process in processes.items() if self._job.workers[worker] == name],
+                "processes": list(watch.processes.values()),
                 "pushes": watch.pushes,
                 "mean_staleness": watch.staleness / max(1, watch.pushes),
                 "redone_steps": watch.redone,
@@ -142,6 +144,7 @@ class Watch:
             if bad not in watch.bad_images:
                 watch.bad_images.append(bad)
                 log.warning("Task '%s' skips %s", name, bad)
+        watch.processes |= {record.worker: record.process for record in news}
         for record in news:
             if record.refused is not None:
                 log.warning("%s", record.refused)

@@ -1,6 +1,7 @@
 """What one worker of a task does, step by step."""
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -168,6 +169,7 @@ class TaskWorker:
             incarnation=self._incarnation,
             skipped=skipped,
             bad_images=bad_images,
+            process=os.getpid(),
             problem=problem,
         )
         self.step += 1

@@ -1,7 +1,6 @@
 """The parameter server and its workers as Ray actors."""
 
 import asyncio
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -239,9 +238,10 @@ class WorkerActor:
         self._in_flight = getattr(job.spec.engine, "in_flight", 0)
         self._server = RemoteServer(job, name, incarnation, server, shards)
 
-    def place(self) -> tuple[str, int]:
-        """Ray's name of this node, and this process's id."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+    def node(self) -> str:
+        """Ray's name of this node."""
+        name: str = ray.get_runtime_context().get_node_id()
+        return name
 
     def prepare(self, decoder: Actor | None = None) -> None:
         """Build the model and open the training stream.

@@ -34,8 +34,6 @@ class Outcome:
 
     versions: dict[str, Evaluation] = field(default_factory=dict)
     """The versions `last` and `best` of those evaluated here; `best` is missing if one before was better."""
-    processes: dict[str, int] = field(default_factory=dict)
-    """Worker -> id of the process it ran in."""
     paused: bool = False
     """Workers stopped because `Driver.wants_pause` said so; a checkpoint has everything."""
     recoveries: list[float] = field(default_factory=list)

@@ -1,6 +1,5 @@
 """Engine `local`: all workers in one process, by turns or by rounds."""
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -54,7 +53,7 @@ def run(job: Job, driver: Driver) -> Outcome:
     """Train with every worker in this process: the numerical reference of the other engines."""
     assert isinstance(job.spec.engine, LocalSpec)
     delay = job.spec.engine.delay
-    outcome = Outcome(processes=dict.fromkeys(job.workers, os.getpid()))
+    outcome = Outcome()
     with torch_threads(job.spec.resources.threads_per_worker):
         server = job.make_server()
         direct = DirectServer(server, delay)

@@ -180,10 +180,9 @@ class _Session:
 
     def run(self) -> Outcome:
         job, crew = self._job, self._crew
-        places = await_start(job, {name: worker.place.remote() for name, worker in crew.workers.items()})
+        nodes = await_start(job, {name: worker.node.remote() for name, worker in crew.workers.items()})
         self._lives = self._patiently(crew.server.ping.remote)
-        self._outcome.processes = {name: process for name, (_, process) in places.items()}
-        with decoders(job, {name: node for name, (node, _) in places.items()}) as decoder_of:
+        with decoders(job, nodes) as decoder_of:
             self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
             self._all("train")
         if self._pausing:
@@ -298,8 +297,8 @@ def worker_cpus(cluster_cpus: float, workers: int) -> float:
     return min(1.0, max(0.01, math.floor(100 * cluster_cpus / workers) / 100))
 
 
-def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[tuple[str, int]]"]) -> dict[str, tuple[str, int]]:
-    """Worker -> its node and process.
+def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[str, str]:
+    """Worker -> Ray's name of its node.
 
     Raises:
         TrainingError: some did not start in time; says who.

@@ -34,6 +34,8 @@ class Push:
     """Undecodable images passed over while loading the batch."""
     bad_images: tuple[str, ...] = ()
     """Those of them that are met for the first time: file, row and what is wrong."""
+    process: int = 0
+    """The worker's process, for people who look for it."""
     problem: str | None = None
     """What is wrong with the part of the gradient that stays with the worker: then the push is refused."""
 
@@ -118,6 +120,7 @@ class StepRecord:
     seconds: float
     skipped: int
     bad_images: tuple[str, ...]
+    process: int
     refused: str | None = None
     """Why the push was not applied; None if it was."""
     redone: bool = False

@@ -394,6 +394,7 @@ class ParameterServer:
             seconds=push.seconds,
             skipped=push.skipped,
             bad_images=push.bad_images,
+            process=push.process,
             refused=refused,
             redone=redone,
         )

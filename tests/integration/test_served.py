@@ -25,7 +25,7 @@ ROUNDS = {"name": "local", "schedule": "rounds"}
 
 def run(spec: JobSpec) -> tuple[dict[str, Evaluation], dict[str, int], list[StepRecord]]:
     ran = run_engine(Job(spec))
-    return ran.outcome.versions, ran.outcome.processes, ran.records
+    return ran.outcome.versions, {record.worker: record.process for record in ran.records}, ran.records
 
 
 def all_values(snapshot: Evaluation) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
     with actors(job, store_of(job)) as crew:
         workers = crew.workers
-        nodes = {name: ray.get(worker.place.remote())[0] for name, worker in workers.items()}
+        nodes = {name: ray.get(worker.node.remote()) for name, worker in workers.items()}
         with decoders(job, nodes) as decoder_of:
             assert len(set(decoder_of.values())) == 1
             ray.get([worker.prepare.remote(decoder_of[name]) for name, worker in workers.items()])

@@ -1,0 +1,214 @@
+"""What is lost comes back: workers, servers, shards, whole drivers."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from multitask.job import Job
+from multitask.live import read_status
+from multitask.runs import write_spec
+from multitask.server.messages import StepRecord
+from multitask.spec import JobSpec
+from multitask.worker import TrainingError
+from tests.conftest import EngineRun, run_engine
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+MakeSpec = Callable[..., JobSpec]
+EACH_ROUND = {"every_rounds": 2, "every_minutes": None}
+
+
+def processes(title: str) -> list[int]:
+    """Ray's processes of one kind of actor, by the title that Ray gives them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text.startswith(f"ray::{title}"):
+            found.append(int(path.parent.name))
+    return found
+
+
+class Killer:
+    """Kills a process once enough steps were made."""
+
+    def __init__(self, *, title: str | None = None, worker: str | None = None, after: int = 6, number: int = 9) -> None:
+        self._title, self._worker, self._after, self._number = title, worker, after, number
+        self._seen = 0
+        self.killed: int | None = None
+
+    def __call__(self, records: list[StepRecord]) -> None:
+        self._seen += len(records)
+        mine = [record.process for record in records if record.worker == self._worker]
+        if self.killed is None and self._seen >= self._after and (self._title or mine):
+            self.killed = processes(self._title)[0] if self._title else mine[-1]
+            os.kill(self.killed, self._number)
+
+
+def check_every_step_counts_once(ran: EngineRun) -> None:
+    """Each step of each worker was applied, refused, or lost with the server: nothing twice, nothing forgotten."""
+    workers = ran.progress.workers
+    assert {worker.step for worker in workers.values()} == {ran.job.spec.steps}
+    made = sum(worker.step for worker in workers.values())
+    assert ran.progress.version == made - sum(worker.lost + worker.refused for worker in workers.values())
+
+
+def test_a_killed_worker_is_replaced_while_the_others_go_on(make_spec: MakeSpec) -> None:
+    tasks = {"pets": {}, "cars": {"workers": 2}}
+    spec = make_spec(tasks, engine={"name": "async"}, steps=400, evaluate_every=10_000, checkpoints=EACH_ROUND)
+    killer = Killer(worker="pets/0", after=60)
+    ran = run_engine(Job(spec), watch=killer)
+
+    assert killer.killed is not None
+    check_every_step_counts_once(ran)
+    assert len(ran.outcome.recoveries) == 1
+    workers = ran.progress.workers
+    assert workers["pets/0"].lost == workers["cars/0"].redone == workers["cars/0"].lost == 0
+    # The others went on while it was away.
+    pids = [record.process for record in ran.records if record.worker == "pets/0"]
+    replaced_at = pids.index(pids[-1])
+    between = ran.records.index([record for record in ran.records if record.worker == "pets/0"][replaced_at])
+    assert len(set(pids)) == 2
+    assert sum(record.task == "cars" for record in ran.records[:between]) > replaced_at
+    assert set(ran.outcome.versions["last"].metrics) == {"pets", "cars"}
+
+
+def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSpec) -> None:
+    spec = make_spec(engine={"name": "async", "in_flight": 1}, steps=300, evaluate_every=10_000, checkpoints=EACH_ROUND)
+    killer = Killer(title="ServerActor", after=60)
+    ran = run_engine(Job(spec), watch=killer)
+
+    assert killer.killed is not None
+    check_every_step_counts_once(ran)
+    assert len({record.process for record in ran.records}) == 2, "no worker had to be replaced"
+    assert len(ran.outcome.recoveries) >= 1
+    assert sum(worker.lost for worker in ran.progress.workers.values()) > 0
+
+
+def test_a_killed_shard_takes_the_server_back_with_it(make_spec: MakeSpec) -> None:
+    engine = {"name": "async", "shards": 2}
+    spec = make_spec(engine=engine, steps=300, evaluate_every=10_000, checkpoints=EACH_ROUND)
+    killer = Killer(title="ShardActor", after=60)
+    ran = run_engine(Job(spec), watch=killer)
+
+    assert killer.killed is not None
+    check_every_step_counts_once(ran)
+
+
+@pytest.mark.parametrize("victim", [{"title": "ServerActor"}, {"worker": "cars/0"}])
+def test_sync_ends_with_the_bits_of_an_undisturbed_run(make_spec: MakeSpec, victim: dict[str, str]) -> None:
+    changes = {"steps": 600, "evaluate_every": 200, "schedule": {"name": "cosine"}}
+    undisturbed = run_engine(Job(make_spec(engine={"name": "local", "schedule": "rounds"}, **changes)))
+    killer = Killer(**victim, after=40)  # type: ignore[arg-type]
+    ran = run_engine(Job(make_spec(engine={"name": "sync"}, checkpoints=EACH_ROUND, **changes)), watch=killer)
+
+    assert killer.killed is not None
+    assert len(ran.outcome.recoveries) == 1
+    for version in ("best", "last"):
+        expected, found = undisturbed.outcome.versions[version], ran.outcome.versions[version]
+        assert found.metrics == expected.metrics
+        for name, group in expected.groups.items():
+            assert found.groups[name].values.tobytes() == group.values.tobytes()
+
+
+def test_a_hanging_worker_is_named_and_replaced(make_spec: MakeSpec, caplog: pytest.LogCaptureFixture) -> None:
+    resources = {"step_timeout_s": 4}
+    spec = make_spec(
+        engine={"name": "sync"}, steps=600, evaluate_every=10_000, resources=resources, checkpoints=EACH_ROUND
+    )
+    stopper = Killer(worker="cars/0", after=40, number=signal.SIGSTOP)
+    with caplog.at_level(logging.WARNING):
+        ran = run_engine(Job(spec), watch=stopper)
+
+    assert stopper.killed is not None
+    check_every_step_counts_once(ran)
+    assert "Worker 'cars/0' of task 'cars' made no step for 4 s" in caplog.text
+
+
+def test_a_worker_that_is_lost_again_and_again_ends_the_run(make_spec: MakeSpec) -> None:
+    def kill_all(_: list[StepRecord]) -> None:
+        for process in processes("WorkerActor"):
+            os.kill(process, signal.SIGKILL)
+
+    spec = make_spec({"pets": {}}, engine={"name": "async"}, steps=100_000, evaluate_every=10_000)
+    with pytest.raises(TrainingError, match=r"Worker 'pets/0' of task 'pets' was lost \d times without a step made"):
+        run_engine(Job(spec), watch=kill_all)
+
+
+def start_training(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs.cli", "train", *arguments]
+    # A session of its own: the embedded Ray goes with the driver, as it does when a machine goes.
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A run directory in which a job of its own process is told to train."""
+    yield tmp_path / "run"
+    for process in processes("ServerActor") + processes("WorkerActor"):
+        os.kill(process, signal.SIGKILL)
+
+
+def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: MakeSpec, directory: Path) -> None:
+    changes = {"steps": 400, "evaluate_every": 100, "checkpoints": EACH_ROUND}
+    undisturbed = run_engine(Job(make_spec(engine={"name": "local", "schedule": "rounds"}, **changes)))
+    spec = make_spec(engine={"name": "sync"}, directory=str(directory), **changes)
+    write_spec(directory.parent / "spec.yaml", spec)
+    driver = start_training(str(directory.parent / "spec.yaml"))
+    status = directory / "status.json"
+    wait_until(lambda: status.is_file() and json.loads(status.read_text())["tasks"]["pets"]["made"] > 100)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+    resumed = start_training("--resume", str(directory))
+    assert resumed.wait(180) == 0, resumed.stderr and resumed.stderr.read()
+
+    result = json.loads((directory / "result.json").read_text())
+    assert result["last"]["tasks"] == undisturbed.outcome.versions["last"].metrics
+    assert result["best"]["tasks"] == undisturbed.outcome.versions["best"].metrics
+    assert result["last"]["version"] == 400
+
+
+def test_tasks_join_and_leave_a_running_job_and_ctrl_c_stops_it(make_spec: MakeSpec, directory: Path) -> None:
+    spec = make_spec(engine={"name": "async"}, directory=str(directory), steps=100_000, evaluate_every=100_000)
+    write_spec(directory.parent / "spec.yaml", spec)
+    task = directory.parent / "task.yaml"
+    task.write_text(
+        f"{{name: more, data: '{spec.tasks[0].data}', method: scale_bias+last_layer, num_classes: 4, resolution: 12}}"
+    )
+    driver = start_training(str(directory.parent / "spec.yaml"))
+    wait_until(lambda: (directory / "status.json").is_file() and read_status(directory)["tasks"]["pets"]["made"] > 20)
+
+    for arguments in (
+        ["--attach", str(directory), "--task", str(task)],
+        ["--remove", str(directory), "--task", "cars"],
+    ):
+        change = start_training(*arguments)
+        assert change.wait(120) == 0, change.stderr and change.stderr.read()
+    wait_until(lambda: read_status(directory)["tasks"]["more"]["made"] > 20)
+    status = read_status(directory)
+    assert set(status["tasks"]) == {"pets", "more"}
+    assert status["tasks"]["pets"]["made"] > status["tasks"]["more"]["made"]
+    driver.send_signal(signal.SIGINT)
+
+    assert driver.wait(120) == 130
+    assert driver.stderr is not None
+    assert b"--resume" in driver.stderr.read()
+    assert read_status(directory)["state"] == "stopped"
+    assert (directory / "removed" / "cars.safetensors").is_file()
