@@ -1,4 +1,4 @@
-"""Made photographs: JPEGs of 500 x 375 pixels and 100 to 120 kB, which is about the mean of ImageNet."""
+"""Made pictures: JPEGs of 500 x 375 pixels and 100 to 120 kB, about the mean of ImageNet, and small noisy PNGs."""
 
 import io
 
@@ -58,3 +58,10 @@ def jpeg(image_hwc: NDArray[np.uint8]) -> bytes:
             return file.getvalue()
         low, high = (quality + 1, high) if file.tell() < LEAST_BYTES else (low, quality)
     raise AssertionError(f"no quality of {QUALITY} gives {LEAST_BYTES} to {MOST_BYTES} bytes")
+
+
+def noise_png(random: np.random.Generator, size: int = 32) -> bytes:
+    """Noise of size x size pixels: reading it costs a step little, as with a table that is in memory."""
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(file, "png")
+    return file.getvalue()

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from multitask.engines.asynchronous import ServerActor, WorkerActor, ray_session
 from PIL import Image
 
 from benchmarks._common import Goal, at_least, environment, finish, make_parser
 from benchmarks._rivals import DDP, Documented, Plain
 from benchmarks._turns import TIMEOUT_S, WARM_UP, Mark, Turns, Variant, outside_load, take_turns
 from multitask.data import write_table
-from multitask.engines.asynchronous import ServerActor, WorkerActor, ray_session
 from multitask.job import Job
 from multitask.server.messages import Push, Reply
 from multitask.spec import JobSpec, load_spec

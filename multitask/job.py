@@ -16,7 +16,7 @@ from multitask.data.batches import BatchView, TrainStream
 from multitask.data.shared import SharedStream
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
-from multitask.server.messages import GroupValues, as_tensor
+from multitask.server.messages import GroupValues, StepRecord, as_tensor
 from multitask.server.optimizers import make_optimizer
 from multitask.server.parameter_server import OtherShards, ParameterServer, Rules, ServedTask
 from multitask.server.progress import Progress, WorkerProgress
@@ -152,12 +152,23 @@ class Job:
         """Groups that no push touches (a frozen backbone) stay with the workers, who hold them from the start."""
         return [group for group in self.groups.values() if group.on_server and group.layout.pushed]
 
+    def pushed_bytes(self, task: str) -> int:
+        """Bytes of one push of a task's worker."""
+        return sum(4 * group.layout.pushed for group in self.served() if task in group.tasks)
+
     def make_shard(self, number: int) -> Shard:
         ranges = {group.name: group.layout.ranges(self.shards)[number] for group in self.served()}
         return Shard({group.name: self._parameter_group(group, ranges[group.name]) for group in self.served()})
 
-    def make_server(self, others: OtherShards | None = None) -> ParameterServer:
-        """The server, with the first shard."""
+    def make_server(
+        self, others: OtherShards | None = None, on_record: Callable[[StepRecord], None] = lambda _: None
+    ) -> ParameterServer:
+        """The server, with the first shard.
+
+        Args:
+            others: the shards in other processes.
+            on_record: called with what the server notes of each push.
+        """
         served = self.served()
         tasks = {
             task.name: ServedTask(
@@ -169,7 +180,9 @@ class Job:
         }
         schedule = make_schedule(self.spec)
         rules = make_rules(self.spec)
-        return ParameterServer(self.make_shard(0), tasks, self.workers, schedule, rules, self.progress, others)
+        return ParameterServer(
+            self.make_shard(0), tasks, self.workers, schedule, rules, self.progress, others, on_record
+        )
 
     def holds_private(self, worker: str) -> bool:
         """The worker keeps private tensors itself, because its task has no other worker."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from multitask.live import STATUS, LiveStatus
 from multitask.server import progress as server_progress
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.tracking import Tracker
+
+SPEED_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Watch:
         self._console = console or Console(stderr=True)
         self._live = LiveStatus(directory)
         self._tasks = {} if status is None else {name: _TaskWatch(**task) for name, task in status["tasks"].items()}
+        self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["step"]) for task in self._tasks.values() for point in task.curve}
 
     @staticmethod
@@ -105,10 +109,10 @@ class Watch:
             watch.redone, watch.lost, watch.refused = (
                 sum(getattr(worker, count) for worker in workers) for count in ("redone", "lost", "refused")
             )
-            state = f"loss {watch.latest['loss']:.3f}" if watch.latest else "starting"
-            self._bars.update(self._bar_of[name], completed=watch.made, state=state)
+            self._bars.update(self._bar_of[name], completed=watch.made, state=_line(watch))
         for evaluation in evaluations:
             self._note_evaluation(evaluation)
+        self._log_speed(int(progress.rounds))
         self._write("running")
 
     def say(self, text: str) -> None:
@@ -151,6 +155,16 @@ class Watch:
         metrics = [_step_metrics(record) for record in news]
         watch.latest = {key: metrics[-1][key] for key in ("loss", "rate", "staleness", "samples_per_s")}
         self._tracker.log_steps(name, metrics)
+        self._pushed_bytes += len(news) * self._job.pushed_bytes(name)
+        self._pushed += len(applied)
+
+    def _log_speed(self, round_: int) -> None:
+        """Pushes and bytes per second of all tasks together, every few seconds."""
+        span = time.monotonic() - self._speed_from
+        if span >= SPEED_EVERY_S:
+            speed = {"pushes_per_s": self._pushed / span, "pushed_bytes_per_s": self._pushed_bytes / span}
+            self._tracker.log_metrics(None, speed, round_)
+            self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
 
     def _note_evaluation(self, evaluation: Evaluation) -> None:
         """An evaluation that is made again, after going back to a checkpoint, is logged once."""
@@ -175,6 +189,16 @@ class Watch:
         self._live.write(content, now=now)
 
 
+def _line(watch: _TaskWatch) -> str:
+    """How a task stands, beside its bar."""
+    if not watch.latest:
+        return "starting"
+    latest = watch.latest
+    line = f"loss {latest['loss']:.3f}, {latest['samples_per_s']:.0f} images/s, staleness {latest['staleness']:.0f}"
+    counts = {"redone": watch.redone, "lost": watch.lost, "refused": watch.refused, "skipped": watch.skipped}
+    return ", ".join([line, *(f"{count} {name}" for name, count in counts.items() if count)])
+
+
 def _step_metrics(record: StepRecord) -> dict[str, float]:
     return {
         "step": record.step,
@@ -183,4 +207,6 @@ def _step_metrics(record: StepRecord) -> dict[str, float]:
         "staleness": record.staleness,
         "samples_per_s": record.images / record.seconds,
         "skipped_images": record.skipped,
+        "step_seconds": record.seconds,
+        "queue": record.queue,
     }

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 from multitask.checkpoint import CheckpointStore
 from multitask.data import prefetch
 from multitask.data.batches import Drawn
+from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.server.messages import Gradients, GroupValues, Push, Reply
 from multitask.server.shard import Key, Shard, Update
@@ -112,7 +113,8 @@ class ServerActor:
         self._others = list(shards)
         lives = ray.get([shard.restore.remote(job.progress.version) for shard in shards])
         self.lives = [time.time_ns(), *lives]
-        self._server = job.make_server(_RemoteShards(shards) if shards else None)
+        metrics = ServerMetrics({task.name: job.pushed_bytes(task.name) for task in job.spec.tasks})
+        self._server = job.make_server(_RemoteShards(shards) if shards else None, metrics.note)
         self._published = _Published(self._server.shard)
         self._changed: Any = None
 

@@ -121,6 +121,8 @@ class StepRecord:
     skipped: int
     bad_images: tuple[str, ...]
     process: int
+    queue: int
+    """Workers that were waiting for others when the push arrived."""
     refused: str | None = None
     """Why the push was not applied; None if it was."""
     redone: bool = False

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -111,6 +111,7 @@ class ParameterServer:
         rules: Rules,
         progress: Progress,
         others: OtherShards | None = None,
+        on_record: Callable[[StepRecord], None] = lambda _: None,
     ) -> None:
         """Args:
         shard: the range of every group that this process holds.
@@ -118,6 +119,7 @@ class ParameterServer:
         schedule: rounds done -> rate.
         progress: where the run stands; the shard's values are those of that moment.
         others: the other shards, if there are any.
+        on_record: called with what is noted of each push.
         """
         self.shard = shard
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
@@ -132,6 +134,8 @@ class ParameterServer:
         self._answers = {name: _Answer(progress.version, self._private_rate(name)) for name in workers}
         self._arrived: dict[str, Push] = {}
         """This round's pushes, where they are applied together."""
+        self._queue = dict.fromkeys(workers, 0)
+        """Workers that were waiting when this one's latest push arrived."""
         self._refused: set[str] = set()
         """Workers whose push of this round was refused."""
         self._waiting: dict[int, _PutAside] = {}
@@ -140,6 +144,7 @@ class ParameterServer:
         self._saved_at = time.monotonic()
         self._pause_wanted = self._pausing = False
         self._heard = dict.fromkeys(workers, time.monotonic())
+        self._on_record = on_record
         self._records: list[StepRecord] = []
 
     # What workers call.
@@ -179,12 +184,13 @@ class ParameterServer:
         worker = push.worker
         self._check_worker(worker, push.incarnation)
         self.alive(worker)
+        self._queue[worker] = len(self._arrived) + sum(map(self._is_ahead, self._active))
         progress = self._progress.workers[worker]
         if push.step < progress.step or worker in self._arrived:
             if push.step < self._redo_until[worker]:
                 progress.redone += 1
                 self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), redone=True)
-                self._records.append(self._record(push, redone=True))
+                self._note(push, redone=True)
             self._apply({}, [push])
             return
         self._check_order(push)
@@ -335,7 +341,7 @@ class ParameterServer:
         )
         self._refused.add(worker)
         self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), reason)
-        self._records.append(self._record(push, refused=reason))
+        self._note(push, refused=reason)
 
     def _apply_round_if_complete(self) -> None:
         if self._arrived and self._arrived.keys() >= self._active:
@@ -348,7 +354,8 @@ class ParameterServer:
         good = [push for push in pushes if push.worker not in self._refused]
         self._arrived, self._refused = {}, set()
         update = self._update(good)
-        self._records += [self._record(push) for push in good]
+        for push in good:
+            self._note(push)
         rates = {push.worker: self._private_rate(push.worker) for push in good}
         self._apply(update, pushes)
         self._progress.version += bool(good)
@@ -380,8 +387,8 @@ class ParameterServer:
     def _staleness(self, push: Push) -> int:
         return self._progress.version - push.version
 
-    def _record(self, push: Push, *, refused: str | None = None, redone: bool = False) -> StepRecord:
-        return StepRecord(
+    def _note(self, push: Push, *, refused: str | None = None, redone: bool = False) -> None:
+        record = StepRecord(
             worker=push.worker,
             task=self._workers[push.worker],
             step=push.step,
@@ -395,9 +402,12 @@ class ParameterServer:
             skipped=push.skipped,
             bad_images=push.bad_images,
             process=push.process,
+            queue=self._queue[push.worker],
             refused=refused,
             redone=redone,
         )
+        self._records.append(record)
+        self._on_record(record)
 
     def _private_rate(self, worker: str) -> float:
         """A task's own schedule, which starts when the task joins the run."""

@@ -1,0 +1,40 @@
+"""What Ray's own metrics show of a parameter server: dashboards and Prometheus read them from the cluster."""
+
+from collections.abc import Mapping
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from multitask.server.messages import StepRecord
+
+STEP_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+
+
+class ServerMetrics:
+    """Counts what one server process applies; rates (per second) are made of counters where they are shown."""
+
+    def __init__(self, pushed_bytes: Mapping[str, int]) -> None:
+        """Args:
+        pushed_bytes: task -> bytes of one push.
+        """
+        self._bytes_of = pushed_bytes
+        of_task = {"tag_keys": ("task",)}
+        self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **of_task)
+        self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **of_task)
+        self._refused = Counter("multitask_refused_pushes", "Pushes refused.", **of_task)
+        self._staleness = Gauge("multitask_staleness", "Versions by which the latest push was behind.", **of_task)
+        self._queue = Gauge("multitask_queue", "Workers that wait for others.")
+        self._step_s = Histogram(
+            "multitask_step_seconds", "From loading a batch to the end of backward.", STEP_BOUNDARIES_S, **of_task
+        )
+
+    def note(self, record: StepRecord) -> None:
+        """One push that was dealt with."""
+        tags = {"task": record.task}
+        self._bytes.inc(self._bytes_of[record.task], tags)
+        self._queue.set(record.queue)
+        if record.refused is not None:
+            self._refused.inc(1, tags)
+        elif not record.redone:
+            self._pushes.inc(1, tags)
+            self._staleness.set(record.staleness, tags)
+            self._step_s.observe(record.seconds, tags)
