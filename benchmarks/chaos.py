@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import signal
 import subprocess
 import sys
@@ -95,8 +94,6 @@ def cluster() -> Iterator[Any]:
     """A head and two nodes, as processes on this machine; ended with the block."""
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
@@ -130,7 +127,7 @@ class Chaos:
             print(f"{len(self.kills)} of {len(kinds)}: {back}", flush=True)
         self._wait(self._ended)
         if self._driver.returncode != 0:
-            raise SystemExit(f"The run ended with {self._driver.returncode}; its last words are in {self._log.name}.")
+            raise SystemExit(f"The run ended with {self._driver.returncode}. Its last words:\n{self._last_words()}")
         self._log.close()
         result = json.loads((self._directory / "result.json").read_text())
         return Disturbed(result, self._directory, self.kills)
@@ -183,6 +180,9 @@ class Chaos:
         status = self._status()
         return 0 if status is None else sum(task["made"] + task["redone"] for task in status["tasks"].values())
 
+    def _last_words(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")[-6000:]
+
     def _ended(self) -> bool:
         return self._driver.poll() is not None
 
@@ -194,7 +194,7 @@ class Chaos:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline:
-                raise SystemExit(f"Nothing happened for {PATIENCE_S:g} s; the run's words are in {self._log.name}.")
+                raise SystemExit(f"Nothing happened for {PATIENCE_S:g} s. Its last words:\n{self._last_words()}")
             time.sleep(0.1)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from multitask.data.storage import locate
+from multitask.server.messages import is_finite
 from multitask.server.progress import Progress
 
 FORMAT = "1"
@@ -30,7 +31,7 @@ class Checkpoint:
 
     def is_finite(self) -> bool:
         """Training can go on from these values."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.tensors.values())
+        return all(is_finite(tensor) for tensor in self.tensors.values())
 
     def shared_steps(self) -> dict[str, float]:
         """Name of a shared tensor -> steps that its optimiser has counted, where it counts."""

@@ -17,7 +17,7 @@ from multitask.data import Batch
 from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, bind, training_norms
-from multitask.server.messages import Cut, Gradients, GroupValues, Push, Reply, as_tensor
+from multitask.server.messages import Cut, Gradients, GroupValues, Push, Reply, as_tensor, is_finite
 from patches import PatchedModel
 
 REFUSED_IN_A_ROW = 5
@@ -200,7 +200,7 @@ class TaskWorker:
 
     def _private_problem(self) -> str | None:
         """What is wrong with the gradients that the server does not see."""
-        bad = [group for group in self._private if not bool(self._gradients[group].isfinite().all())]
+        bad = [group for group in self._private if not is_finite(self._gradients[group])]
         return f"it holds a gradient that is not finite in group '{bad[0]}'" if bad else None
 
     def absorb(self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values) -> list["HandIn"]:

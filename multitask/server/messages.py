@@ -1,5 +1,6 @@
 """What travels between workers, server and driver, and the errors that cross process borders."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -150,6 +151,11 @@ class Evaluation:
 def mean_top1(tasks: Iterable[dict[str, float]]) -> float:
     values = [task["top1"] for task in tasks]
     return sum(values) / len(values)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity; in one pass over memory, where `torch.isfinite` takes three."""
+    return not tensor.numel() or all(map(math.isfinite, (float(end) for end in tensor.aminmax())))
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

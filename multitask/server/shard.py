@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from multitask.server.group import ParameterGroup
-from multitask.server.messages import Gradients, GroupValues, as_tensor
+from multitask.server.messages import Gradients, GroupValues, as_tensor, is_finite
 
 Key = tuple[str, int]
 """Worker and step: names a push."""
@@ -48,7 +47,7 @@ class Shard:
         if found != wanted or any(gradient.dtype != np.float32 for gradient in gradients.values()):
             return f"it carries floats per group {found}; expected float32 {wanted}"
         for name, gradient in gradients.items():
-            if not bool(torch.isfinite(as_tensor(gradient)).all()):
+            if not is_finite(as_tensor(gradient)):
                 return f"it holds a gradient that is not finite in group '{name}'"
         self._stashed[key] = gradients
         return None

@@ -130,7 +130,7 @@ def test_a_hanging_worker_is_named_and_replaced(make_spec: MakeSpec, caplog: pyt
         ran = run_engine(Job(spec), watch=stopper)
 
     assert stopper.killed is not None
-    check_every_step_counts_once(ran)
+    assert ran.progress.version == 600
     assert "Worker 'cars/0' of task 'cars' made no step for 4 s" in caplog.text
 
 
