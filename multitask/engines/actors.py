@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -173,17 +174,27 @@ class RemoteServer:
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
         self._timeout_s = job.spec.resources.start_timeout_s
         self._step: int | None = None
+        """Steps made, those included whose push is not answered yet."""
         self._connection = 0
         """Counts the times that the server was lost: what was sent before is lost too."""
+        self._joined = 0
+        """The connection that knows this worker."""
 
     def join(self, step: int | None) -> tuple[Reply, Values]:
         """Make the worker known, as `ParameterServer.join` has it, and pull."""
-        return self._retry(lambda: self._server.join.remote(self._worker, self._incarnation, step), _fetch)
+        reply, values = self._retry(lambda: self._server.join.remote(self._worker, self._incarnation, step), _fetch)
+        self._step = reply.step if step is None else step
+        self._joined = self._connection
+        return reply, values
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
         return self._retry(lambda: self._server.pull.remote(worker), _fetch)
 
     def push(self, push: Push, gradients: Gradients) -> tuple[int, "ray.ObjectRef[Any]"]:
+        if self._joined != self._connection:
+            # The values that these gradients were computed on are lost; the server stands at a version before them.
+            reply, _ = self.join(self._step)
+            push = replace(push, version=min(push.version, reply.version))
         self._step = push.step + 1
         parts: list[Gradients] = [
             {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
@@ -204,7 +215,7 @@ class RemoteServer:
             except RayActorError:
                 self._connection += 1
         # The pushes that were on their way may have been applied or not; none is sent again.
-        return self.join(self._step)
+        return self.join(self._step) if self._joined != self._connection else self.pull(self._worker)
 
     def kept(self, version: int, worker: str) -> Values | None:
         return self._retry(lambda: self._server.kept.remote(version, worker), lambda answer: answer)
@@ -219,6 +230,7 @@ class RemoteServer:
             try:
                 return use(ray.get(send()))
             except RayActorError:
+                self._connection += 1
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_S)
@@ -266,14 +278,20 @@ class WorkerActor:
         for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
             pass
 
-    def complete(self) -> int:
-        """Hand in what is still asked for.
+    def settle(self) -> int:
+        """Once more say that the last step was made, to a server that may have been restored since.
 
         Returns:
             Steps made.
         """
-        self._worker.complete(self._server)
+        self._server.join(self._worker.step)
+        if self._worker.step == self._job.spec.steps:
+            self._server.call("finish", self._name)
         return self._worker.step
+
+    def complete(self) -> None:
+        """Hand in what is still asked for."""
+        self._worker.complete(self._server)
 
     def catch_up(self, phases: Sequence[str]) -> Any:
         """For a process that takes another's place: everything up to the last of these methods, in order."""

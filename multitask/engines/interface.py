@@ -55,18 +55,22 @@ def take(
     outcome: Outcome,
     news: tuple[list[StepRecord], Mapping[int, Completed], Progress],
     kept: Callable[[int], Values | None],
-) -> None:
+) -> bool:
     """Tell the driver what the server gave out, and save the checkpoints that are complete.
 
     Args:
         news: what `ParameterServer.drain` returned.
         kept: from a version put aside to the values that the server keeps of it; None where it was lost since.
+    Returns:
+        All of it could be told: no version was lost with the server.
     """
     records, completed, progress = news
     evaluations, checkpoints = [], []
+    complete_news = True
     for version, complete in sorted(completed.items()):
         values = kept(version)
         if values is None:
+            complete_news = False
             continue
         groups = {name: whole(parts) for name, parts in values.items()}
         if complete.evaluation is not None:
@@ -86,3 +90,4 @@ def take(
             log.warning(
                 "No checkpoint of version %d: it holds values that are not finite.", checkpoint.progress.version
             )
+    return complete_news

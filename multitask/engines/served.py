@@ -175,6 +175,8 @@ class _Session:
         self._restarts = dict.fromkeys(crew.workers, (0, -1))
         """Worker -> restarts without a step made in between, and its step at the last one."""
         self._steps = dict.fromkeys(crew.workers, 0)
+        self._trained: set[str] = set()
+        """Workers that have made their last step here."""
         self._pausing = False
         self.made_steps = False
 
@@ -185,16 +187,18 @@ class _Session:
         with decoders(job, nodes) as decoder_of:
             self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
             self._all("train")
-        if self._pausing:
-            self._call("put_aside")
-        steps = self._all("complete")
-        self._poll()
-        self._outcome.paused = min(steps.values()) < job.spec.steps
-        return self._outcome
+        while True:  # until nobody was lost on the way to the end
+            steps = self._all("settle")
+            self._outcome.paused = min(steps.values()) < job.spec.steps
+            if self._outcome.paused:
+                self._call("put_aside")
+            self._all("complete")
+            if self._poll() and self._call("has_ended"):
+                return self._outcome
 
     def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
-        phases = ("prepare", "train", "complete")
+        phases = ("prepare", "train", "settle", "complete")
         workers = self._crew.workers
         calls = {getattr(workers[name], method).remote(*(arguments or {}).get(name, ())): name for name in workers}
         results = {}
@@ -204,6 +208,7 @@ class _Session:
                 name = calls.pop(call)
                 try:
                     results[name] = ray.get(call)
+                    self._trained |= {name} if method == "train" else set()
                     self._outcome.back(name)
                 except RayTaskError as error:
                     self._poll()  # what led there is worth knowing, and a checkpoint may be complete
@@ -214,12 +219,16 @@ class _Session:
             self._poll()
         return results
 
-    def _poll(self) -> None:
-        """Tell the driver what happened; look after the server and after workers that hang."""
+    def _poll(self) -> bool:
+        """Tell the driver what happened; look after the server and after workers that hang.
+
+        Returns:
+            Everything that the server gave out could be told.
+        """
         crew = self._crew
         self._watch_server()
         news = self._call("drain")
-        take(self._job, self._driver, self._outcome, news, self._kept)
+        told = take(self._job, self._driver, self._outcome, news, self._kept)
         for version in news[1]:
             self._call("release", version)
         self._steps = {name: worker.step for name, worker in news[2].workers.items()}
@@ -234,6 +243,7 @@ class _Session:
             if name not in self._outcome.lost_at:
                 log.warning("%s made no step for %g s; its process is ended.", self._who(name), timeout_s)
                 ray.kill(crew.workers[name])
+        return told
 
     def _watch_server(self) -> None:
         """A shard that was started again holds older values than the others: then all go back together."""
@@ -248,6 +258,8 @@ class _Session:
             self._lose("server", "The parameter server was lost.")
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
+            for name in self._trained:  # others must not wait for a worker that has finished
+                self._crew.workers[name].settle.remote()
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 

@@ -140,7 +140,7 @@ class ParameterServer:
         """Workers whose push of this round was refused."""
         self._waiting: dict[int, _PutAside] = {}
         self._completed: dict[int, Completed] = {}
-        self._evaluated_version = self._saved_version = progress.version
+        self._evaluated_version = self._saved_version = -1
         self._saved_at = time.monotonic()
         self._pause_wanted = self._pausing = False
         self._heard = dict.fromkeys(workers, time.monotonic())
@@ -295,6 +295,11 @@ class ParameterServer:
     def put_aside(self) -> None:
         """Put the values aside for a checkpoint as they stand, when all workers have stopped."""
         self._put_aside(evaluate=False, save=True)
+
+    def has_ended(self) -> bool:
+        """All workers have made their last step, or have paused, and nothing is asked of them any more."""
+        put_aside = self._saved_version if self._active else self._evaluated_version
+        return (self._pausing or not self._active) and not self._waiting and put_aside == self._progress.version
 
     def silent(self, seconds: float) -> list[str]:
         """Active workers of which nothing was heard for so long, though they wait for no other worker."""

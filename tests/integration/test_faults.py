@@ -94,6 +94,27 @@ def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSp
     assert sum(worker.lost for worker in ran.progress.workers.values()) > 0
 
 
+@pytest.mark.parametrize("engine", [{"name": "async"}, {"name": "bounded", "staleness": 50}])
+def test_a_server_killed_after_a_worker_has_finished_waits_for_nobody(make_spec: MakeSpec, engine: dict) -> None:
+    """The restored server is told that the worker has finished, and what was lost of it."""
+    tasks = {"pets": {"batch_size": 2}, "cars": {"batch_size": 64}}
+    checkpoints = {"every_rounds": 20, "every_minutes": None}
+    spec = make_spec(tasks, engine=engine, steps=100, evaluate_every=10_000, checkpoints=checkpoints)
+    killed: list[int] = []
+
+    def kill_when_pets_has_finished(records: list[StepRecord]) -> None:
+        if not killed and any(record.task == "pets" and record.step == 99 for record in records):
+            killed.extend(processes("ServerActor"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    ran = run_engine(Job(spec), watch=kill_when_pets_has_finished)
+
+    assert killed
+    assert ran.progress.workers["cars/0"].step == 100
+    check_every_step_counts_once(ran)
+    assert ran.outcome.versions["last"].version == ran.progress.version
+
+
 def test_a_killed_shard_takes_the_server_back_with_it(make_spec: MakeSpec) -> None:
     engine = {"name": "async", "shards": 2}
     spec = make_spec(engine=engine, steps=300, evaluate_every=10_000, checkpoints=EACH_ROUND)

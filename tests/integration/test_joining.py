@@ -1,0 +1,41 @@
+"""A task that joins a job half-way learns as well as one that was there from the start."""
+
+from pathlib import Path
+
+import pytest
+
+from multitask.job import Job
+from multitask.spec import JobSpec, load_spec
+from tests.conftest import run_engine, store_of
+
+DEMO = Path(__file__).parents[2] / "jobs" / "specs" / "demo.yaml"
+STEPS = 160
+
+
+def spec_of(tasks: list[str], directory: Path) -> JobSpec:
+    demo = load_spec(DEMO)
+    chosen = [task for task in load_spec(DEMO).tasks if task.name in tasks]
+    changes = {"engine": {"name": "local"}, "steps": STEPS, "evaluate_every": STEPS, "directory": str(directory)}
+    return load_spec(
+        JobSpec(**{**vars(demo), "tasks": tuple(chosen)}),
+        {**changes, "task_defaults": {"validation_images": None}},
+    )
+
+
+@pytest.mark.slow
+def test_a_task_attached_half_way_ends_within_a_point_of_one_trained_from_the_start(tmp_path: Path) -> None:
+    """Digits makes the same number of steps of its own in both jobs; the shared rate has fallen when it joins late."""
+    together = run_engine(Job(spec_of(["fashion", "animals", "digits"], tmp_path / "together")))
+
+    first = Job(spec_of(["fashion", "animals"], tmp_path / "late"))
+    polls = iter(range(10_000))
+    paused = run_engine(first, wants_pause=lambda: next(polls) >= STEPS // 2)
+    assert paused.outcome.paused
+    assert STEPS // 2 <= paused.progress.workers["fashion/0"].step < STEPS // 2 + 5
+    late = run_engine(Job(spec_of(["fashion", "animals", "digits"], tmp_path / "late"), store_of(first).latest()))
+
+    assert sum(record.task == "digits" for record in late.records) == STEPS
+    from_start = together.outcome.versions["last"].metrics
+    joined = late.outcome.versions["last"].metrics
+    print({task: (from_start[task]["top1"], joined[task]["top1"]) for task in from_start})
+    assert joined["digits"]["top1"] >= from_start["digits"]["top1"] - 1.0
