@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/installed
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench chaos clean
 
 demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, write runs/demo/report.html
 	$(BIN)/multitask demo
@@ -26,6 +26,9 @@ bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchm
 		$(BIN)/python -m benchmarks.$$name --out benchmarks/results/$${name}_$$(date +%F).json || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.engines --model resnet50 --out benchmarks/results/engines_resnet50_$$(date +%F).json
+
+chaos: $(ENVIRONMENT)  ## kills workers, servers, drivers and nodes of two long runs; prints how soon they are back
+	$(BIN)/python -m benchmarks.chaos --out benchmarks/results/chaos_$$(date +%F).json
 
 clean:
 	rm -rf .venv runs

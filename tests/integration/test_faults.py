@@ -1,5 +1,6 @@
 """What is lost comes back: workers, servers, shards, whole drivers."""
 
+import contextlib
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,18 @@ EACH_ROUND = {"every_rounds": 2, "every_minutes": None}
 
 
 def processes(title: str) -> list[int]:
-    """Ray's processes of one kind of actor, by the title that Ray gives them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if text.startswith(f"ray::{title}"):
-            found.append(int(path.parent.name))
-    return found
+    """This test's own processes of one kind of actor, by the title that Ray gives them."""
+    parents, found = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if (path / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
+                found.append(int(path.name))
+    return [process for process in found if os.getpid() in _ancestors(process, parents)]
+
+
+def _ancestors(process: int, parents: dict[int, int]) -> list[int]:
+    return [process, *_ancestors(parents[process], parents)] if process in parents else []
 
 
 class Killer:
@@ -178,15 +181,8 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """A run directory in which a job of its own process is told to train."""
-    yield tmp_path / "run"
-    for process in processes("ServerActor") + processes("WorkerActor"):
-        os.kill(process, signal.SIGKILL)
-
-
-def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: MakeSpec, directory: Path) -> None:
+def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: MakeSpec, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
     changes = {"steps": 400, "evaluate_every": 100, "checkpoints": EACH_ROUND}
     undisturbed = run_engine(Job(make_spec(engine={"name": "local", "schedule": "rounds"}, **changes)))
     spec = make_spec(engine={"name": "sync"}, directory=str(directory), **changes)
@@ -206,7 +202,8 @@ def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: M
     assert result["last"]["version"] == 400
 
 
-def test_tasks_join_and_leave_a_running_job_and_ctrl_c_stops_it(make_spec: MakeSpec, directory: Path) -> None:
+def test_tasks_join_and_leave_a_running_job_and_ctrl_c_stops_it(make_spec: MakeSpec, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
     spec = make_spec(engine={"name": "async"}, directory=str(directory), steps=100_000, evaluate_every=100_000)
     write_spec(directory.parent / "spec.yaml", spec)
     task = directory.parent / "task.yaml"

@@ -20,6 +20,7 @@ from tests.conftest import EngineRun, png, run_engine, store_of
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
 SYNC = {"name": "sync"}
+BOUNDED_0 = {"name": "bounded", "staleness": 0}
 ROUNDS = {"name": "local", "schedule": "rounds"}
 
 
@@ -32,7 +33,7 @@ def all_values(snapshot: Evaluation) -> dict[str, bytes]:
     return {name: group.values.tobytes() + group.counters.tobytes() for name, group in snapshot.groups.items()}
 
 
-@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("behind", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec, behind: int) -> None:
     """Nothing in flight is `local`; one step in flight is `local` with a delay of one."""
     changes = {"steps": 6, "schedule": {"name": "cosine"}}
@@ -92,6 +93,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
     assert "in compute" in message
 
 
+@pytest.mark.slow
 def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
     spec = make_spec(engine={"name": "async"}, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
 
@@ -112,6 +114,7 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     assert np.array_equal(first, again)
 
 
+@pytest.mark.slow
 def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_spec: MakeSpec) -> None:
     tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
@@ -139,11 +142,13 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
 @pytest.mark.parametrize(
     ("tasks", "engine"),
     [
-        ({"pets": {}}, SYNC),
-        ({"pets": {"weight": 2.0}, "cars": {}}, {"name": "bounded", "staleness": 0}),
-        ({"pets": {"workers": 2}, "cars": {"workers": 2}}, SYNC),
+        pytest.param({"pets": {}}, SYNC, marks=pytest.mark.slow),
+        pytest.param(
+            {"pets": {"weight": 2.0}, "cars": {}}, {"name": "bounded", "staleness": 0}, marks=pytest.mark.slow
+        ),
+        pytest.param({"pets": {"workers": 2}, "cars": {"workers": 2}}, SYNC, marks=pytest.mark.slow),
         ({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 2}),
-        ({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 4}),
+        pytest.param({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict, engine: dict) -> None:
@@ -163,6 +168,7 @@ def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dic
     assert remote.outcome.versions["last"].version == 50
 
 
+@pytest.mark.slow
 def test_shards_change_no_bit_under_async(make_spec: MakeSpec) -> None:
     changes = {"steps": 8, "task_defaults": {"workers": 1}}
     spec = {shards: make_spec({"pets": {}}, engine={"name": "async", "shards": shards}, **changes) for shards in (1, 2)}
@@ -170,6 +176,7 @@ def test_shards_change_no_bit_under_async(make_spec: MakeSpec) -> None:
     assert all_values(whole) == all_values(cut)
 
 
+@pytest.mark.slow
 def test_bounded_workers_stay_within_the_bound(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {}, "cars": {"batch_size": 32}}, engine={"name": "bounded", "staleness": 2}, steps=20)
     ran = run_engine(Job(spec))
