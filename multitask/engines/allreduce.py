@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import Actor
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.ledger import LedgerActor, Report
+from multitask.engines.ledger import FitSetting, LedgerActor, Report
 from multitask.engines.ranks import train_rank
 from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session, worker_cpus
 from multitask.job import Job
@@ -48,12 +48,19 @@ class Crew:
     def __init__(self, job: Job, store: CheckpointStore) -> None:
         resources = job.spec.resources
         cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
-        self._per_worker = {"CPU": cpus} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
+        gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+        self._setting = FitSetting(
+            train_rank,
+            workers=len(job.workers),
+            per_worker={"CPU": cpus, **gpus},
+            start_timeout_s=resources.start_timeout_s,
+            folder=job.spec.run_directory.resolve() / "train",
+        )
         self.ledger: Actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1).remote(job, store)
         self.start()
 
     def start(self) -> None:
-        self.fit = self.ledger.fit.remote(train_rank, self._per_worker)
+        self.fit = self.ledger.fit.remote(self._setting)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Engine `allreduce`: the ledger, which decides as a parameter server does, and holds no values."""
 
 import asyncio
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -77,6 +79,21 @@ class Ledger(Shard):
     def _write(self, operation: Operation) -> None:
         for unread in self._unread.values():
             unread.append(operation)
+
+
+@dataclass(frozen=True)
+class FitSetting:
+    """What Ray Train has to know."""
+
+    train_rank: Callable[[Mapping[str, Any]], None]
+    """What every rank runs; its argument holds `ledger`."""
+    workers: int
+    per_worker: dict[str, float]
+    """What each worker asks of the cluster: CPU, GPU."""
+    start_timeout_s: float
+    """How long a group may take to start before Train tries again."""
+    folder: Path
+    """For files of Train's own."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +190,9 @@ class LedgerActor:
 
     # What the driver and Train's controller call.
 
-    async def fit(self, train_rank: Callable[[Mapping[str, Any]], None], per_worker: Mapping[str, float]) -> None:
-        """Run groups of ranks, until one comes to its end.
-
-        Args:
-            train_rank: what every rank runs.
-            per_worker: what each worker asks of the cluster.
-        """
-        this = ray.get_runtime_context().current_actor
-        await asyncio.to_thread(fit, self._job, this, train_rank, per_worker)
+    async def fit(self, setting: FitSetting) -> None:
+        """Run groups of ranks, until one comes to its end."""
+        await asyncio.to_thread(fit, ray.get_runtime_context().current_actor, setting)
 
     async def report(self, silent_s: float) -> Report:
         """Args:
@@ -231,18 +242,19 @@ class LedgerActor:
         self._changed = asyncio.Event()
 
 
-def fit(
-    job: Job, ledger: Actor, train_rank: Callable[[Mapping[str, Any]], None], per_worker: Mapping[str, float]
-) -> None:
+def fit(ledger: Actor, setting: FitSetting) -> None:
     """Let Ray Train run worker groups, until one comes to its end. Blocks."""
     os.environ |= {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(job.spec.resources.start_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(setting.start_timeout_s),
         # Ranks read data where the spec says, which may be relative to the folder that the run began in.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
+    # Here, because it takes a second and no other engine needs it; Any, because its types are those of its version 1.
+    train: Any = importlib.import_module("ray.train")
+    train_torch: Any = importlib.import_module("ray.train.torch")
 
-    class Losses(UserCallback):
+    class Losses(train.UserCallback):  # type: ignore[misc]
         """Tells the ledger when Train has noticed that a rank is gone."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
@@ -250,21 +262,22 @@ def fit(
             ledger.lose.remote("; ".join(texts))
 
     # NCCL refuses two ranks on one device.
-    shares_device = 0 < per_worker.get("GPU", 0) < 1
-    folder = job.spec.run_directory.resolve() / "train"
-    TorchTrainer(
-        train_rank,
+    shares_device = 0 < setting.per_worker.get("GPU", 0) < 1
+    train_torch.TorchTrainer(
+        setting.train_rank,
         train_loop_config={"ledger": ledger},
-        torch_config=TorchConfig(backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())),
-        scaling_config=ScalingConfig(
-            num_workers=len(job.workers), use_gpu="GPU" in per_worker, resources_per_worker=dict(per_worker)
+        torch_config=train_torch.TorchConfig(
+            backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
         ),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+        scaling_config=train.ScalingConfig(
+            num_workers=setting.workers, use_gpu="GPU" in setting.per_worker, resources_per_worker=setting.per_worker
+        ),
+        run_config=train.RunConfig(
+            name=setting.folder.name,
+            storage_path=str(setting.folder.parent),
             # For ever: who is lost without a step made in between, the driver counts.
-            failure_config=FailureConfig(max_failures=-1),
+            failure_config=train.FailureConfig(max_failures=-1),
             callbacks=[Losses()],
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     ).fit()
