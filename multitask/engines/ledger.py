@@ -254,7 +254,7 @@ def fit(ledger: Actor, setting: FitSetting) -> None:
     train: Any = importlib.import_module("ray.train")
     train_torch: Any = importlib.import_module("ray.train.torch")
 
-    class Losses(train.UserCallback):  # type: ignore[misc]
+    class Losses(train.UserCallback):
         """Tells the ledger when Train has noticed that a rank is gone."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
