@@ -52,7 +52,7 @@ def rank(number: int, folder: str) -> None:
     part = Part(number)
     world = dist.group.WORLD
     assert world is not None
-    plan = plan_buckets({"all": part.layout}, size_mb=0.001)
+    plan = plan_buckets({"all": part.layout}, size_mb=0.0001)
     assert len(plan) > 3
     reduction = Reduction(plan, {"all": part.gradients}, {"all": world})
     reduction.watch(named_tensors(part.net))
@@ -99,7 +99,7 @@ def test_four_processes_drift_from_the_mean_of_sync_by_less_than_a_millionth(tmp
 
 def test_buckets_cover_a_group_from_its_end_and_statistics_come_last() -> None:
     layout = layout_of(network())
-    plan = plan_buckets({"all": layout}, size_mb=0.001)
+    plan = plan_buckets({"all": layout}, size_mb=0.0001)
     weights, last = plan[:-1], plan[-1]
 
     assert [bucket.start for bucket in weights] == sorted((b.start for b in weights), reverse=True)
@@ -111,7 +111,7 @@ def test_buckets_cover_a_group_from_its_end_and_statistics_come_last() -> None:
 
 def test_groups_take_turns_by_how_far_they_are() -> None:
     layouts = {"a": layout_of(network()), "b": layout_of(network())}
-    plan = plan_buckets(layouts, size_mb=0.001)
+    plan = plan_buckets(layouts, size_mb=0.0001)
     assert [bucket.group for bucket in plan] == ["a", "b"] * (len(plan) // 2)
 
 
