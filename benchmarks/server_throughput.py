@@ -16,9 +16,10 @@ this uses, `others` what other processes do.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -32,7 +33,7 @@ from multitask.engines.actors import Refs, ServerActor, ShardActor
 from multitask.engines.served import ray_session
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import flatten, make_layout, named_tensors, tensor_roles
-from multitask.server.messages import Gradients, GroupValues, Push, Reply
+from multitask.server.messages import Gradients, GroupValues, Push, Reply, StepRecord
 from multitask.server.optimizers import make_optimizer
 from multitask.server.parameter_server import OtherShards, ParameterServer, Rules, ServedTask
 from multitask.server.progress import Progress, WorkerProgress
@@ -52,6 +53,8 @@ Session = dict[int, dict[str, float]]
 
 class Numbers:
     """What ServerActor and ShardActor ask of a Job: one group that all workers share."""
+
+    spec = SimpleNamespace(tasks=(SimpleNamespace(name=TASK),))
 
     def __init__(self, model: str, shards: int) -> None:
         network = get_model(model).train()
@@ -76,10 +79,14 @@ class Numbers:
 
         return ClockedShard({GROUP: ParameterGroup(self._layout, self._start, sgd, part=self.ranges[number])})
 
-    def make_server(self, others: OtherShards | None) -> ParameterServer:
+    def pushed_bytes(self, _task: str) -> int:
+        return 4 * self._layout.pushed
+
+    def make_server(self, others: OtherShards | None, on_record: Callable[[StepRecord], None]) -> ParameterServer:
         tasks = {TASK: ServedTask(shared=(GROUP,))}
         rules = Rules(evaluate_every_rounds=NEVER)
-        return ParameterServer(self.make_shard(0), tasks, self.workers, constant(1e-3), rules, self.progress, others)
+        shard, schedule = self.make_shard(0), constant(1e-3)
+        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
 
 
 class NoCheckpoints:

@@ -22,7 +22,7 @@ from multitask.server.parameter_server import OtherShards, ParameterServer, Rule
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.schedules import SCHEDULES, Schedule
 from multitask.server.shard import Shard
-from multitask.spec import BoundedSpec, EngineSpec, JobSpec, LocalSpec, SpecError, SyncSpec, TaskSpec
+from multitask.spec import AllreduceSpec, BoundedSpec, EngineSpec, JobSpec, LocalSpec, SpecError, SyncSpec, TaskSpec
 from multitask.worker import TaskWorker, task_loss
 
 
@@ -160,12 +160,21 @@ class Job:
         ranges = {group.name: group.layout.ranges(self.shards)[number] for group in self.served()}
         return Shard({group.name: self._parameter_group(group, ranges[group.name]) for group in self.served()})
 
+    def make_replica(self, worker: str) -> Shard:
+        """Whole copies of the server's groups that a worker's task uses, for a worker that applies updates itself."""
+        task = self.workers[worker]
+        return Shard({group.name: self._parameter_group(group) for group in self.served() if task in group.tasks})
+
     def make_server(
-        self, others: OtherShards | None = None, on_record: Callable[[StepRecord], None] = lambda _: None
+        self,
+        shard: Shard | None = None,
+        others: OtherShards | None = None,
+        on_record: Callable[[StepRecord], None] = lambda _: None,
     ) -> ParameterServer:
-        """The server, with the first shard.
+        """The server.
 
         Args:
+            shard: the one in its own process, by default the first of all.
             others: the shards in other processes.
             on_record: called with what the server notes of each push.
         """
@@ -180,9 +189,8 @@ class Job:
         }
         schedule = make_schedule(self.spec)
         rules = make_rules(self.spec)
-        return ParameterServer(
-            self.make_shard(0), tasks, self.workers, schedule, rules, self.progress, others, on_record
-        )
+        shard = self.make_shard(0) if shard is None else shard
+        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
 
     def holds_private(self, worker: str) -> bool:
         """The worker keeps private tensors itself, because its task has no other worker."""
@@ -345,9 +353,10 @@ def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> pa
 
 
 def applies_together(engine: EngineSpec) -> bool:
-    """All workers' pushes of a round make one update, as under `sync`."""
+    """All workers' pushes of a round make one update, as under `sync` and `allreduce`."""
     by_rounds = isinstance(engine, LocalSpec) and engine.schedule == "rounds"
-    return isinstance(engine, SyncSpec) or by_rounds or (isinstance(engine, BoundedSpec) and engine.staleness == 0)
+    without_bound = isinstance(engine, BoundedSpec) and engine.staleness == 0
+    return isinstance(engine, AllreduceSpec | SyncSpec) or by_rounds or without_bound
 
 
 def make_rules(spec: JobSpec) -> Rules:

@@ -180,6 +180,15 @@ class SyncSpec:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AllreduceSpec:
+    """As `sync`, but the workers sum their gradients among themselves, in a worker group of Ray Train."""
+
+    name: Literal["allreduce"]
+    bucket_mb: Rate = 4.0
+    """Gradients leave while the backward pass goes on, in pieces of this size."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LocalSpec:
     """All workers in this process: the numerical reference, and where breakpoints work."""
 
@@ -196,7 +205,7 @@ class LocalSpec:
         return self
 
 
-EngineSpec = Annotated[AsyncSpec | BoundedSpec | SyncSpec | LocalSpec, Field(discriminator="name")]
+EngineSpec = Annotated[AsyncSpec | BoundedSpec | SyncSpec | AllreduceSpec | LocalSpec, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

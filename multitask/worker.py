@@ -122,6 +122,8 @@ class TaskWorker:
         self.step = self._learned_step = step
         self._learned_position = position
         self._incarnation = incarnation
+        self.before_last_backward: Callable[[], None] = lambda: None
+        """Called in each step before the backward pass after which its gradients are final, if none is clipped."""
         self._version = 0
         self._seen: set[tuple[int, str]] = set()
         self._refused_in_a_row = 0
@@ -132,6 +134,11 @@ class TaskWorker:
             bind(model.network, layout, self._values[group], self._counters[group], self._gradients[group])
         for norm in training_norms(model.network).values():
             norm.momentum = 1.0
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Group -> the step's gradients, then its statistics: flat, shape (layout.pushed,), the same buffer always."""
+        return self._gradients
 
     def compute(self) -> tuple[Push, Gradients, dict[str, Tensor]]:
         """Forward and backward on the next `accumulate` batches: loss, gradients and batch statistics are their means.
@@ -147,8 +154,10 @@ class TaskWorker:
             gradient.zero_()
         loss, images, skipped = 0.0, 0, 0
         bad_images: tuple[str, ...] = ()
-        for _ in range(self._accumulate):
+        for number in range(self._accumulate):
             batch = next(self._batches)
+            if number == self._accumulate - 1 and self._clip_norm is None:  # clipping changes them all once more
+                self.before_last_backward()
             loss += self._add_gradients(batch)
             images += len(batch.labels)
             skipped += batch.skipped

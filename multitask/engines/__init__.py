@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from multitask.engines import local, served
+from multitask.engines import allreduce, local, served
 from multitask.engines.interface import Driver, Outcome, Watch
 from multitask.job import Job
 
 ENGINES: dict[str, Callable[[Job, Driver], Outcome]] = {
+    "allreduce": allreduce.run,
     "async": served.run,
     "bounded": served.run,
     "local": local.run,

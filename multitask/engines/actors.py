@@ -114,8 +114,8 @@ class ServerActor:
         self._others = list(shards)
         lives = ray.get([shard.restore.remote(job.progress.version) for shard in shards])
         self.lives = [time.time_ns(), *lives]
-        metrics = ServerMetrics({task.name: job.pushed_bytes(task.name) for task in job.spec.tasks})
-        self._server = job.make_server(_RemoteShards(shards) if shards else None, metrics.note)
+        metrics = ServerMetrics(job)
+        self._server = job.make_server(others=_RemoteShards(shards) if shards else None, on_record=metrics.note)
         self._published = _Published(self._server.shard)
         self._changed: Any = None
 

@@ -1,9 +1,8 @@
 """What Ray's own metrics show of a parameter server: dashboards and Prometheus read them from the cluster."""
 
-from collections.abc import Mapping
-
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from multitask.job import Job
 from multitask.server.messages import StepRecord
 
 STEP_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
@@ -12,11 +11,8 @@ STEP_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 class ServerMetrics:
     """Counts what one server process applies; rates (per second) are made of counters where they are shown."""
 
-    def __init__(self, pushed_bytes: Mapping[str, int]) -> None:
-        """Args:
-        pushed_bytes: task -> bytes of one push.
-        """
-        self._bytes_of = pushed_bytes
+    def __init__(self, job: Job) -> None:
+        self._bytes_of = {task.name: job.pushed_bytes(task.name) for task in job.spec.tasks}
         of_task = {"tag_keys": ("task",)}
         self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **of_task)
         self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **of_task)

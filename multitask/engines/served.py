@@ -318,10 +318,13 @@ def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[st
     timeout_s = job.spec.resources.start_timeout_s
     _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
     if missing:
-        late = [name for name, start in starts.items() if start in missing]
-        raise TrainingError(
-            f"Workers {late} did not start within {timeout_s:g} s. The cluster has {ray.cluster_resources()}, "
-            f"of which {ray.available_resources()} is free. Stop other jobs, or lower resources.cpus_per_worker "
-            "or resources.gpus_per_worker."
-        )
+        raise not_started(job, [name for name, start in starts.items() if start in missing])
     return {name: ray.get(start) for name, start in starts.items()}
+
+
+def not_started(job: Job, late: list[str]) -> TrainingError:
+    return TrainingError(
+        f"Workers {late} did not start within {job.spec.resources.start_timeout_s:g} s. The cluster has "
+        f"{ray.cluster_resources()}, of which {ray.available_resources()} is free. Stop other jobs, or lower "
+        "resources.cpus_per_worker or resources.gpus_per_worker."
+    )

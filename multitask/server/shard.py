@@ -1,6 +1,6 @@
 """A shard of the parameter server: a contiguous range of every group, and the pushes that wait for their turn."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,15 +57,15 @@ class Shard:
         for name, step in update.items():
             group = self.groups[name]
             if group.size:
-                group.apply(
-                    _mean([as_tensor(self._stashed[key][name]) for key in step.pushes], step.weights), step.rate
-                )
+                gradients = [as_tensor(self._stashed[key][name]) for key in step.pushes]
+                group.apply(mean(gradients, step.weights), step.rate)
         for key in done:
             self._stashed.pop(key, None)
 
     def keep(self, version: int, slots: bool) -> None:
         """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""
-        self._kept[version] = {name: group.state(slots) for name, group in self.groups.items()}
+        if slots or version not in self._kept:  # a second reason to keep a version does not drop the first one's slots
+            self._kept[version] = {name: group.state(slots) for name, group in self.groups.items()}
 
     def kept(self, version: int) -> dict[str, GroupValues] | None:
         """What was put aside; None where this process knows of no such version."""
@@ -75,12 +75,19 @@ class Shard:
         self._kept.pop(version, None)
 
 
-def _mean(gradients: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
+    """A weighted mean's factors and the divisor of its sum: equal weights cancel, whatever they are."""
+    if len(set(weights)) == 1:
+        return (1.0,) * len(weights), float(len(weights))
+    return tuple(weights), sum(weights)
+
+
+def mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Weighted mean, added up in the order given."""
     if len(gradients) == 1:
         return gradients[0]
-    equal = len(set(weights)) == 1
-    total = gradients[0].clone() if equal else gradients[0] * weights[0]
-    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        total += gradient if equal else gradient * weight
-    return total.div_(len(weights) if equal else sum(weights))
+    factors, divisor = shares(weights)
+    total = gradients[0] * factors[0]
+    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
+        total += gradient if factor == 1.0 else gradient * factor
+    return total.div_(divisor)

@@ -1,0 +1,202 @@
+"""Engine `allreduce` in real worker groups of Ray Train."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+from multitask.engines.allreduce import _Session, crew_of
+from multitask.engines.interface import Driver, Outcome
+from multitask.engines.ledger import LedgerActor
+from multitask.engines.local import DirectServer, make_workers
+from multitask.engines.ranks import RankServer, make_reduction, process_groups
+from multitask.job import Job
+from multitask.server.messages import Evaluation, StepRecord
+from multitask.spec import JobSpec
+from multitask.worker import TaskWorker, TrainingError
+from tests.conftest import EngineRun, run_engine, store_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+MakeSpec = Callable[..., JobSpec]
+ALLREDUCE = {"name": "allreduce", "bucket_mb": 0.001}
+ROUNDS = {"name": "local", "schedule": "rounds"}
+
+
+def losses(records: list[StepRecord]) -> dict[tuple[str, int], float]:
+    return {(record.worker, record.step): record.loss for record in records}
+
+
+def bits(version: Evaluation) -> dict[str, bytes]:
+    return {name: group.values.tobytes() + group.counters.tobytes() for name, group in version.groups.items()}
+
+
+def last(ran: EngineRun) -> dict[str, bytes]:
+    return bits(ran.outcome.versions["last"])
+
+
+@pytest.mark.parametrize("tasks", [{"pets": {"workers": 2}}, {"pets": {"weight": 2.0}, "cars": {"accumulate": 2}}])
+def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict) -> None:
+    changes = {"steps": 50, "evaluate_every": 25, "schedule": {"name": "cosine"}}
+    local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
+    ran = run_engine(Job(make_spec(tasks, engine=ALLREDUCE, **changes)))
+
+    assert losses(ran.records) == losses(local.records)
+    assert len(losses(ran.records)) == 100
+    assert {record.staleness for record in ran.records} == {0}
+    for name in ("best", "last"):
+        version, expected = ran.outcome.versions[name], local.outcome.versions[name]
+        assert bits(version) == bits(expected)
+        assert version.metrics == expected.metrics
+    assert ran.outcome.versions["last"].version == 50
+    assert len({*ran.outcome.processes.values(), os.getpid()}) == 3
+
+
+def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_spec: MakeSpec) -> None:
+    """The task that joins has more steps to make: the others' ranks go on applying what it changes."""
+    changes = {"steps": 6, "evaluate_every": 3, "schedule": {"name": "cosine"}}
+    whole = run_engine(Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, **changes)))
+    job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, **changes))
+    first = run_engine(job, wants_pause=lambda: True)
+    assert first.outcome.paused
+    assert 0 < first.progress.workers["pets/0"].step < 6
+    checkpoint = store_of(job).latest()
+
+    second = run_engine(Job(job.spec, checkpoint))
+
+    assert not second.outcome.paused
+    assert losses(first.records + second.records) == losses(whole.records)
+    assert last(second) == last(whole)
+    more = {"pets": {}, "cars": {}}
+    joined = run_engine(Job(make_spec(more, engine=ALLREDUCE, **changes), checkpoint))
+    expected = run_engine(Job(make_spec(more, engine=ROUNDS, **changes), checkpoint))
+    assert {name: worker.step for name, worker in joined.progress.workers.items()} == {"pets/0": 6, "cars/0": 6}
+    assert max(record.round for record in joined.records) > 6 - 1
+    assert losses(joined.records) == losses(expected.records)
+    assert last(joined) == last(expected)
+    assert joined.outcome.versions["last"].metrics == expected.outcome.versions["last"].metrics
+
+
+def test_a_killed_rank_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
+    changes = {"steps": 150, "evaluate_every": 75, "checkpoints": {"every_rounds": 5}}
+    local = run_engine(Job(make_spec(engine=ROUNDS, **changes)))
+    job = Job(make_spec(engine=ALLREDUCE, **changes, directory=f"{local.job.spec.directory}-killed"))
+    store, outcome, killed = store_of(job), Outcome(), []
+    records: list[StepRecord] = []
+
+    def watch(new: list[StepRecord], *_: object) -> None:
+        records.extend(new)
+        if not killed and store.where() and "cars/0" in outcome.processes:
+            killed.append(outcome.processes["cars/0"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with crew_of(job, store) as crew:
+        _Session(job, Driver(watch, store), outcome, crew).run()
+
+    assert killed
+    assert outcome.processes["cars/0"] != killed[0]
+    assert len(outcome.recoveries) == 1
+    assert losses(records) == losses(local.records)
+    assert bits(outcome.versions["last"]) == last(local)
+
+
+def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {}, "cars": {"std": [1e-38, 1e-38, 1e-38]}}, engine=ALLREDUCE, steps=50)
+
+    with pytest.raises(TrainingError) as caught:
+        run_engine(Job(spec))
+
+    message = str(caught.value)
+    assert "Worker 'cars/0' of task 'cars' failed" in message
+    assert "the loss is nan at step 0" in message
+    assert "in compute" in message
+
+
+@pytest.mark.slow
+def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
+    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
+    with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 8 s.*'CPU': 2"):
+        run_engine(Job(spec))
+
+
+# A gradient that is not finite.
+
+POISONED = ((1, "pets/0"), (2, "pets/0"), (2, "pets/1"), (4, "pets/1"))
+STEPS = 6
+
+
+def spoil(worker: TaskWorker, step: int) -> None:
+    if (step, worker.name) in POISONED:
+        worker.gradients["shared:pets"][5] = float("nan")
+
+
+class Rank:
+    """A rank without Train, whose gradients can be spoilt."""
+
+    def __init__(self, job: Job, number: int, folder: Path) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+        self._job, self._name = job, list(job.workers)[number]
+
+    def train(self, ledger: object, group: int) -> list[bytes]:
+        """Returns what the rank holds after each step, with the optimisers' slots."""
+        job, name = self._job, self._name
+        server = RankServer(job, name, ledger, group)
+        worker = job.make_worker(name, job.make_batches(name))
+        members = process_groups(job, name)
+        server.join()
+        server.meet(worker, make_reduction(job, worker, members), dict.fromkeys(job.workers, STEPS))
+        worker.receive(*server.pull(name))
+        held = []
+        for step in range(STEPS):
+            push, gradients, private = worker.compute()
+            spoil(worker, step)
+            worker.absorb(push, private, *server.wait(server.push(push, gradients)))
+            held.append(state(server._replica.groups))
+        return held
+
+
+def state(groups: dict) -> bytes:
+    return b"".join(str(group.state(slots=True)).encode() + group.values.numpy().tobytes() for group in groups.values())
+
+
+def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """As under `local` by rounds, byte for byte after every step; where both are refused, no byte changes."""
+    job = Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, steps=STEPS))
+    server, workers = job.make_server(), make_workers(job)
+    direct = DirectServer(server)
+    expected = []
+    for step in range(STEPS):
+        sent = []
+        for worker in workers:
+            push, gradients, private = worker.compute()
+            spoil(worker, step)
+            sent.append((worker, push, private, direct.push(push, gradients)))
+        for worker, push, private, handle in sent:
+            worker.absorb(push, private, *direct.wait(handle))
+        expected.append(state(server.shard.groups))
+    assert expected[2] == expected[1]
+    assert len(set(expected)) == STEPS - 1
+
+    job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, steps=STEPS))
+    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote(job, store_of(job))
+    ranks = [ray.remote(Rank).options(num_cpus=0).remote(job, number, tmp_path) for number in range(2)]
+    try:
+        group = ray.get(ledger.begin.remote())
+        found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=120)
+        refused = {
+            (record.step, record.worker): record.refused
+            for record in ray.get(ledger.report.remote(600.0)).news[0]
+            if record.refused
+        }
+    finally:
+        for actor in (ledger, *ranks):
+            ray.kill(actor)
+
+    assert found == [expected, expected]
+    assert set(refused) == set(POISONED)
+    assert all("not finite in group 'shared:pets'" in reason for reason in refused.values())
