@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from multitask.checkpoint import CheckpointStore
 from multitask.data import prefetch
@@ -22,6 +22,8 @@ from multitask.server.shard import Key, Shard, Update
 from multitask.worker import Values, train_steps
 
 RETRY_S = 0.2
+LOST = (RayActorError, ObjectLostError)
+"""What a call of the server, or a look at its values, meets when its process or node is gone."""
 Actor = Any
 """A handle; Ray's own types differ between a class and its options."""
 Refs = dict[str, "ray.ObjectRef[GroupValues]"]
@@ -212,7 +214,7 @@ class RemoteServer:
         if connection == self._connection:
             try:
                 return _fetch(ray.get(answer))
-            except RayActorError:
+            except LOST:
                 self._connection += 1
         # The pushes that were on their way may have been applied or not; none is sent again.
         return self.join(self._step) if self._joined != self._connection else self.pull(self._worker)
@@ -229,7 +231,7 @@ class RemoteServer:
         while True:
             try:
                 return use(ray.get(send()))
-            except RayActorError:
+            except LOST:
                 self._connection += 1
                 if time.monotonic() > deadline:
                     raise
