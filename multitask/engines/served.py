@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import Actor, DecodeActor, ServerActor, ShardActor, WorkerActor
+from multitask.engines.actors import LOST, Actor, DecodeActor, ServerActor, ShardActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.job import Job, make_rules
 from multitask.worker import TrainingError, Values
@@ -277,7 +277,7 @@ class _Session:
         while True:
             try:
                 return ray.get(send(), timeout=timeout_s)
-            except RayActorError as error:
+            except LOST as error:
                 self._lose("server", f"The parameter server was lost: {error}")
                 if time.monotonic() > deadline:
                     raise TrainingError(f"The parameter server did not come back within {timeout_s:g} s.") from None

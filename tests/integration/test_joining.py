@@ -15,7 +15,14 @@ STEPS = 160
 def spec_of(tasks: list[str], directory: Path) -> JobSpec:
     demo = load_spec(DEMO)
     chosen = [task for task in load_spec(DEMO).tasks if task.name in tasks]
-    changes = {"engine": {"name": "local"}, "steps": STEPS, "evaluate_every": STEPS, "directory": str(directory)}
+    changes = {
+        "engine": {"name": "local"},
+        "steps": STEPS,
+        "evaluate_every": STEPS,
+        # The paper's kind: a cosine would leave the shared tensors at rate 0 for the late task's second half.
+        "schedule": {"name": "exponential", "factor": 0.98, "every_rounds": 4},
+        "directory": str(directory),
+    }
     return load_spec(
         JobSpec(**{**vars(demo), "tasks": tuple(chosen)}),
         {**changes, "task_defaults": {"validation_images": None}},
@@ -24,7 +31,10 @@ def spec_of(tasks: list[str], directory: Path) -> JobSpec:
 
 @pytest.mark.slow
 def test_a_task_attached_half_way_ends_within_a_point_of_one_trained_from_the_start(tmp_path: Path) -> None:
-    """Digits makes the same number of steps of its own in both jobs; the shared rate has fallen when it joins late."""
+    """Digits makes the same number of steps of its own in both jobs; the shared rate has fallen when it joins late.
+
+    With the demo's cosine over 160 steps it ended 2.0 points below (94.8 against 96.8 %): see the schedule above.
+    """
     together = run_engine(Job(spec_of(["fashion", "animals", "digits"], tmp_path / "together")))
 
     first = Job(spec_of(["fashion", "animals"], tmp_path / "late"))
