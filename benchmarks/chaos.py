@@ -191,10 +191,12 @@ class Chaos:
         self._wait(lambda: self._made() >= wanted or self._ended())
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline, made = time.monotonic() + PATIENCE_S, self._made()
         while not condition():
+            if self._made() > made:
+                deadline, made = time.monotonic() + PATIENCE_S, self._made()
             if time.monotonic() > deadline:
-                raise SystemExit(f"Nothing happened for {PATIENCE_S:g} s. Its last words:\n{self._last_words()}")
+                raise SystemExit(f"No step was made for {PATIENCE_S:g} s. Its last words:\n{self._last_words()}")
             time.sleep(0.1)
 
 

@@ -273,7 +273,8 @@ class WorkerActor:
         if decoder is None:
             batches = prefetch(self._job.make_batches(self._name, start[1]))
         else:
-            batches = self._job.view(self._name).batches(partial(next, _drawn_ahead(decoder, self._name)))
+            drawn = _drawn_ahead(decoder, self._job, self._name)
+            batches = self._job.view(self._name).batches(partial(next, drawn))
         self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
 
     def train(self) -> None:
@@ -319,10 +320,18 @@ class DecodeActor:
         return self._stream.decoded
 
 
-def _drawn_ahead(decoder: Actor, worker: str) -> Iterator[Drawn]:
-    """A worker's batches from another process, two of them asked for ahead."""
+def _drawn_ahead(decoder: Actor, job: Job, worker: str) -> Iterator[Drawn]:
+    """A worker's batches from another process, two of them asked for ahead; if it is lost, from a stream of its own."""
     waiting = deque(decoder.next.remote(worker) for _ in range(2))
-    while True:
-        drawn = ray.get(waiting.popleft())
-        waiting.append(decoder.next.remote(worker))
-        yield drawn
+    position = job.start_of(worker)[1]
+    try:
+        while True:
+            drawn: Drawn = ray.get(waiting.popleft())
+            waiting.append(decoder.next.remote(worker))
+            position = drawn.position
+            yield drawn
+    except LOST:
+        stream = job.make_stream([worker])
+        stream.seek(worker, position)
+        while True:
+            yield stream.next(worker)

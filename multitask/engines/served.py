@@ -243,7 +243,15 @@ class _Session:
             if name not in self._outcome.lost_at:
                 log.warning("%s made no step for %g s; its process is ended.", self._who(name), timeout_s)
                 ray.kill(crew.workers[name])
+        self._check_places()
         return told
+
+    def _check_places(self) -> None:
+        """Successors find no place where the cluster has become too small."""
+        timeout_s, now = self._job.spec.resources.start_timeout_s, time.monotonic()
+        late = [name for name in self._crew.workers if now - self._outcome.lost_at.get(name, now) > timeout_s]
+        if late:
+            raise not_started(self._job, late)
 
     def _watch_server(self) -> None:
         """A shard that was started again holds older values than the others: then all go back together."""

@@ -128,6 +128,20 @@ def test_a_killed_shard_takes_the_server_back_with_it(make_spec: MakeSpec) -> No
     check_every_step_counts_once(ran)
 
 
+def test_workers_decode_for_themselves_when_their_decoder_is_lost(make_spec: MakeSpec) -> None:
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12}}
+    changes = {"train_shared": False, "steps": 200, "evaluate_every": 10_000}
+    killer = Killer(title="DecodeActor", after=20)
+    ran = run_engine(Job(make_spec(tasks, engine={"name": "async"}, **changes)), watch=killer)
+
+    assert killer.killed is not None
+    check_every_step_counts_once(ran)
+    # No image was left out or seen twice: each task ends as it does alone.
+    alone = run_engine(Job(make_spec({"pets_8": tasks["pets_8"]}, **changes))).outcome.versions["last"]
+    found = ran.outcome.versions["last"].groups["private:pets_8"]
+    assert found.values.tobytes() == alone.groups["private:pets_8"].values.tobytes()
+
+
 @pytest.mark.parametrize("victim", [{"title": "ServerActor"}, {"worker": "cars/0"}])
 def test_sync_ends_with_the_bits_of_an_undisturbed_run(make_spec: MakeSpec, victim: dict[str, str]) -> None:
     changes = {"steps": 600, "evaluate_every": 200, "schedule": {"name": "cosine"}}
