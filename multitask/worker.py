@@ -119,8 +119,9 @@ class TaskWorker:
         self._clip_norm = clip_norm
         self._loss = loss
         self._device = device
-        self.step = self._learned_step = step
-        self._learned_position = position
+        self.step, self.position = step, position
+        """Steps made, and where the stream stood after the last one."""
+        self._learned_step, self._learned_position = step, position
         self._incarnation = incarnation
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called in each step before the backward pass after which its gradients are final, if none is clipped."""
@@ -181,7 +182,7 @@ class TaskWorker:
             process=os.getpid(),
             problem=problem,
         )
-        self.step += 1
+        self.step, self.position = self.step + 1, batch.position
         gradients = {
             group: gradient.cpu().numpy()
             for group, gradient in self._gradients.items()

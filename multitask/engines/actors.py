@@ -17,7 +17,7 @@ from multitask.data import prefetch
 from multitask.data.batches import Drawn
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
-from multitask.server.messages import Gradients, GroupValues, Push, Reply
+from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
 from multitask.server.shard import Key, Shard, Update
 from multitask.worker import Values, train_steps
 
@@ -125,8 +125,8 @@ class ServerActor:
         """A number for this process and for each other shard as it was when this process began."""
         return self.lives
 
-    async def join(self, worker: str, incarnation: int, step: int | None) -> tuple[Reply, list[Refs]]:
-        self._server.join(worker, incarnation, step)
+    async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:
+        self._server.join(worker, incarnation, step, position)
         return await self._answer(worker)
 
     async def pull(self, worker: str) -> tuple[Reply, list[Refs]]:
@@ -175,17 +175,25 @@ class RemoteServer:
         self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
         self._timeout_s = job.spec.resources.start_timeout_s
-        self._step: int | None = None
-        """Steps made, those included whose push is not answered yet."""
+        self._made: tuple[int, int] | None = None
+        """Steps made, those included whose push is not answered yet, and the stream's position after them."""
         self._connection = 0
         """Counts the times that the server was lost: what was sent before is lost too."""
         self._joined = 0
         """The connection that knows this worker."""
 
-    def join(self, step: int | None) -> tuple[Reply, Values]:
-        """Make the worker known, as `ParameterServer.join` has it, and pull."""
-        reply, values = self._retry(lambda: self._server.join.remote(self._worker, self._incarnation, step), _fetch)
-        self._step = reply.step if step is None else step
+    def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
+        """Make the worker known, and pull.
+
+        Args:
+            made: steps that the private tensors which it holds have learned from, and the position after them; None
+                if it holds none and has just started.
+        """
+        step, position = made or (None, 0)
+        reply, values = self._retry(
+            lambda: self._server.join.remote(self._worker, self._incarnation, step, position), _fetch
+        )
+        self._made = made or (reply.step, reply.position)
         self._joined = self._connection
         return reply, values
 
@@ -195,9 +203,9 @@ class RemoteServer:
     def push(self, push: Push, gradients: Gradients) -> tuple[int, "ray.ObjectRef[Any]"]:
         if self._joined != self._connection:
             # The values that these gradients were computed on are lost; the server stands at a version before them.
-            reply, _ = self.join(self._step)
+            reply, _ = self.join(self._made)
             push = replace(push, version=min(push.version, reply.version))
-        self._step = push.step + 1
+        self._made = push.step + 1, push.position
         parts: list[Gradients] = [
             {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
             for number in range(1 + len(self._shards))
@@ -214,10 +222,10 @@ class RemoteServer:
         if connection == self._connection:
             try:
                 return _fetch(ray.get(answer))
-            except LOST:
+            except (*LOST, OutOfStepError):  # a restored server may get what was meant for the one before it
                 self._connection += 1
         # The pushes that were on their way may have been applied or not; none is sent again.
-        return self.join(self._step) if self._joined != self._connection else self.pull(self._worker)
+        return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
 
     def kept(self, version: int, worker: str) -> Values | None:
         return self._retry(lambda: self._server.kept.remote(version, worker), lambda answer: answer)
@@ -267,7 +275,7 @@ class WorkerActor:
         """
         start = self._job.start_of(self._name)
         holds_private = self._job.holds_private(self._name)
-        reply, _ = self._server.join(start[0] if holds_private else None)
+        reply, _ = self._server.join(start if holds_private else None)
         if not holds_private:  # nothing is lost with this worker's process: it goes on where the server stands
             start = reply.step, reply.position
         if decoder is None:
@@ -287,7 +295,7 @@ class WorkerActor:
         Returns:
             Steps made.
         """
-        self._server.join(self._worker.step)
+        self._server.join((self._worker.step, self._worker.position))
         if self._worker.step == self._job.spec.steps:
             self._server.call("finish", self._name)
         return self._worker.step

@@ -14,6 +14,10 @@ class PushRejectedError(ValueError):
     """A push from a worker that this server does not know, or no longer; the message says why. Nothing was changed."""
 
 
+class OutOfStepError(PushRejectedError):
+    """A push that does not follow on what the server has: one of the two was restored to an earlier moment."""
+
+
 @dataclass(frozen=True)
 class Push:
     """One step of one worker, on its way to the server; the gradients travel beside it, a part for each shard."""

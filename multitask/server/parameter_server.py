@@ -13,6 +13,7 @@ from multitask.server.messages import (
     Evaluation,
     Gradients,
     GroupValues,
+    OutOfStepError,
     Push,
     PushRejectedError,
     Reply,
@@ -149,13 +150,14 @@ class ParameterServer:
 
     # What workers call.
 
-    def join(self, worker: str, incarnation: int, step: int | None) -> None:
+    def join(self, worker: str, incarnation: int, step: int | None, position: int = 0) -> None:
         """A worker's process starts, or comes back after the server was restored.
 
         Args:
             incarnation: counts the processes of this worker.
             step: steps that the private tensors which it holds have learned from; None if it holds none, and goes on
                 at the server's step.
+            position: of its stream after that step.
         """
         self._check_worker(worker, incarnation)
         self._incarnation[worker] = incarnation
@@ -163,9 +165,10 @@ class ParameterServer:
         self._arrived.pop(worker, None)
         progress = self._progress.workers[worker]
         if step is not None and step > progress.step:
-            progress.lost += step - progress.step
-            self._count_rounds(step - progress.step)
-            progress.step = step
+            lost = step - progress.step
+            progress.lost += lost
+            progress.step, progress.position = step, position
+            self._count_rounds(lost)
         self._redo_until[worker] = progress.step if step is not None else 0
         self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker))
 
@@ -328,11 +331,9 @@ class ParameterServer:
         where = f"Push {push.step} of worker '{push.worker}' (task '{self._workers[push.worker]}')"
         expected, version = self._progress.workers[push.worker].step, self._progress.version
         if push.step != expected:
-            raise PushRejectedError(
-                f"{where} is out of order: step {expected} is next. Push every step once, in order."
-            )
+            raise OutOfStepError(f"{where} is out of order: step {expected} is next. Push every step once, in order.")
         if push.version > version:
-            raise PushRejectedError(
+            raise OutOfStepError(
                 f"{where} was computed on version {push.version}, but this server is at {version}: "
                 "the worker holds values of another run. Pull before the first step."
             )

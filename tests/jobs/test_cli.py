@@ -27,6 +27,14 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["engine"] == "local"
 
+    standing = json.loads(multitask("status", run, "--json").stdout)
+    assert (standing["state"], standing["tasks"]["pets"]["made"]) == ("finished", 2)
+    assert "2/2" in multitask("status", run).stdout
+    again = multitask("train", "--resume", run)
+    assert (again.returncode, "has ended" in again.stderr) == (1, True)
+    late = multitask("train", "--remove", run, "--task", "cars")
+    assert (late.returncode, "is finished" in late.stderr) == (1, True)
+
     exported = json.loads(multitask("export", run, "--json").stdout)
     assert {Path(name).name for name in exported} == {"backbone.safetensors", "pets.patch", "cars.patch"}
     assert all(Path(name).stat().st_size == size for name, size in exported.items())
@@ -90,3 +98,26 @@ def test_a_bundle_of_another_backbone_is_refused(make_spec: Callable[..., JobSpe
     assert refused.returncode == 1
     assert "expected" in refused.stderr
     assert "found" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Name one of: a job spec, --resume RUN"),
+        (["job.yaml", "--resume", "runs/job"], "Name one of: a job spec, --resume RUN"),
+        (["--attach", "runs/job"], "--task goes with --attach"),
+        (["job.yaml", "--task", "pets"], "--task goes with --attach"),
+    ],
+)
+def test_train_says_what_goes_together(arguments: list[str], message: str) -> None:
+    refused = multitask("train", *arguments)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+
+
+def test_a_task_file_is_checked_before_the_job_is_asked(tmp_path: Path) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text("{name: more, data: ./food, metod: last_layer, resolution: 8}")
+    refused = multitask("train", "--attach", tmp_path, "--task", task)
+    assert refused.returncode == 1
+    assert f"{task}: metod: unknown key; did you mean method?" in refused.stderr

@@ -182,6 +182,34 @@ def test_groups_follow_the_sets_of_tasks_that_share_tensors(make_spec: MakeSpec)
         assert sorted(held) == sorted(all_names)
 
 
+@pytest.mark.parametrize("schedule", ["turns", "rounds"])
+def test_a_task_with_its_own_head_leaves_the_head_of_others_alone(make_spec: MakeSpec, schedule: str) -> None:
+    """Resolutions a and b share the backbone's head, which c replaces: c's pushes change neither values nor slots."""
+    shares_head = {"method": "scale_bias", "num_classes": None}
+    tasks = {"pets": shares_head, "pets_large": {**shares_head, "resolution": 12}, "cars": {}}
+    job = Job(make_spec(tasks, engine={"name": "local", "schedule": schedule}))
+    server = job.make_server()
+    direct = DirectServer(server)
+    workers = {name: job.make_worker(name, job.make_batches(name)) for name in job.workers}
+
+    def step(*names: str) -> None:
+        sent = [(workers[name], *workers[name].compute()) for name in names]
+        handles = [direct.push(push, gradients) for _, push, gradients, _ in sent]
+        for (worker, push, _, private), handle in zip(sent, handles, strict=True):
+            worker.absorb(push, private, *direct.wait(handle))
+
+    def state(group: str) -> bytes:
+        return pickle.dumps(server.shard.groups[group].state(slots=True))
+
+    step(*workers)
+    for name in ("pets/0", "pets_large/0"):
+        server.finish(name)  # from here on c pushes alone
+    head, everything = state("shared:pets+pets_large"), state("shared:pets+pets_large+cars")
+    step("cars/0")
+    assert state("shared:pets+pets_large") == head
+    assert state("shared:pets+pets_large+cars") != everything
+
+
 def test_a_frozen_backbone_is_never_pushed_and_stays_bit_identical(make_spec: MakeSpec) -> None:
     job, outcome, records, _ = run(make_spec(train_shared=False))
 
