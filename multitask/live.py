@@ -16,7 +16,7 @@ STATUS = "status.json"
 REQUESTS = "requests"
 WRITE_EVERY_S = 1.0
 SILENT_S = 60.0
-"""A driver that has not written for so long is taken for dead."""
+"""A driver on another machine that has not written for so long is taken for dead."""
 POLL_S = 0.2
 
 
@@ -38,7 +38,8 @@ class LiveStatus:
 def read_status(directory: Path) -> dict[str, Any]:
     """What the driver wrote last, with `silent_s`, the seconds since then.
 
-    A state that only a living driver has ("running") becomes "lost" where nothing was heard for a minute.
+    A state that only a living driver has ("running") becomes "lost" where its process is gone, or, on another machine,
+    was not heard of for a minute.
 
     Raises:
         RunError: nothing was started in this directory.
@@ -50,9 +51,21 @@ def read_status(directory: Path) -> dict[str, Any]:
         )
     status: dict[str, Any] = json.loads(path.read_text())
     status["silent_s"] = max(0.0, time.time() - status["updated"])
-    if status["state"] == "running" and status["silent_s"] > SILENT_S:
+    if status["state"] == "running" and not _is_alive(status):
         status["state"] = "lost"
     return status
+
+
+def _is_alive(status: Mapping[str, Any]) -> bool:
+    if status["host"] != socket.gethostname():
+        return bool(status["silent_s"] <= SILENT_S)
+    try:
+        os.kill(status["process"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job import Job
-from multitask.live import STATUS, Request, requests
+from multitask.live import STATUS, Request, read_status, requests
 from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.server.messages import Evaluation
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
@@ -62,7 +62,7 @@ def train(
     store.clear()
     directory.mkdir(parents=True)
     write_spec(directory / "spec.yaml", spec)
-    return _Training(directory, job, store, console).run()
+    return _Training(directory, job, store, console, status=None).run()
 
 
 def resume(directory: Path, *, console: Console | None = None) -> Run:
@@ -78,22 +78,35 @@ def resume(directory: Path, *, console: Console | None = None) -> Run:
         raise RunError(f"'{directory}' holds no run (no spec.yaml). Name a directory that `multitask train` uses.")
     if (directory / "result.json").is_file():
         raise RunError(f"The run in '{directory}' has ended; there is nothing to go on with. Next: multitask export.")
+    # A run whose driver was lost before it could write anything has no status.
+    status = read_status(directory) if (directory / STATUS).is_file() else None
+    if status is not None and status["state"] == "running":
+        raise RunError(
+            f"The run in '{directory}' is running, in process {status['process']} on '{status['host']}'. "
+            "Stop that one first (Ctrl-C)."
+        )
     # The directory may have moved, or be named from elsewhere.
     spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
-    return _Training(directory, Job(spec, store.latest()), store, console, resumed=True).run()
+    return _Training(directory, Job(spec, store.latest()), store, console, status).run()
 
 
 class _Training:
     """One driver's work on a run, from its start or its latest checkpoint to its end."""
 
     def __init__(
-        self, directory: Path, job: Job, store: CheckpointStore, console: Console | None, *, resumed: bool = False
+        self,
+        directory: Path,
+        job: Job,
+        store: CheckpointStore,
+        console: Console | None,
+        status: Mapping[str, Any] | None,
     ) -> None:
+        """Args:
+        status: how a run stood that goes on now.
+        """
         self._directory, self._job, self._store = directory, job, store
-        self._resumed = resumed
         spec = job.spec
-        status = Watch.read(directory) if resumed else None
         self._tracker = Tracker(
             spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
             spec.tracking.experiment,

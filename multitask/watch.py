@@ -1,7 +1,6 @@
 """What happens in a run, for people: progress bars, MLflow, the status file and the run's result."""
 
 import contextlib
-import json
 import logging
 import time
 from collections import defaultdict
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from multitask.job import Job
-from multitask.live import STATUS, LiveStatus
+from multitask.live import LiveStatus
 from multitask.server import progress as server_progress
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.tracking import Tracker
@@ -62,11 +61,6 @@ class Watch:
         self._tasks = {} if status is None else {name: _TaskWatch(**task) for name, task in status["tasks"].items()}
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["step"]) for task in self._tasks.values() for point in task.curve}
-
-    @staticmethod
-    def read(directory: Path) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads((directory / STATUS).read_text())
-        return status
 
     @contextlib.contextmanager
     def showing(self, job: Job) -> Iterator[None]:

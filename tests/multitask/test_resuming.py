@@ -154,6 +154,25 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
         multitask.resume(directory)
 
 
+def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone_is_lost(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=300)
+    status = spec.run_directory / "status.json"
+    thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
+    with pytest.raises(multitask.Stopped):
+        multitask.train(spec)
+    thread.join()
+    content = json.loads(status.read_text())
+    status.write_text(json.dumps({**content, "state": "running"}))
+    with pytest.raises(RunError, match=rf"is running, in process {os.getpid()}"):
+        multitask.resume(spec.run_directory)
+    status.write_text(json.dumps({**content, "state": "running", "process": 2**22 + 1}))
+    assert read_status(spec.run_directory)["state"] == "lost"
+    status.write_text(json.dumps({**content, "state": "running", "host": "elsewhere", "updated": time.time() - 61}))
+    assert read_status(spec.run_directory)["state"] == "lost"
+    status.unlink()
+    assert multitask.resume(spec.run_directory).result["last"]["round"] == 300
+
+
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no spec\.yaml"):
         multitask.resume(tmp_path)
