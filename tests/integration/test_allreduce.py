@@ -21,7 +21,7 @@ from multitask.spec import JobSpec
 from multitask.worker import TaskWorker, TrainingError
 from tests.conftest import EngineRun, run_engine, store_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
 ALLREDUCE = {"name": "allreduce", "bucket_mb": 0.001}
 ROUNDS = {"name": "local", "schedule": "rounds"}
@@ -43,7 +43,7 @@ def last(ran: EngineRun) -> dict[str, bytes]:
     "tasks",
     [
         {"pets": {"weight": 2.0}, "cars": {"accumulate": 2}},
-        pytest.param({"pets": {"workers": 2}}, marks=pytest.mark.slow),
+        {"pets": {"workers": 2}},
     ],
 )
 def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict) -> None:
@@ -62,7 +62,6 @@ def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec, task
     assert len({*(record.process for record in ran.records), os.getpid()}) == 3
 
 
-@pytest.mark.slow
 def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_spec: MakeSpec) -> None:
     """The task that joins has more steps to make: the others' ranks go on applying what it changes."""
     changes = {"steps": 6, "evaluate_every": 3, "schedule": {"name": "cosine"}}
@@ -88,7 +87,6 @@ def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_sp
     assert joined.outcome.versions["last"].metrics == expected.outcome.versions["last"].metrics
 
 
-@pytest.mark.slow
 def test_a_killed_rank_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
     changes = {"steps": 150, "evaluate_every": 75, "checkpoints": {"every_rounds": 5}}
     local = run_engine(Job(make_spec(engine=ROUNDS, **changes)))
@@ -113,7 +111,6 @@ def test_a_killed_rank_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
     assert bits(outcome.versions["last"]) == last(local)
 
 
-@pytest.mark.slow
 def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {}, "cars": {"std": [1e-38, 1e-38, 1e-38]}}, engine=ALLREDUCE, steps=50)
 
@@ -126,7 +123,6 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
     assert "in compute" in message
 
 
-@pytest.mark.slow
 def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
     spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
     with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 8 s.*'CPU': 2"):

@@ -33,7 +33,8 @@ def all_values(snapshot: Evaluation) -> dict[str, bytes]:
     return {name: group.values.tobytes() + group.counters.tobytes() for name, group in snapshot.groups.items()}
 
 
-@pytest.mark.parametrize("behind", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("behind", [0, 1])
 def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec, behind: int) -> None:
     """Nothing in flight is `local`; one step in flight is `local` with a delay of one."""
     changes = {"steps": 6, "schedule": {"name": "cosine"}}
@@ -59,6 +60,7 @@ def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> Non
     assert set(versions["last"].metrics) == {"pets", "cars", "food"}
 
 
+@pytest.mark.slow
 def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)
     job = Job(spec)
@@ -101,6 +103,7 @@ def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
         run(spec)
 
 
+@pytest.mark.slow
 def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
     worker = job.make_worker("pets/0", job.make_batches("pets/0"))
@@ -139,21 +142,23 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
 # Engine `sync`, shards.
 
 
+TWO_AND_ONE = {"pets": {}, "cars": {"workers": 2}}
+
+
 @pytest.mark.parametrize(
-    ("tasks", "engine"),
+    ("tasks", "engine", "steps"),
     [
-        pytest.param({"pets": {}}, SYNC, marks=pytest.mark.slow),
-        pytest.param(
-            {"pets": {"weight": 2.0}, "cars": {}}, {"name": "bounded", "staleness": 0}, marks=pytest.mark.slow
-        ),
-        pytest.param({"pets": {"workers": 2}, "cars": {"workers": 2}}, SYNC, marks=pytest.mark.slow),
-        ({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 2}),
-        pytest.param({"pets": {}, "cars": {"workers": 2}}, {**SYNC, "shards": 4}, marks=pytest.mark.slow),
+        ({"pets": {}, "cars": {}}, {**SYNC, "shards": 2}, 6),
+        pytest.param({"pets": {}}, SYNC, 50, marks=pytest.mark.slow),
+        pytest.param({"pets": {"weight": 2.0}, "cars": {}}, BOUNDED_0, 50, marks=pytest.mark.slow),
+        pytest.param({"pets": {"workers": 2}, "cars": {"workers": 2}}, SYNC, 50, marks=pytest.mark.slow),
+        pytest.param(TWO_AND_ONE, {**SYNC, "shards": 2}, 50, marks=pytest.mark.slow),
+        pytest.param(TWO_AND_ONE, {**SYNC, "shards": 4}, 50, marks=pytest.mark.slow),
     ],
 )
-def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict, engine: dict) -> None:
+def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict, engine: dict, steps: int) -> None:
     """1, 2, 3 and 4 workers; 1, 2 and 4 shards."""
-    changes = {"steps": 50, "evaluate_every": 25, "schedule": {"name": "cosine"}}
+    changes = {"steps": steps, "evaluate_every": steps // 2, "schedule": {"name": "cosine"}}
     local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
     remote = run_engine(Job(make_spec(tasks, engine=engine, **changes)))
 
@@ -161,11 +166,11 @@ def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dic
         return {(record.worker, record.step): record.loss for record in ran.records}
 
     assert losses(remote) == losses(local)
-    assert len(losses(remote)) == 50 * len(remote.job.workers)
+    assert len(losses(remote)) == steps * len(remote.job.workers)
     assert {record.staleness for record in remote.records} == {0}
     for version in ("best", "last"):
         assert all_values(remote.outcome.versions[version]) == all_values(local.outcome.versions[version])
-    assert remote.outcome.versions["last"].version == 50
+    assert remote.outcome.versions["last"].version == steps
 
 
 @pytest.mark.slow

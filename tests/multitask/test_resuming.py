@@ -125,7 +125,7 @@ def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run(make_spec: MakeSpec) -> None:
-    spec = make_spec(steps=300, evaluate_every=150)
+    spec = make_spec(steps=100, evaluate_every=50)
     directory = spec.run_directory
     thread = interrupt_when(directory, lambda status: status["tasks"]["pets"]["made"] > 0)
     with pytest.raises(multitask.Stopped, match="--resume"):
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
     thread.join()
     stopped = read_status(directory)
     assert stopped["state"] == "stopped"
-    assert 0 < stopped["tasks"]["pets"]["made"] < 300
+    assert 0 < stopped["tasks"]["pets"]["made"] < 100
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "KILLED"
     with pytest.raises(SpecError, match="--resume"):
@@ -145,8 +145,8 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
 
     assert run.result["mlflow_run_id"] == stopped["mlflow_run_id"]
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "FINISHED"
-    assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [150, 300]
-    assert run.result["tasks"]["pets"]["pushes"] == 300
+    assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [50, 100]
+    assert run.result["tasks"]["pets"]["pushes"] == 100
     whole = multitask.train(replace(spec, directory=f"{directory}-whole"))
     assert whole.result["last"] == run.result["last"]
     assert (whole.directory / "last.safetensors").read_bytes() == (run.directory / "last.safetensors").read_bytes()
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
 
 
 def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone_is_lost(make_spec: MakeSpec) -> None:
-    spec = make_spec(steps=300)
+    spec = make_spec(steps=100)
     status = spec.run_directory / "status.json"
     thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
     with pytest.raises(multitask.Stopped):
@@ -170,7 +170,7 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
     status.write_text(json.dumps({**content, "state": "running", "host": "elsewhere", "updated": time.time() - 61}))
     assert read_status(spec.run_directory)["state"] == "lost"
     status.unlink()
-    assert multitask.resume(spec.run_directory).result["last"]["round"] == 300
+    assert multitask.resume(spec.run_directory).result["last"]["round"] == 100
 
 
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_task_that_joins_starts_from_the_current_shared_tensors_on_its_own_sch
 
 
 def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec: MakeSpec) -> None:
-    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=400, evaluate_every=200)
+    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=150, evaluate_every=75)
     directory = spec.run_directory
     done: list[str] = []
 
@@ -287,9 +287,9 @@ def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec
     assert [task.name for task in Run(directory).spec.tasks] == ["pets", "food", "more_cars"]
     assert set(run.export().bundles) == {"pets", "food", "more_cars"}
     assert {name: task["made"] for name, task in read_status(directory)["tasks"].items()} == {
-        "pets": 400,
-        "food": 400,
-        "more_cars": 400,
+        "pets": 150,
+        "food": 150,
+        "more_cars": 150,
     }
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     parent = client.get_run(run.result["mlflow_run_id"])
