@@ -60,7 +60,7 @@ class Watch:
         self._live = LiveStatus(directory)
         self._tasks = {} if status is None else {name: _TaskWatch(**task) for name, task in status["tasks"].items()}
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
-        self._versions = {int(point["step"]) for task in self._tasks.values() for point in task.curve}
+        self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
 
     @contextlib.contextmanager
     def showing(self, job: Job) -> Iterator[None]:
@@ -162,11 +162,11 @@ class Watch:
 
     def _note_evaluation(self, evaluation: Evaluation) -> None:
         """An evaluation that is made again, after going back to a checkpoint, is logged once."""
-        if evaluation.round in self._versions:
+        if evaluation.version in self._versions:
             return
-        self._versions.add(evaluation.round)
+        self._versions.add(evaluation.version)
         for name, metrics in evaluation.metrics.items():
-            self._tasks[name].curve.append({"step": evaluation.round, **metrics})
+            self._tasks[name].curve.append({"step": evaluation.round, "version": evaluation.version, **metrics})
             named = {f"validation_{key}": value for key, value in metrics.items()}
             self._tracker.log_metrics(name, named, evaluation.round)
         self._tracker.log_metrics(None, {"validation_mean_top1": evaluation.mean_top1}, evaluation.round)
