@@ -341,6 +341,7 @@ def _train(uri: str, offset: int, start: Any, answers: Any) -> None:
     answers.put((offset, {task: tracked.task_run_id(task) for task in ("pets", "cars")}))
 
 
+@pytest.mark.slow
 def test_a_start_that_is_killed_leaves_no_half_made_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
