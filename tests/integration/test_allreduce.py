@@ -124,8 +124,8 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
 
 
 def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
-    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.5, "start_timeout_s": 8})
-    with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 8 s.*'CPU': 2"):
+    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.5, "start_timeout_s": 20})
+    with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 20 s.*'CPU': 2"):
         run_engine(Job(spec))
 
 
