@@ -126,7 +126,7 @@ class TaskWorker:
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called in each step before the backward pass after which its gradients are final, if none is clipped."""
         self._version = 0
-        self._seen: set[tuple[int, str]] = set()
+        self._seen: set[tuple[int, int, str]] = set()
         self._refused_in_a_row = 0
         self._values = {group: initial[group][0].to(device, copy=True) for group in layouts}
         self._counters = {group: initial[group][1].to(device, copy=True) for group in layouts}
@@ -271,10 +271,11 @@ class TaskWorker:
         """What is asked of this worker for the first time."""
         new = []
         for cut in filter(when, cuts):
-            evaluate = cut.evaluate and self.validation is not None and (cut.version, "evaluate") not in self._seen
-            save = cut.save and (cut.version, "save") not in self._seen
-            self._seen |= {(cut.version, "evaluate")} if evaluate else set()
-            self._seen |= {(cut.version, "save")} if save else set()
+            which = cut.server, cut.version
+            evaluate = cut.evaluate and self.validation is not None and (*which, "evaluate") not in self._seen
+            save = cut.save and (*which, "save") not in self._seen
+            self._seen |= {(*which, "evaluate")} if evaluate else set()
+            self._seen |= {(*which, "save")} if save else set()
             if evaluate or save:
                 new.append(Cut(cut.version, evaluate, save))
         return new

@@ -85,6 +85,8 @@ class Cut:
     """Each task hands in its validation metrics."""
     save: bool
     """Each worker hands in its private tensors, with their optimiser."""
+    server: int = 0
+    """Names the server's process: one that was restored comes to the same versions again, with other values."""
 
 
 @dataclass(frozen=True)

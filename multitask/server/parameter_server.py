@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -144,6 +144,7 @@ class ParameterServer:
         self._evaluated_version = self._saved_version = -1
         self._saved_at = time.monotonic()
         self._pause_wanted = self._pausing = False
+        self._process = time.time_ns()
         self._heard = dict.fromkeys(workers, time.monotonic())
         self._on_record = on_record
         self._records: list[StepRecord] = []
@@ -457,9 +458,9 @@ class ParameterServer:
             shard.keep(version, save)
         earlier = self._waiting.get(version)
         if earlier is None:
-            self._waiting[version] = _PutAside(Cut(version, evaluate, save), deepcopy(self._progress))
+            self._waiting[version] = _PutAside(Cut(version, evaluate, save, self._process), deepcopy(self._progress))
         else:
-            earlier.cut = Cut(version, evaluate or earlier.cut.evaluate, save or earlier.cut.save)
+            earlier.cut = replace(earlier.cut, evaluate=evaluate or earlier.cut.evaluate, save=save or earlier.cut.save)
 
     def _complete(self, version: int) -> None:
         """Hand a version to the driver when all tasks and workers have handed in what they hold of it."""
