@@ -26,7 +26,8 @@ class ServerMetrics:
     def note(self, record: StepRecord) -> None:
         """One push that was dealt with."""
         tags = {"task": record.task}
-        self._bytes.inc(self._bytes_of[record.task], tags)
+        if self._bytes_of[record.task]:  # Ray counts nothing but what is above zero
+            self._bytes.inc(self._bytes_of[record.task], tags)
         self._queue.set(record.queue)
         if record.refused is not None:
             self._refused.inc(1, tags)
