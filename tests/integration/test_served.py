@@ -10,7 +10,7 @@ import ray
 import torch
 
 from multitask.data import write_table
-from multitask.engines.served import actors, decoders, worker_cpus
+from multitask.engines.served import actors, decoders, equal_share
 from multitask.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
@@ -204,4 +204,4 @@ def test_a_corrupt_image_is_named_through_a_shared_decode(make_spec: MakeSpec, t
     ("cpus", "workers", "share"), [(2, 3, 0.66), (2, 2, 1.0), (64, 3, 1.0), (2, 5, 0.4), (1, 500, 0.01)]
 )
 def test_workers_share_the_cpus(cpus: float, workers: int, share: float) -> None:
-    assert worker_cpus(cpus, workers) == share
+    assert equal_share(cpus, workers) == share
