@@ -152,7 +152,7 @@ class PatchedModel(nn.Module):
         """As `Backbone.run`, with this task's tensors.
 
         Beside a side network the steps between the shared ones and the head read more than one output, so they run from
-        the images only; what the head reads, the features, is `run(images, 0, -1)`.
+        the images only; what the head reads, the features, is `run(images, 0, -1)`, and `run(features, -1)` the logits.
 
         Raises:
             PatchError: a start or stop amid those steps.
@@ -160,7 +160,7 @@ class PatchedModel(nn.Module):
         copy, side = self._copy(), side_of(self.network)
         head = len(copy.steps) - 1
         first, end, _ = slice(start, stop).indices(head + 1)
-        if side is None or end <= self.first_private_block:
+        if side is None or (end < head and end <= self.first_private_block) or first == head:
             return copy.run(x, start, stop)
         if first != 0 or end < head:
             raise PatchError(

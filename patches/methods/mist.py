@@ -1,7 +1,7 @@
 """Minimal interaction separated tuning: one sum of a frozen ViT's token maps, and a small network at the edge."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -216,7 +216,7 @@ class Edge(nn.Module):
         with seeded(seed + SIDE_SEEDS):
             self.side = method.build_network(backbone["options"])
         self.backbone = dict(backbone)
-        self.options = {field: getattr(method, field) for field in Mist.__dataclass_fields__ if field != "heads"}
+        self.options = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
         self.num_classes = num_classes
         layer = nn.Linear(backbone["options"]["hidden_dim"], num_classes, device="meta")
         weight, bias = draw_linear(layer.in_features, num_classes, torch.Generator().manual_seed(seed))
