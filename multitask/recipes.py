@@ -31,6 +31,30 @@ K_FOR_1_WHOLE_NETWORK = replace(
         "optimizer.rate": "the best of 0.0045 to 0.45 in factors of 3, a small one for a whole network",
     },
 )
+WARM_UP = {"schedule.warm_up_rounds": "10 of 100 epochs, so 10 * training images / (batch_size * accumulate)"}
+DTL = Recipe(
+    source="Fu, Zhu and Wu, 'DTL', AAAI 2024, with the training scripts of its official code",
+    optimizer={"name": "adamw", "weight_decay": 0.05},
+    schedule={"name": "cosine"},
+    per_data_set={"optimizer.rate": "1e-4 to 1e-2 with batches of 32, the best on validation data", **WARM_UP},
+)
+MIST = Recipe(
+    source="Tang, Fu and Wu, 'Minimal Interaction Separated Tuning', CVPR 2025",
+    # The paper states no weight decay and no warm-up; the latter is DTL's, from the same authors.
+    optimizer={"name": "adam", "weight_decay": 0.0},
+    schedule={"name": "cosine"},
+    per_data_set={"optimizer.rate": "the best on validation data, with batches of 32", **WARM_UP},
+)
+PARASITE = Recipe(
+    source="Alini, Sturim, Brady and Khorrami, 'Parasite Networks', 2024",
+    optimizer={"name": "adamw"},
+    schedule={"name": "cosine"},
+    per_data_set={
+        "optimizer.rate": "the best of 0.0001 to 50 for 256 images (rate_rule: per_256_images), on validation data",
+        "optimizer.weight_decay": "the best of 0, 1e-4, 1e-3 and 1e-2, on validation data",
+        **WARM_UP,
+    },
+)
 
 RECIPES: dict[str, Recipe] = {
     "scale_bias": K_FOR_1,
@@ -38,6 +62,11 @@ RECIPES: dict[str, Recipe] = {
     "last_layer": K_FOR_1,
     "norm_statistics": K_FOR_1,
     "full": K_FOR_1_WHOLE_NETWORK,
+    "dtl": DTL,
+    "dtl_plus": DTL,
+    "dtl_plus_star": DTL,
+    "mist": MIST,
+    "parasite": PARASITE,
 }
 """Patch method -> its paper's recipe."""
 

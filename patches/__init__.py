@@ -1,6 +1,7 @@
 """Patches: small sets of private tensors that fit one shared backbone to many tasks."""
 
 from patches.backbone import Backbone, load_backbone
+from patches.bank import PatchBank
 from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle, verify_bundle
 from patches.errors import BackboneError, BundleError, PatchError
 from patches.fold import fold
@@ -14,6 +15,7 @@ __all__ = [
     "BundleInfo",
     "MethodInfo",
     "ParameterCounts",
+    "PatchBank",
     "PatchError",
     "PatchedModel",
     "attach",

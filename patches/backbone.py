@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from patches.errors import BackboneError
-from patches.families import FAMILIES
+from patches.families import FAMILIES, NetworkFunction
 from patches.files import write_atomic
 from patches.names import unknown_name_message
-from patches.structure import copy_structure, meta, tensors_sha256
+from patches.structure import alias, copy_structure, meta, seeded, tensors_sha256
 from patches.weights import load_weights
 
 NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -29,6 +29,7 @@ class Backbone:
             `attach`: the patched models alias its storage.
         steps: names of the steps in order: "stem", "block1" to "blockN", "tail", "head". The tail gives the pooled
             features (batch, width), the head the logits.
+        stages: number of the first block of each stage, in order: (1,) where all blocks have one width and resolution.
     """
 
     def __init__(self, name: str, options: dict[str, Any], network: nn.Module) -> None:
@@ -38,6 +39,7 @@ class Backbone:
         self._family = FAMILIES[name]
         self._steps = self._family.steps(network)
         self.steps = tuple(step.name for step in self._steps)
+        self.stages = self._family.stages(network, self._steps)
 
     @property
     def num_blocks(self) -> int:
@@ -60,9 +62,48 @@ class Backbone:
             mode it is the main logits alone, where InceptionV3 itself also returns its auxiliary ones.
         """
         for step in self._steps[start:stop]:
-            for call in step.calls:
-                x = self.network.get_submodule(call)(x) if isinstance(call, str) else call(self.network, x)
+            x = self._call(step.calls, x)
         return x
+
+    def outputs(self, images: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Run the sequence once, up to the last wanted step.
+
+        Args:
+            images: shape (batch, 3, height, width).
+            wanted: indices of steps.
+        Yields:
+            In order, each wanted index and that step's output, the same bits as `run(images, 0, index + 1)`.
+        """
+        x = images
+        for index in range(max(wanted, default=-1) + 1):
+            x = self.run(x, index, index + 1)
+            if index in wanted:
+                yield index, x
+
+    def enter(self, x: Tensor, block: int) -> Tensor:
+        """What block number `block` itself reads, from the output of the step before: a merging opens Swin's stages."""
+        return self._call(self._steps[block].calls[:-1], x)
+
+    def run_entered(self, x: Tensor, block: int) -> Tensor:
+        """The rest of a block's step: `run_entered(enter(x, block), block)` is `run(x, block, block + 1)`."""
+        return self._call(self._steps[block].calls[-1:], x)
+
+    def paths(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Paths of the modules and tensors that the steps[start:stop] use."""
+        steps = self._steps[start:stop]
+        return [path for step in steps for path in (*step.calls, *step.tensors) if isinstance(path, str)]
+
+    def hold_in_eval(self, stop: int) -> None:
+        """Put every module of the steps[:stop] into eval mode: dropout, stochastic depth and BatchNorm's statistics."""
+        for path in self.paths(0, stop):
+            parent, _, name = path.rpartition(".")
+            found = getattr(self.network.get_submodule(parent), name)
+            for module in found.modules() if isinstance(found, nn.Module) else ():
+                module.training = False
+
+    def frozen(self) -> Self:
+        """A structural copy in eval mode over the same storage, whatever mode this one is put into."""
+        return type(self)(self.name, self.options, copy_structure(self.network, alias).eval())
 
     def block_shapes(self, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """Output shape of every step for one image, without the batch axis; computes no values.
@@ -120,6 +161,10 @@ class Backbone:
         """`name` and `options`: what `load_backbone(name, weights=file, **options)` needs beside the file."""
         return {"name": self.name, "options": json.loads(json.dumps(self.options))}
 
+    def identity(self) -> dict[str, Any]:
+        """`name`, `options` and `content_hash`: the one backbone that a bundle fits."""
+        return {**self.architecture(), "content_hash": self.content_hash()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state dict to a .safetensors file, atomically, in contiguous order."""
         state = {
@@ -127,6 +172,11 @@ class Backbone:
             for name, tensor in self.network.state_dict().items()
         }
         write_atomic(path, safetensors.torch.save(state))
+
+    def _call(self, calls: tuple[str | NetworkFunction, ...], x: Tensor) -> Tensor:
+        for call in calls:
+            x = self.network.get_submodule(call)(x) if isinstance(call, str) else call(self.network, x)
+        return x
 
     def _modules(self, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
         return ((path, module) for path, module in self.network.named_modules() if isinstance(module, kinds))
@@ -150,8 +200,8 @@ def load_backbone(
         num_classes: size of the head.
         seed: of the random weights; the global random state is left as it was.
         options: of the family (`patches.families.FAMILIES`), such as width_mult, stem_stride (1 for small images),
-            last_channel (width before the head) or image_size; and `norm_momentum`, the momentum of every BatchNorm
-            layer (default: the network's own).
+            last_channel (width before the head), image_size, or the depths and widths of a small ViT or Swin; and
+            `norm_momentum`, the momentum of every BatchNorm layer (default: the network's own).
     Raises:
         BackboneError: unknown name or option, a value torchvision refuses, or weights that do not fit.
     """
@@ -175,16 +225,13 @@ def load_backbone(
 def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
     """The network with random weights. Only the CPU's generator is used, and put back."""
     arguments = {key: value for key, value in options.items() if key != "norm_momentum"}
-    before = torch.get_rng_state()
     try:
         json.dumps(options)
-        torch.default_generator.manual_seed(seed)
-        network = FAMILIES[name].build(**arguments)
+        with seeded(seed):
+            network = FAMILIES[name].build(**arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise BackboneError(f"Backbone '{name}' cannot be built from {given}: {error}. Change that option.") from error
-    finally:
-        torch.set_rng_state(before)
     if options["norm_momentum"] is not None:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

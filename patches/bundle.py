@@ -19,7 +19,9 @@ from torch import Tensor
 
 from patches.backbone import Backbone
 from patches.errors import BundleError
+from patches.families import FAMILIES
 from patches.files import write_atomic
+from patches.methods.mist import Edge
 from patches.patch import PatchedModel, attach
 from patches.structure import dtype_name
 
@@ -61,7 +63,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def save_bundle(
-    model: PatchedModel,
+    model: PatchedModel | Edge,
     path: str | os.PathLike[str],
     *,
     classes: Sequence[str],
@@ -71,6 +73,7 @@ def save_bundle(
     """Write the model's private tensors and what is needed to use them again, atomically and bit for bit.
 
     Args:
+        model: a task's model, or MIST's edge network alone.
         classes: a name for each output, in order.
         preprocessing: how an image becomes the network's input (size, mean, standard deviation); JSON-able.
         metrics: what was measured on this patch; JSON-able.
@@ -83,13 +86,8 @@ def save_bundle(
             f"Bundle '{path}': expected {model.num_classes} class names (strings), one for each output, "
             f"found {len(classes)}. Pass classes=[...] in the order of the labels."
         )
-    base = model.backbone.network.state_dict()
-    for name, tensor in model.shared_state().items():
-        if tensor.data_ptr() != base[name].data_ptr() and not torch.equal(tensor, base[name]):
-            raise BundleError(
-                f"Bundle '{path}': expected shared tensor '{name}' to be the backbone's, found other values. "
-                "Write the trained shared tensors into the backbone before saving bundles."
-            )
+    if isinstance(model, PatchedModel):
+        _check_shared(path, model)
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.private_state().items()
@@ -105,7 +103,7 @@ def save_bundle(
         "classes": list(classes),
         "preprocessing": dict(preprocessing),
         "metrics": dict(metrics or {}),
-        "backbone": {**model.backbone.architecture(), "content_hash": model.backbone.content_hash()},
+        "backbone": model.backbone.identity() if isinstance(model, PatchedModel) else model.backbone,
         "tensors": _describe(tensors),
     }
     try:
@@ -180,6 +178,16 @@ def verify_bundle(path: str | os.PathLike[str], backbone: Backbone) -> BundleInf
     return inspect_bundle(path)
 
 
+def _check_shared(path: str | os.PathLike[str], model: PatchedModel) -> None:
+    base = model.backbone.network.state_dict()
+    for name, tensor in model.shared_state().items():
+        if tensor.data_ptr() != base[name].data_ptr() and not torch.equal(tensor, base[name]):
+            raise BundleError(
+                f"Bundle '{path}': expected shared tensor '{name}' to be the backbone's, found other values. "
+                "Write the trained shared tensors into the backbone before saving bundles."
+            )
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
     """The checked manifest and the whole file."""
     whole = "a whole, unedited bundle"
@@ -227,6 +235,8 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
 
 def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Backbone) -> None:
     expected, found = info.backbone, backbone.architecture()
+    # A bundle made before its family had an option was made at what is the default now.
+    expected = {**expected, "options": {**FAMILIES[backbone.name].options, **expected["options"]}}
     if expected["name"] != found["name"]:
         raise _refusal(
             path, f"backbone '{expected['name']}'", f"'{found['name']}'", "Load the backbone the bundle names."

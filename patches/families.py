@@ -32,6 +32,10 @@ class Step:
         )
 
 
+def _one_stage(_network: nn.Module, _steps: list[Step]) -> tuple[int, ...]:
+    return (1,)
+
+
 @dataclass(frozen=True)
 class Family:
     """What the code must know of one torchvision network."""
@@ -47,6 +51,8 @@ class Family:
     """Defaults that differ when torchvision's own weights are asked for by name."""
     auxiliary: str | None = None
     """Path of a branch that only training runs."""
+    stages: Callable[[nn.Module, list[Step]], tuple[int, ...]] = _one_stage
+    """Number of the first block of each stage: where a block changes width or resolution, no residual crosses it."""
 
 
 def _flatten(_network: nn.Module, x: Tensor) -> Tensor:
@@ -84,6 +90,11 @@ def _build_mobilenet_v2(num_classes: int, stem_stride: int, last_channel: int | 
 
 def _pool_and_flatten(_network: nn.Module, x: Tensor) -> Tensor:
     return torch.flatten(nn.functional.adaptive_avg_pool2d(x, (1, 1)), 1)
+
+
+def _mobilenet_v2_stages(network: nn.Module, steps: list[Step]) -> tuple[int, ...]:
+    blocks = [network.get_submodule(f"features.{index}") for index in range(1, len(steps) - 2)]
+    return tuple(number for number, block in enumerate(blocks, start=1) if not block.use_res_connect)
 
 
 def _mobilenet_v2_steps(network: nn.Module) -> list[Step]:
@@ -151,13 +162,17 @@ def _resnet_steps(network: nn.Module) -> list[Step]:
     )
 
 
+def _resnet_stages(_network: nn.Module, steps: list[Step]) -> tuple[int, ...]:
+    return tuple(number for number, step in enumerate(steps) if str(step.calls[0]).endswith(".0"))
+
+
 # ViT
 
 
 def _build_vit_b_16(num_classes: int, **options: Any) -> nn.Module:
-    from torchvision.models import vit_b_16
+    from torchvision.models import VisionTransformer
 
-    return vit_b_16(num_classes=num_classes, **options)
+    return VisionTransformer(num_classes=num_classes, **options)
 
 
 def _embed_patches(network: Any, x: Tensor) -> Tensor:
@@ -173,7 +188,9 @@ def _class_token(_network: nn.Module, x: Tensor) -> Tensor:
 def _vit_steps(network: nn.Module) -> list[Step]:
     layers = [name for name, _ in network.get_submodule("encoder.layers").named_children()]
     return _sequence(
-        Step("stem", (_embed_patches,), tensors=("conv_proj", "class_token", "encoder.pos_embedding")),
+        Step(
+            "stem", (_embed_patches,), tensors=("conv_proj", "class_token", "encoder.pos_embedding", "encoder.dropout")
+        ),
         [(f"encoder.layers.{name}",) for name in layers],
         Step("tail", ("encoder.ln", _class_token)),
         Step("head", ("heads",)),
@@ -186,16 +203,8 @@ def _vit_steps(network: nn.Module) -> list[Step]:
 def _build_swin_b(num_classes: int, **options: Any) -> nn.Module:
     from torchvision.models import SwinTransformer
 
-    # The function swin_b fixes the stochastic depth at 0.5; the class takes it.
-    return SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=128,
-        depths=[2, 2, 18, 2],
-        num_heads=[4, 8, 16, 32],
-        window_size=[7, 7],
-        num_classes=num_classes,
-        **options,
-    )
+    # The function swin_b fixes the stochastic depth at 0.5 and the sizes; the class takes them.
+    return SwinTransformer(patch_size=[4, 4], num_classes=num_classes, **options)
 
 
 def _swin_steps(network: nn.Module) -> list[Step]:
@@ -217,6 +226,11 @@ def _swin_steps(network: nn.Module) -> list[Step]:
     )
 
 
+def _swin_stages(_network: nn.Module, steps: list[Step]) -> tuple[int, ...]:
+    # A merging opens each stage but the first.
+    return (1, *(number for number in range(2, len(steps) - 2) if len(steps[number].calls) > 1))
+
+
 FAMILIES: dict[str, Family] = {
     "mobilenet_v2": Family(
         _build_mobilenet_v2,
@@ -229,6 +243,7 @@ FAMILIES: dict[str, Family] = {
             "last_channel": None,
             "dropout": 0.2,
         },
+        stages=_mobilenet_v2_stages,
     ),
     "inception_v3": Family(
         _build_inception_v3,
@@ -238,8 +253,32 @@ FAMILIES: dict[str, Family] = {
         pretrained_options={"transform_input": True},
         auxiliary="AuxLogits",
     ),
-    "resnet18": Family(_build_resnet18, _resnet_steps, heads=("fc",)),
-    "resnet50": Family(_build_resnet50, _resnet_steps, heads=("fc",)),
-    "vit_b_16": Family(_build_vit_b_16, _vit_steps, heads=("heads.head",), options={"image_size": 224}),
-    "swin_b": Family(_build_swin_b, _swin_steps, heads=("head",), options={"stochastic_depth_prob": 0.0}),
+    "resnet18": Family(_build_resnet18, _resnet_steps, heads=("fc",), stages=_resnet_stages),
+    "resnet50": Family(_build_resnet50, _resnet_steps, heads=("fc",), stages=_resnet_stages),
+    "vit_b_16": Family(
+        _build_vit_b_16,
+        _vit_steps,
+        heads=("heads.head",),
+        options={
+            "image_size": 224,
+            "patch_size": 16,
+            "num_layers": 12,
+            "num_heads": 12,
+            "hidden_dim": 768,
+            "mlp_dim": 3072,
+        },
+    ),
+    "swin_b": Family(
+        _build_swin_b,
+        _swin_steps,
+        heads=("head",),
+        options={
+            "stochastic_depth_prob": 0.0,
+            "embed_dim": 128,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [4, 8, 16, 32],
+            "window_size": [7, 7],
+        },
+        stages=_swin_stages,
+    ),
 }

@@ -13,7 +13,8 @@ from patches.errors import PatchError
 from patches.layers import FixedLinear, PatchedBatchNorm2d, draw_linear
 from patches.methods import METHODS
 from patches.names import unknown_name_message
-from patches.structure import alias, copy_structure, dtype_name, tensors_sha256
+from patches.side import SIDE_SEEDS, side_of
+from patches.structure import alias, copy_structure, dtype_name, seeded, tensors_sha256
 
 HeadOwner = Literal["shared", "private", "fixed"]
 
@@ -21,9 +22,9 @@ HeadOwner = Literal["shared", "private", "fixed"]
 class Patch(Protocol):
     """A way to fit a shared backbone to one task; its fields are its options (a dataclass, `init` fields).
 
-    A selection method owns some of the network's own tensors. Later kinds keep this protocol: an insertion method adds
-    modules to the copy in `attach` and owns their tensors too; a side method also says from which step on it computes
-    the logits itself.
+    A selection method owns some of the network's own tensors. A side method (`patches.side.SideMethod`) adds a network
+    that reads the frozen backbone's step outputs, and owns it and the head. An insertion method, later, adds modules to
+    the copy in `attach` and owns their tensors too.
     """
 
     kind: ClassVar[str]
@@ -31,7 +32,8 @@ class Patch(Protocol):
     foldable: ClassVar[bool]
     """Whether `fold` can turn the patched model into a plain network."""
     identity_at_start: ClassVar[bool]
-    """Whether a fresh patch leaves the backbone's features as they are, in eval mode."""
+    """Whether a fresh patch leaves the backbone's features as they are, in eval mode. Of a side method: whether its
+    trained branches add exactly nothing at the start, so that the head reads what the frozen backbone alone gives."""
 
     def attach(self, copy: Backbone) -> None:
         """Check and change, in place, the task's own copy of the network; its tensors still alias the backbone's."""
@@ -75,15 +77,17 @@ class PatchedModel(nn.Module):
     mode, whatever `train()` is called on. `set_shared_trainable(True)` switches to joint training.
 
     Attributes:
-        network: torchvision's module. `model(images)` is `network(images)`; InceptionV3 in train mode returns
-            (logits, aux_logits).
+        network: torchvision's module. `model(images)` is `network(images)`, but for a side method, whose network lies
+            beside it in `network.side`; InceptionV3 in train mode returns (logits, aux_logits).
         backbone: the Backbone it is attached to.
         method, options, num_classes: as given to `attach`, the options complete.
         head: who holds the head: "shared" (the backbone), "private" (the patch), or "fixed" (random, from `seed`).
         seed: of a fresh or fixed head.
         private_names, shared_names: state-dict names in `network`, every one in exactly one of the two.
-        first_private_block: index of the first step that uses a private tensor; `backbone.run(x, 0, this)` is the
-            same for every task on a frozen backbone in eval mode.
+        first_private_block: index of the first step that uses a private tensor, or of the step after the last one that
+            a side network reads; `backbone.run(x, 0, this)` is the same for every task on a frozen backbone in eval
+            mode.
+        reads: indices of the steps whose outputs `rest` needs; none where it starts from the images.
     """
 
     def __init__(
@@ -109,17 +113,62 @@ class PatchedModel(nn.Module):
         names = list(network.state_dict())
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)
-        self.first_private_block = backbone.first_step_of(self.private_names)
+        side = side_of(network)
+        if side is None:
+            self.first_private_block = backbone.first_step_of(self.private_names)
+        else:
+            self.first_private_block = max(side.reads) + 1
+        before = range(self.first_private_block)
+        self.reads = tuple(before[-1:]) if side is None else side.reads
         self.set_shared_trainable(False)
         self.eval()
 
     def forward(self, x: Tensor) -> Any:
-        """Logits (batch, num_classes) of images (batch, 3, height, width)."""
-        return self.network(x)
+        """Logits (batch, num_classes) of images (batch, 3, height, width).
+
+        Beside a side network the shared steps run without autograd and in eval mode, whatever `train()` was called on.
+        """
+        if side_of(self.network) is None:
+            return self.network(x)
+        return self.rest(x, self._shared_outputs(x))
+
+    def rest(self, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
+        """What the task computes itself after the shared steps.
+
+        Args:
+            images: shape (batch, 3, height, width).
+            outputs: step index -> the backbone's output on the images, for at least `reads`.
+        Returns:
+            Logits (batch, num_classes).
+        """
+        copy = self._copy()
+        side = side_of(self.network)
+        if side is not None:
+            return copy.run(side(copy, images, outputs), len(copy.steps) - 1)
+        start = self.first_private_block
+        return copy.run(outputs[start - 1] if start else images, start)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """As `Backbone.run`, with this task's tensors."""
-        return self._copy().run(x, start, stop)
+        """As `Backbone.run`, with this task's tensors.
+
+        Beside a side network the steps between the shared ones and the head read more than one output, so they run from
+        the images only; what the head reads, the features, is `run(images, 0, -1)`, and `run(features, -1)` the logits.
+
+        Raises:
+            PatchError: a start or stop amid those steps.
+        """
+        copy, side = self._copy(), side_of(self.network)
+        head = len(copy.steps) - 1
+        first, end, _ = slice(start, stop).indices(head + 1)
+        if side is None or (end < head and end <= self.first_private_block) or first == head:
+            return copy.run(x, start, stop)
+        if first != 0 or end < head:
+            raise PatchError(
+                f"Patch method '{self.method}' cannot run the steps {first} to {end - 1}: from step "
+                f"{self.first_private_block} on its side network reads several outputs. Start at 0, and stop at "
+                f"{self.first_private_block} or before, at -1 (features), or nowhere (logits)."
+            )
+        return self(x) if end > head else side(copy, x, self._shared_outputs(x))
 
     def private_state(self) -> dict[str, Tensor]:
         """The live private parameters and buffers by name: what a bundle carries."""
@@ -149,7 +198,16 @@ class PatchedModel(nn.Module):
 
         Frozen (False): neither. A layer's running statistics decide who holds it, so under `norm_statistics` every
         layer follows `train()`; under `scale_bias` with source statistics none does.
+
+        Raises:
+            PatchError: joint training beside a side network.
         """
+        if on and side_of(self.network) is not None:
+            raise PatchError(
+                f"Patch method '{self.method}' stands on a frozen backbone: no gradient reaches the steps that its "
+                "side network reads. Train the shared tensors with another method (train_shared: true), export the "
+                "backbone, and attach this method to it (train_shared: false)."
+            )
         self._shared_trainable = on
         for tensor in self.shared_state().values():
             if isinstance(tensor, nn.Parameter):
@@ -218,6 +276,12 @@ class PatchedModel(nn.Module):
         for name, tensor in self.shared_state().items():
             tensor.data = base[name]
 
+    def _shared_outputs(self, images: Tensor) -> dict[int, Tensor]:
+        copy = self._copy()
+        copy.hold_in_eval(self.first_private_block)
+        with torch.no_grad():
+            return dict(copy.outputs(images, self.reads))
+
     def _copy(self) -> Backbone:
         return Backbone(self.backbone.name, self.backbone.options, self.network)
 
@@ -237,7 +301,7 @@ def attach(
         num_classes: None for the backbone's own head (shared, or copied where the method owns the head). A number
             makes a new head: random and private where the method owns the head; random, frozen and outside the state
             dict otherwise.
-        seed: of the new head, drawn on the CPU without touching the global random state.
+        seed: of the new head and of a side network, drawn on the CPU without touching the global random state.
         options: each goes to the one method that declares it.
     Raises:
         PatchError: unknown method or option, or a method that finds nothing to own in this backbone.
@@ -245,11 +309,14 @@ def attach(
     parts = _make_parts(method, options)
     if num_classes is not None and num_classes < 1:
         raise PatchError(f"num_classes={num_classes}, but a head needs 1 or more. Leave it out to use the backbone's.")
-    copy = Backbone(backbone.name, backbone.options, copy_structure(backbone.network, alias))
+    classes = num_classes or backbone.options["num_classes"]
+    options_of_task = {**backbone.options, "num_classes": classes}
+    copy = Backbone(backbone.name, options_of_task, copy_structure(backbone.network, alias))
     for norm in copy.batch_norms().values():
         norm.__class__ = PatchedBatchNorm2d  # same data, and a train() that a frozen layer ignores
-    for part in parts:
-        part.attach(copy)
+    with seeded(seed + SIDE_SEEDS):
+        for part in parts:
+            part.attach(copy)
     modules = dict(copy.network.named_modules())
     private = {
         key
@@ -271,7 +338,7 @@ def attach(
         copy.network,
         method=method,
         options=_complete_options(parts),
-        num_classes=num_classes or backbone.options["num_classes"],
+        num_classes=classes,
         head=head,
         seed=seed,
         private_names=frozenset(private),
@@ -297,6 +364,12 @@ def _make_parts(method: str, options: dict[str, Any]) -> list[Patch]:
                 f"Option '{option}' of patch method '{method}' is declared by {' and '.join(claimants)}. "
                 "Attach methods that share no option name."
             )
+    for name in names:
+        if METHODS[name].kind == "side" and len(names) > 1:
+            raise PatchError(
+                f"Patch method '{method}' joins '{name}' with others, but a side network stands on a frozen backbone "
+                f"and owns its head already. Attach '{name}' alone."
+            )
     parts: dict[str, Any] = {name: METHODS[name] for name in names}
     return [part(**{key: options[key] for key in declared[name] if key in options}) for name, part in parts.items()]
 
@@ -313,8 +386,10 @@ def _complete_options(parts: list[Patch]) -> dict[str, Any]:
 def _replace_heads(copy: Backbone, num_classes: int, seed: int, fixed: bool) -> None:
     """Put fresh heads of `num_classes` outputs in place, all drawn in order from one seed."""
     generator = torch.Generator().manual_seed(seed)
+    side = side_of(copy.network)
+    draw = draw_linear if side is None else side.draw_head
     for path, old in copy.heads().items():
-        weight, bias = (tensor.to(old.weight) for tensor in draw_linear(old.in_features, num_classes, generator))
+        weight, bias = (tensor.to(old.weight) for tensor in draw(old.in_features, num_classes, generator))
         layer = FixedLinear(weight, bias) if fixed else nn.Linear(old.in_features, num_classes, device="meta")
         if not fixed:
             layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)

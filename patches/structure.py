@@ -1,8 +1,9 @@
-"""Copying a network's structure with chosen tensors, and hashing tensors."""
+"""Copying a network's structure with chosen tensors, drawing from a seed, and hashing tensors."""
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,17 @@ def alias(tensor: Tensor) -> Tensor:
 def meta(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and dtype that holds no values."""
     return tensor.to("meta")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from the CPU's generator as it is after `seed`, and put it back."""
+    before = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

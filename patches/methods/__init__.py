@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING
 
 from patches.methods.depthwise import Depthwise
+from patches.methods.dtl import DTL, DTLPlus, DTLPlusStar
 from patches.methods.full import Full
 from patches.methods.last_layer import LastLayer
+from patches.methods.mist import Mist
 from patches.methods.norm_statistics import NormStatistics
+from patches.methods.parasite import Parasite
 from patches.methods.scale_bias import ScaleBias
 
 if TYPE_CHECKING:
@@ -17,4 +20,9 @@ METHODS: "dict[str, type[Patch]]" = {
     "last_layer": LastLayer,
     "norm_statistics": NormStatistics,
     "full": Full,
+    "dtl": DTL,
+    "dtl_plus": DTLPlus,
+    "dtl_plus_star": DTLPlusStar,
+    "mist": Mist,
+    "parasite": Parasite,
 }

@@ -88,3 +88,26 @@ def test_methods_without_a_common_recipe_ask_for_an_optimizer() -> None:
 @pytest.mark.parametrize("tasks", ["pets", [], [3], [{"name": "pets"}]])
 def test_tasks_without_a_readable_method_are_left_to_the_validation(tasks: object) -> None:
     assert "tasks" in error_of(tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "given"),
+    [
+        ("dtl", "adamw", {"rate": 1e-3}),
+        ("dtl_plus_star", "adamw", {"rate": 1e-3}),
+        ("mist", "adam", {"rate": 1e-3}),
+        ("parasite", "adamw", {"rate": 5e-4, "weight_decay": 1e-4}),
+    ],
+)
+def test_the_side_networks_recipes_leave_rate_and_warm_up_to_the_spec(method: str, name: str, given: dict) -> None:
+    spec = load([method], optimizer=given, schedule={"warm_up_rounds": 2})
+
+    assert (spec.optimizer.name, spec.optimizer.rate) == (name, given["rate"])
+    assert spec.optimizer.weight_decay == {"adamw": given.get("weight_decay", 0.05), "adam": 0.0}[name]
+    assert (spec.schedule.name, spec.schedule.warm_up_rounds) == ("cosine", 2)
+    assert error_of([method]).startswith("job spec: optimizer.rate: ")
+    without_warm_up = error_of([method], optimizer=given)
+    assert without_warm_up.startswith("job spec: schedule.warm_up_rounds: ")
+    assert "10 of 100 epochs" in without_warm_up
+    if len(given) > 1:
+        assert error_of([method], optimizer={"rate": 1.0}).startswith("job spec: optimizer.weight_decay: ")

@@ -23,6 +23,17 @@ NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "vit_b_16": ({"image_size": 32}, 32),
     "swin_b": ({}, 32),
 }
+# name -> (network, options), for 32 px images and 5 classes
+SMALL_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small_vit": (
+        "vit_b_16",
+        {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 24},
+    ),
+    "small_swin": (
+        "swin_b",
+        {"embed_dim": 8, "depths": [1, 1, 3, 1], "num_heads": [1, 2, 2, 4], "window_size": [2, 2]},
+    ),
+}
 
 
 def small_backbone(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Backbone:
@@ -33,9 +44,26 @@ def small_backbone(dtype: torch.dtype = torch.float32, seed: int = 0, **options:
 
 @cache
 def network(name: str) -> Backbone:
-    """One of NETWORKS, made once: leave its values alone."""
+    """One of NETWORKS or SMALL_TRANSFORMERS, made once: leave its values alone."""
+    if name in SMALL_TRANSFORMERS:
+        return small_transformer(name)
     options, _ = NETWORKS[name]
     return randomised(patches.load_backbone(name, **options))
+
+
+def small_transformer(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Backbone:
+    """A new one of SMALL_TRANSFORMERS."""
+    family, small = SMALL_TRANSFORMERS[name]
+    return randomised(patches.load_backbone(family, num_classes=5, **{**small, **options})).to(dtype)
+
+
+def randomise_side(model: PatchedModel, seed: int = 1) -> PatchedModel:
+    """Give every tensor of a side network a value, those that start as zeros too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.private_state().items():
+        if name.startswith("side.") and isinstance(tensor, nn.Parameter):
+            tensor.data.uniform_(-0.5, 0.5, generator=generator)
+    return model
 
 
 def randomised(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -9,14 +9,24 @@ from torch import nn
 
 import patches
 from patches import BackboneError
-from tests.patches.helpers import NETWORKS, SMALL, images, network, randomised, small_backbone
+from tests.patches.helpers import (
+    NETWORKS,
+    SMALL,
+    SMALL_TRANSFORMERS,
+    images,
+    network,
+    randomised,
+    small_backbone,
+    small_transformer,
+)
 
-NAMES = list(NETWORKS)
+NAMES = [*NETWORKS, *SMALL_TRANSFORMERS]
+SIZES = {name: size for name, (_, size) in NETWORKS.items()} | dict.fromkeys(SMALL_TRANSFORMERS, 32)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sequence_is_the_network_bit_for_bit(name: str) -> None:
-    backbone, x = network(name), images(2, NETWORKS[name][1])
+    backbone, x = network(name), images(2, SIZES[name])
     with torch.no_grad():
         expected = backbone.network(x)
         assert expected.std() > 1e-3
@@ -232,3 +242,55 @@ def test_a_backbone_that_cannot_be_built(name: str, options: dict, message: str)
 def test_no_such_tensor() -> None:
     with pytest.raises(BackboneError, match=r"no tensor 'fc\.weight'"):
         randomised(small_backbone()).first_step_of(["fc.weight"])
+
+
+def test_small_transformers_have_the_sizes_asked_for() -> None:
+    vit, swin = small_transformer("small_vit"), small_transformer("small_swin")
+    assert (vit.num_blocks, vit.block_shapes(32)["block4"]) == (4, (17, 16))
+    assert vit.network.encoder.layers[0].mlp[0].out_features == 24
+    assert (swin.num_blocks, swin.block_shapes(32)["block6"]) == (6, (1, 1, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", (1, 3, 5, 7)),
+        ("resnet50", (1, 4, 8, 14)),
+        ("mobilenet_v2", (1, 2, 4, 7, 11, 14, 17)),
+        ("vit_b_16", (1,)),
+        ("swin_b", (1, 3, 5, 23)),
+        ("inception_v3", (1,)),
+    ],
+)
+def test_stages_begin_where_width_or_resolution_change(name: str, stages: tuple) -> None:
+    assert network(name).stages == stages
+
+
+@pytest.mark.parametrize("name", ["small_vit", "small_swin", "resnet18"])
+def test_outputs_are_those_of_the_run_cut_there(name: str) -> None:
+    backbone, x = network(name), images(2, 32)
+    wanted = (0, 2, backbone.num_blocks + 1)
+    with torch.no_grad():
+        outputs = dict(backbone.outputs(x, wanted))
+        assert tuple(outputs) == wanted
+        assert all(torch.equal(output, backbone.run(x, 0, step + 1)) for step, output in outputs.items())
+        assert dict(backbone.outputs(x, ())) == {}
+        for block in range(1, backbone.num_blocks + 1):
+            before = backbone.run(x, 0, block)
+            entered = backbone.enter(before, block)
+            assert (entered is before) == (name != "small_swin" or block not in (2, 3, 6))
+            assert torch.equal(backbone.run_entered(entered, block), backbone.run(before, block, block + 1))
+
+
+def test_a_frozen_copy_stays_in_eval_mode_and_aliases() -> None:
+    backbone = small_backbone()
+    frozen = backbone.frozen()
+    backbone.network.train()
+    assert not any(module.training for module in frozen.network.modules())
+    base = backbone.network.state_dict()
+    assert all(tensor.data_ptr() == base[key].data_ptr() for key, tensor in frozen.network.state_dict().items())
+    backbone.hold_in_eval(2)
+    assert not any(
+        module.training for path in ("0", "1") for module in backbone.network.features.get_submodule(path).modules()
+    )
+    assert backbone.network.features[2].training

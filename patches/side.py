@@ -1,0 +1,101 @@
+"""Side networks: a task's own network beside a frozen backbone, whose step outputs it reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from patches.backbone import Backbone
+from patches.errors import PatchError
+from patches.layers import draw_linear
+
+NAME = "side"
+"""Where the task's copy of the network holds its side network; the head stays in its own place."""
+SIDE_SEEDS = 1 << 31
+"""Added to the seed for a side network, so that it and the head do not begin with the same draws. The CPU's generator
+looks at the lower 32 bits only."""
+
+
+class SideNetwork(nn.Module):
+    """Features from the outputs of a frozen backbone's steps; what it holds is the task's own.
+
+    The step after the last one read is where tasks part: the steps before it run without autograd and in eval mode,
+    once for all tasks (`patches.PatchBank`).
+    """
+
+    reads: tuple[int, ...]
+    """Indices of the steps whose outputs on the frozen backbone it reads."""
+
+    def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
+        """Features (batch, inputs of the head).
+
+        Args:
+            copy: the task's copy of the network, whose later steps a side network may run and change.
+            images: shape (batch, 3, height, width).
+            outputs: step index -> its output, for at least `reads`; to be left as they are, other tasks read them too.
+        """
+        raise NotImplementedError
+
+    def draw_head(self, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Weight (outputs, inputs) and bias (outputs,) of a fresh head."""
+        return draw_linear(inputs, outputs, generator)
+
+
+@dataclass
+class SideMethod:
+    """A patch method that puts a side network beside the backbone; it owns that and the head, and nothing else."""
+
+    heads: frozenset[str] = field(init=False, default=frozenset())
+
+    kind: ClassVar[str] = "side"
+    foldable: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False
+
+    def build(self, copy: Backbone) -> SideNetwork:
+        """Check the options, complete those left to the backbone, and make the side network from the CPU's generator.
+
+        It may replace the head by one of another width.
+        """
+        raise NotImplementedError
+
+    def attach(self, copy: Backbone) -> None:
+        side = self.build(copy)
+        # The floats take the backbone's dtype and device.
+        copy.network.add_module(NAME, side.to(next(copy.network.parameters())))
+        self.heads = frozenset(copy.heads())
+
+    def owns(self, key: str, module: nn.Module) -> bool:  # noqa: ARG002
+        return key.startswith(f"{NAME}.") or key.rpartition(".")[0] in self.heads
+
+
+SWITCH = (True, False)
+
+
+def side_of(network: nn.Module) -> SideNetwork | None:
+    """The side network of a task's copy of a network, if it has one."""
+    side = getattr(network, NAME, None)
+    return side if isinstance(side, SideNetwork) else None
+
+
+def check_whole(option: str, value: object, low: int, high: int | None) -> None:
+    """Refuse an option that is not a whole number from `low` to `high`, or from `low` on.
+
+    Raises:
+        PatchError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"of {low} or more" if high is None else f"from {low} to {high}"
+        raise PatchError(f"Option {option}={value!r}: use a whole number {allowed}.")
+
+
+def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> None:
+    """Refuse an option that is not one of `allowed`, words or switches.
+
+    Raises:
+        PatchError: it is not.
+    """
+    if not isinstance(value, type(allowed[0])) or value not in allowed:
+        *others, last = (str(choice).lower() for choice in allowed)
+        raise PatchError(f"Option {option}={value!r}: use {', '.join(others)} or {last}.")
