@@ -66,6 +66,7 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     job = Job(spec)
 
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         workers = crew.workers
         ray.get([worker.prepare.remote() for worker in workers.values()])
         start = ray.get(workers["pets/0"].private_state.remote())
@@ -109,6 +110,7 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     worker = job.make_worker("pets/0", job.make_batches("pets/0"))
 
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         push, gradients, _ = worker.compute()
         replies = [ray.get(crew.server.push.remote(push, gradients)) for _ in range(2)]
         first, again = (ray.get(parts[0]["shared:pets"]).values for _, parts in replies)
@@ -123,6 +125,7 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
     job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         workers = crew.workers
         nodes = {name: ray.get(worker.node.remote()) for name, worker in workers.items()}
         with decoders(job, nodes) as decoder_of:
