@@ -40,8 +40,10 @@ def plan_caches(
             "steps": {"read": list(model.reads), "kept": list(shapes)},
             "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
             "table": _identity(tables[task.name]),
-            # The last bits depend on these too: a kernel may add in another order in a batch of another size.
+            # The last bits depend on these too: a kernel may add in another order in a batch of another size, and
+            # torch's attention has one for eval mode.
             "computation": {
+                "eval": model.shared_in_eval,
                 "batch_size": task.batch_size,
                 "threads": spec.resources.threads_per_worker,
                 "device": "cuda" if spec.resources.gpus_per_worker else "cpu",

@@ -150,9 +150,10 @@ class PatchedModel(nn.Module):
         return self.first_private_block == 0 if side is None else side.reads_images
 
     def shared_part(self, images: Tensor) -> dict[int, Tensor]:
-        """What the task needs of the shared steps, which run without autograd and in eval mode.
+        """What the task needs of the shared steps, which run without autograd.
 
-        It depends on the images and the frozen backbone alone, so that it can be stored.
+        It depends on the images and the frozen backbone alone, so that it can be stored, unless there is a
+        `random_shared_layer`.
 
         Args:
             images: shape (batch, 3, height, width).
@@ -160,15 +161,21 @@ class PatchedModel(nn.Module):
             Step index -> a tensor (batch, ...): the outputs of the steps `reads`, but for MIST their sum.
         """
         copy = self._copy()
-        copy.hold_in_eval(self.first_private_block)
+        if self.shared_in_eval:
+            copy.hold_in_eval(self.first_private_block)
         with torch.no_grad():
             return self._condensed(dict(copy.outputs(images, self.reads)))
 
     @property
+    def shared_in_eval(self) -> bool:
+        """Whether the shared steps are in eval mode whatever `train()` was called on: beside a side network."""
+        return side_of(self.network) is not None
+
+    @property
     def random_shared_layer(self) -> str | None:
         """Path of a dropout or stochastic depth that makes the shared steps differ from one training pass to the next,
-        or None; beside a side network they are in eval mode, where nothing is drawn."""
-        if side_of(self.network) is None:
+        or None."""
+        if not self.shared_in_eval:
             modules = dict(self.network.named_modules())
             for path in self._copy().paths(0, self.first_private_block):
                 for name, module in modules[path].named_modules(prefix=path) if path in modules else ():
