@@ -60,7 +60,7 @@ class CachePlan:
         return self.num_rows * (self.row_bytes + NUMBERS_BYTES)
 
     def missing_bytes(self) -> int:
-        """What has still to be written."""
+        """About what has still to be written: an image that two processes stored at once counts twice."""
         present = sum(path.stat().st_size for path in self.path.glob(f"*{SUFFIX}"))
         return max(0, self.total_bytes - present)
 
