@@ -6,14 +6,15 @@ The maps come from `multitask gather`, where the backbone is. The bundle attache
 """
 
 import argparse
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from patches.bundle import save_bundle
 from patches.errors import FeatureError
@@ -24,7 +25,6 @@ MAPS = "maps"
 """The feature's name in the files."""
 CHUNK = 8
 """Images whose activations are held at once."""
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def make_edge(maps: FeatureFile, *, seed: int = 0, **options: Any) -> Edge:
@@ -65,19 +65,21 @@ def train_edge(
     if not steps_per_epoch:
         raise FeatureError(f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Set fewer.")
     generator = torch.Generator().manual_seed(seed)
-    optimizer = _Adam(list(edge.parameters()))
+    optimizer = Adam(edge.parameters(), rate)
+    schedule = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
     losses = []
-    for epoch in range(epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(maps), generator=generator)
         for number in range(steps_per_epoch):
-            done = (epoch * steps_per_epoch + number) / (epochs * steps_per_epoch)
             batch = order[number * batch_size : (number + 1) * batch_size]
             loss = 0.0
             for x, labels in _chunks(maps, batch, chunk):
                 part = functional.cross_entropy(edge(x), labels, reduction="sum") / batch_size
                 part.backward()
                 loss += part.item()
-            optimizer.step(rate * (1 + math.cos(math.pi * done)) / 2)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
             losses.append(loss)
     return losses
 
@@ -94,33 +96,6 @@ def _chunks(maps: FeatureFile, places: Tensor, chunk: int) -> Iterator[tuple[Ten
         x = maps.layouts[MAPS].empty(len(part))
         maps.read(MAPS, part.numpy(), x, range(len(part)))
         yield x, torch.from_numpy(maps.labels[part.numpy()])
-
-
-class _Adam:
-    """Adam without weight decay; torch's own imports its compiler with the first step, 111 MB of this process.
-
-    Source: Kingma and Ba, "Adam", ICLR 2015, arXiv:1412.6980, algorithm 1.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._means = [torch.zeros_like(parameter) for parameter in parameters]
-        self._squares = [torch.zeros_like(parameter) for parameter in parameters]
-        self._steps = 0
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update by the gradients, and set them to zero."""
-        self._steps += 1
-        first, second = (1 - beta**self._steps for beta in BETAS)
-        for parameter, mean, square in zip(self._parameters, self._means, self._squares, strict=True):
-            gradient = parameter.grad
-            assert gradient is not None
-            mean.lerp_(gradient, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            root = (square / second).sqrt_().add_(EPSILON)
-            parameter.addcdiv_(mean, root, value=-rate / first)
-            gradient.zero_()
 
 
 def main() -> None:
