@@ -1,6 +1,8 @@
 # Every target works alone on a fresh machine: the environment is made once, in .venv, and reused.
 PYTHON ?= python3
 BIN := .venv/bin
+# Every process of a run imports torch and Ray: compiling them anew each time would take longer than the import.
+unexport PYTHONDONTWRITEBYTECODE
 ENVIRONMENT := .venv/installed
 
 .PHONY: demo test test-slow lint bench chaos clean

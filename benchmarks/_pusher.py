@@ -38,11 +38,11 @@ class Trip(NamedTuple):
 class ShardShell:
     """A shard's actor. Who gets a handle loads the actor's class: this one brings no torch, what it holds does."""
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self._held = make(*arguments)
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._held = make()
 
-    def restore(self, version: int) -> int:
-        return self._held.restore(version)
+    def begin(self, job: Any, number: int) -> int:
+        return self._held.begin(job, number)
 
     def stash(self, key: Any, gradients: Any, names: Any) -> str | None:
         return self._held.stash(key, gradients, names)
@@ -57,11 +57,11 @@ class ShardShell:
 class ServerShell:
     """The server's actor, as `ShardShell`."""
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self._held = make(*arguments)
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._held = make()
 
-    async def ping(self) -> Any:
-        return self._held.ping()
+    async def begin(self, job: Any, shards: Sequence[Any], *lives: int) -> None:
+        self._held.begin(job, shards, *lives)
 
     async def push_numbers(self, *arguments: Any) -> Any:
         return await self._held.push_numbers(*arguments)

@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks._common import at_least, at_most, environment, finish, make_parser
 from benchmarks._pictures import noise_png
+from benchmarks._processes import own_actors
 from multitask.checkpoint import CheckpointStore
 from multitask.data import write_table
 from multitask.engines import ENGINES, Driver
@@ -150,11 +151,11 @@ class Chaos:
             self._nodes.remove_node(node, allow_graceful=False)
             self._nodes.add_node(num_cpus=2)
         else:
-            title = {"worker": "ray::WorkerActor", "server": "ray::ServerActor"}[kind]
+            actor = {"worker": "WorkerActor", "server": "ServerActor"}[kind]
             # The driver may be between two crews: then there is nothing of this kind for a moment.
-            self._wait(lambda: bool(processes(title)) or self._ended())
+            self._wait(lambda: bool(own_actors(actor)) or self._ended())
             with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(self._random.choice(processes(title)), signal.SIGKILL)
+                os.kill(self._random.choice(own_actors(actor)), signal.SIGKILL)
         self._wait(lambda: self._ended() or self._is_back(start, before))
         return time.time() - start
 
@@ -165,7 +166,7 @@ class Chaos:
             return False
         now = self._processes()
         dead = [worker for worker, process in before.items() if not Path(f"/proc/{process}").exists()]
-        return all(now.get(worker) != before[worker] for worker in dead) and bool(processes("ray::ServerActor"))
+        return all(now.get(worker) != before[worker] for worker in dead) and bool(own_actors("ServerActor"))
 
     def _status(self) -> dict[str, Any] | None:
         return read_status(self._directory) if (self._directory / "status.json").is_file() else None
@@ -198,16 +199,6 @@ class Chaos:
             if time.monotonic() > deadline:
                 raise SystemExit(f"No step was made for {PATIENCE_S:g} s. Its last words:\n{self._last_words()}")
             time.sleep(0.1)
-
-
-def processes(title: str) -> list[int]:
-    """Processes of one kind of actor, by the title that Ray gives them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(title.encode()):
-                found.append(int(path.parent.name))
-    return found
 
 
 def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:

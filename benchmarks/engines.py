@@ -93,7 +93,7 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Variant]]:
     """Row -> what starts its processes. Another engine is a line here, and one in GOALS."""
 
     def engine(shared: bool = True, **options: Any) -> Callable[[], Variant]:
-        return lambda: ServerEngine(Job(setting.spec(shared=shared, engine=options)), setting.checkpoints)
+        return lambda: ServerEngine(Job(setting.spec(shared=shared, engine=options)))
 
     job = Job(setting.spec(shared=True, engine={"name": "async"}))
     allreduce = Job(setting.spec(shared=True, engine={"name": "allreduce"}))
@@ -171,9 +171,10 @@ class TimedWorker(WorkerActor):
 class ServerEngine:
     """The actors of an engine with a parameter server."""
 
-    def __init__(self, job: Job, store: CheckpointStore) -> None:
+    def __init__(self, job: Job) -> None:
         shared_job = ray.put(job)
-        server: Any = ray.remote(ServerActor).options(num_cpus=0).remote(shared_job, store)
+        server: Any = ray.remote(ServerActor).options(num_cpus=0).remote()
+        ray.get(server.begin.remote(shared_job), timeout=TIMEOUT_S)
         actor: Any = ray.remote(TimedWorker).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
         self._workers = [actor.remote(shared_job, name, 0, server) for name in job.workers]
         self.actors: list[Any] = [server, *self._workers]
@@ -213,11 +214,12 @@ class AllreduceEngine:
     def __init__(self, job: Job, store: CheckpointStore, backend: str, meeting: Path) -> None:
         meeting.unlink(missing_ok=True)
         shared_job = ray.put(job)
-        ledger: Any = ray.remote(LedgerActor).options(num_cpus=0).remote(shared_job, store)
+        ledger: Any = ray.remote(LedgerActor).options(num_cpus=0).remote()
+        ray.get(ledger.begin.remote(shared_job, store), timeout=TIMEOUT_S)
         actor: Any = ray.remote(TimedRank).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
         self._ranks = [actor.remote(shared_job, number, backend, meeting) for number in range(len(job.workers))]
         self.actors: list[Any] = [ledger, *self._ranks]
-        group = ray.get(ledger.begin.remote(), timeout=TIMEOUT_S)
+        group = ray.get(ledger.begin_group.remote(), timeout=TIMEOUT_S)
         ray.get([rank.prepare.remote(ledger, group) for rank in self._ranks], timeout=TIMEOUT_S)
 
     def turn(self, steps: int) -> list[list[Mark]]:

@@ -70,9 +70,6 @@ class Numbers:
     def floats(self) -> int:
         return self._layout.pushed
 
-    def restored(self, _checkpoint: None) -> "Numbers":
-        return self
-
     def make_shard(self, number: int) -> "ClockedShard":
         def sgd(decayed: Any, plain: Any) -> Any:
             return make_optimizer("sgd", decayed, plain, weight_decay=0.0, momentum=0.9)
@@ -87,13 +84,6 @@ class Numbers:
         rules = Rules(evaluate_every_rounds=NEVER)
         shard, schedule = self.make_shard(0), constant(1e-3)
         return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
-
-
-class NoCheckpoints:
-    """A store in which nothing is."""
-
-    def latest(self) -> None:
-        return None
 
 
 class ClockedShard(Shard):
@@ -114,18 +104,21 @@ class ClockedShard(Shard):
 
 
 class NumbersShard(ShardActor):
-    def __init__(self, numbers: Any, number: int) -> None:
+    def __init__(self) -> None:
         travel_as_tuples()
-        super().__init__(numbers, number, NoCheckpoints())  # type: ignore[arg-type]
+        super().__init__()
 
 
 class NumbersServer(ServerActor):
     """The server as a process without torch can call it."""
 
-    def __init__(self, numbers: Any, shards: Sequence[Any]) -> None:
+    def __init__(self) -> None:
         travel_as_tuples()
-        super().__init__(numbers, NoCheckpoints(), shards)  # type: ignore[arg-type]
+        super().__init__()
         self._publish_s = 0.0
+
+    def begin(self, job: Any, shards: Sequence[Any] = (), *lives: int) -> None:
+        super().begin(job, shards, *lives)
         self._refs, self._published.refs = self._published.refs, self._clocked_refs  # type: ignore[method-assign]
 
     async def push_numbers(
@@ -175,11 +168,12 @@ def started(numbers: Numbers, shards: int) -> Iterator[tuple[Any, Workers]]:
     reference = ray.put(numbers)
     shard: Any = ray.remote(ShardShell).options(num_cpus=0)
     first: Any = ray.remote(ServerShell).options(num_cpus=0)
-    others: list[Any] = [shard.remote(NumbersShard, reference, number) for number in range(1, shards)]
-    server: Any = first.remote(NumbersServer, reference, others)
+    others: list[Any] = [shard.remote(NumbersShard) for _ in range(1, shards)]
+    server: Any = first.remote(NumbersServer)
+    lives = [shard.begin.remote(reference, number) for number, shard in enumerate(others, start=1)]
     workers = Workers(numbers, server, others)
     try:
-        ray.get(server.ping.remote(), timeout=TIMEOUT_S)
+        ray.get(server.begin.remote(reference, others, *lives), timeout=TIMEOUT_S)
         yield server, workers
     finally:
         for actor in (*workers.actors, server, *others):

@@ -56,16 +56,22 @@ class Group:
         slots = {name: slot.numpy() for name, slot in self.slots.items()}
         return GroupValues(self.values[: self.layout.pushed].numpy(), self.counters.numpy(), slots, self.scalars)
 
-    def named(self, state: GroupValues) -> dict[str, Tensor]:
-        """A group's state in the names of `Checkpoint`; copies.
+    def tensors(self, state: GroupValues | None) -> dict[str, Tensor]:
+        """Name -> tensor, each a copy.
 
         Args:
-            state: what training changed; the rest is as this group has it.
+            state: what training changed; the rest, or all of it, is as this group has it.
         """
-        values = self.values.clone()
-        values[: self.layout.pushed] = as_tensor(state.values)
-        counters = as_tensor(state.counters)
-        found = {f"values/{self.owner}/{n}": v.clone() for n, v in self.layout.tensors(values, counters).items()}
+        values, counters = self.values.clone(), self.counters
+        if state is not None:
+            values[: self.layout.pushed] = as_tensor(state.values)
+            counters = as_tensor(state.counters)
+        # Clones: a view would be saved, or pickled, with its whole buffer.
+        return {name: view.clone() for name, view in self.layout.tensors(values, counters).items()}
+
+    def named(self, state: GroupValues) -> dict[str, Tensor]:
+        """A group's state, as `tensors` takes it, in the names of `Checkpoint`; copies."""
+        found = {f"values/{self.owner}/{name}": tensor for name, tensor in self.tensors(state).items()}
         for slot in self.layout.trained_slots():
             name = f"{self.owner}/{slot.name}"
             found |= {f"slots/{kind}/{name}": slot.view(as_tensor(flat)).clone() for kind, flat in state.slots.items()}
@@ -252,6 +258,7 @@ class Job:
             loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
+            seed=spec.seed,
             cache=self.cache(task.name) if task.name in writers(self.caches) else None,
             step=step,
             position=position,
@@ -278,13 +285,8 @@ class Job:
         backbone = {name: tensor.clone() for name, tensor in self._backbone.network.state_dict().items()}
         private: dict[str, dict[str, Tensor]] = {task.name: {} for task in self.spec.tasks}
         for group in self.groups.values():
-            values, counters = group.values.clone(), group.counters.clone()
-            if group.name in states:
-                values[: group.layout.pushed] = as_tensor(states[group.name].values)
-                counters = as_tensor(states[group.name].counters)
             owner = private[group.tasks[0]] if group.private else backbone
-            # Clones: a view would be saved, or pickled, with its whole buffer.
-            owner.update((name, view.clone()) for name, view in group.layout.tensors(values, counters).items())
+            owner.update(group.tensors(states.get(group.name)))
         return backbone, private
 
     def _parameter_group(self, group: Group, part: tuple[int, int] | None = None) -> ParameterGroup:

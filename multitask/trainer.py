@@ -5,7 +5,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -245,7 +245,7 @@ def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _first_interrupt(call: Any) -> Iterator[None]:
+def _first_interrupt(call: Callable[[], None]) -> Iterator[None]:
     """The first Ctrl-C calls; the next one does what it did before."""
 
     def handle(_number: int, _frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """What one worker of a task does, step by step."""
 
+import contextlib
 import math
 import os
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -91,6 +93,7 @@ class TaskWorker:
         loss: Callable[[Any, Tensor], Tensor],
         validation: Callable[[], Iterable[Batch]] | None,
         device: torch.device,
+        seed: int,
         cache: FeatureCache | None = None,
         step: int = 0,
         position: int = 0,
@@ -105,6 +108,7 @@ class TaskWorker:
         precision: torch.float32, or a dtype that forward pass and loss are cast to where torch holds it safe.
         clip_norm: longest gradient of a step, as an L2 norm over all groups; None leaves it alone.
         validation: makes an iterator over the validation images; None for a worker that does not evaluate.
+        seed: what dropout and stochastic depth draw in a step follows from this, the worker's name and the step.
         cache: where to keep what the frozen backbone gives for images that come without it.
         step: steps that the private tensors have learned from.
         position: where the batches begin.
@@ -122,6 +126,7 @@ class TaskWorker:
         self._clip_norm = clip_norm
         self._loss = loss
         self._device = device
+        self._seed = seed
         self._cache = cache
         self.step, self.position = step, position
         """Steps made, and where the stream stood after the last one."""
@@ -159,14 +164,15 @@ class TaskWorker:
             gradient.zero_()
         loss, images, skipped = 0.0, 0, 0
         bad_images: tuple[str, ...] = ()
-        for number in range(self._accumulate):
-            batch = next(self._batches)
-            if number == self._accumulate - 1 and self._clip_norm is None:  # clipping changes them all once more
-                self.before_last_backward()
-            loss += self._add_gradients(batch)
-            images += len(batch.labels)
-            skipped += batch.skipped
-            bad_images += batch.bad_images
+        with self._own_random_numbers():
+            for number in range(self._accumulate):
+                batch = next(self._batches)
+                if number == self._accumulate - 1 and self._clip_norm is None:  # clipping changes them all once more
+                    self.before_last_backward()
+                loss += self._add_gradients(batch)
+                images += len(batch.labels)
+                skipped += batch.skipped
+                bad_images += batch.bad_images
         problem = self._private_problem()
         if self._clip_norm is not None:
             # The statistics that lie behind the gradients in the same buffers stay as they are.
@@ -193,6 +199,14 @@ class TaskWorker:
             if group not in self._private and gradient.numel()
         }
         return push, gradients, {group: self._gradients[group].to("cpu", copy=True) for group in self._private}
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Random numbers that are this step's whoever makes it: in which process, after which steps, for what time."""
+        entropy = np.random.SeedSequence([self._seed, self.step, *self.name.encode()])
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+            yield
 
     def _add_gradients(self, batch: Batch) -> float:
         """Forward and backward on one batch; returns its share of the step's loss, as its gradients are shares."""

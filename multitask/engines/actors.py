@@ -12,23 +12,36 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, RayActorError
 
-from multitask.checkpoint import CheckpointStore
 from multitask.data import prefetch
 from multitask.data.batches import Drawn
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
+from multitask.server.parameter_server import ParameterServer
 from multitask.server.shard import Key, Shard, Update
 from multitask.worker import Values, train_steps
 
 RETRY_S = 0.2
-LOST = (RayActorError, ObjectLostError)
+
+
+class NotBegunError(RuntimeError):
+    """This process has just started, perhaps in the place of one that was lost, and has no values yet."""
+
+
+LOST = (RayActorError, ObjectLostError, NotBegunError)
 """What a call of the server, or a look at its values, meets when its process or node is gone."""
 Actor = Any
 """A handle; Ray's own types differ between a class and its options."""
 Refs = dict[str, "ray.ObjectRef[GroupValues]"]
 """Group -> one shard's range of its values, in the object store."""
 Answer = TypeVar("Answer")
+
+
+def begun(what: Answer | None) -> Answer:
+    """What an actor has held since its `begin`."""
+    if what is None:
+        raise NotBegunError("Its values are still to come.")
+    return what
 
 
 class _Published:
@@ -47,45 +60,43 @@ class _Published:
 
 
 class ShardActor:
-    """A shard of the server beside the first one."""
+    """A shard of the server beside the first one; it is empty until `begin`."""
 
-    def __init__(self, job: Job, number: int, store: CheckpointStore) -> None:
+    def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._job, self._number, self._store = job, number, store
         self.life = time.time_ns()
+        self._begun: tuple[Shard, _Published] | None = None
 
-    def restore(self, version: int) -> int:
-        """Go to the values of a version: the job's own, or the latest checkpoint's.
+    def begin(self, job: Job, number: int) -> int:
+        """Take the values of a job, which may be those of a checkpoint.
 
         Returns:
             A number that tells this process from those before it.
         """
-        job = self._job.restored(self._store.latest())
-        assert job.progress.version == version, "the server and its shards have to read the same checkpoint"
-        self._shard = job.make_shard(self._number)
-        self._published = _Published(self._shard)
+        shard = job.make_shard(number)
+        self._begun = shard, _Published(shard)
         return self.life
 
     def ping(self) -> int:
         return self.life
 
     def stash(self, key: Key, gradients: Gradients, names: Sequence[str]) -> str | None:
-        return self._shard.stash(key, gradients, names)
+        return begun(self._begun)[0].stash(key, gradients, names)
 
     def apply(self, update: Update, done: Sequence[Key]) -> None:
-        self._shard.apply(update, done)
+        begun(self._begun)[0].apply(update, done)
 
     def read(self, names: Sequence[str]) -> Refs:
-        return self._published.refs(names)
+        return begun(self._begun)[1].refs(names)
 
     def keep(self, version: int, slots: bool) -> None:
-        self._shard.keep(version, slots)
+        begun(self._begun)[0].keep(version, slots)
 
     def kept(self, version: int) -> dict[str, GroupValues] | None:
-        return self._shard.kept(version)
+        return begun(self._begun)[0].kept(version)
 
     def release(self, version: int) -> None:
-        self._shard.release(version)
+        begun(self._begun)[0].release(version)
 
 
 class _RemoteShards:
@@ -108,22 +119,38 @@ class _RemoteShards:
 
 
 class ServerActor:
-    """The parameter server with its first shard. Ray starts it again when it is lost, from the latest checkpoint."""
+    """The parameter server with its first shard; it knows nothing until `begin`.
 
-    def __init__(self, job: Job, store: CheckpointStore, shards: Sequence[Actor] = ()) -> None:
+    Not in the constructor, whose arguments Ray would keep for when it starts the process again: then there is a newer
+    checkpoint, too.
+    """
+
+    def __init__(self) -> None:
         torch.set_num_threads(1)
-        job = job.restored(store.latest())
+        self._held: ParameterServer | None = None
+        self._lives: list[int] | None = None
+        self._changed: asyncio.Event | None = None
+
+    def begin(self, job: Job, shards: Sequence[Actor] = (), *lives: int) -> None:
+        """Take the values and the progress of a job, which may be those of a checkpoint.
+
+        Args:
+            shards: the other ones, which have begun with the same job.
+            lives: what their `begin` returned.
+        """
         self._others = list(shards)
-        lives = ray.get([shard.restore.remote(job.progress.version) for shard in shards])
-        self.lives = [time.time_ns(), *lives]
-        metrics = ServerMetrics(job)
-        self._server = job.make_server(others=_RemoteShards(shards) if shards else None, on_record=metrics.note)
-        self._published = _Published(self._server.shard)
-        self._changed: Any = None
+        self._lives = [time.time_ns(), *lives]
+        others = _RemoteShards(shards) if shards else None
+        self._held = job.make_server(others=others, on_record=ServerMetrics(job).note)
+        self._published = _Published(self._held.shard)
+
+    @property
+    def _server(self) -> ParameterServer:
+        return begun(self._held)
 
     def ping(self) -> list[int]:
-        """A number for this process and for each other shard as it was when this process began."""
-        return self.lives
+        """A number for this server and for each other shard as it was when this server began."""
+        return begun(self._lives)
 
     async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:
         self._server.join(worker, incarnation, step, position)

@@ -6,23 +6,32 @@ what runs inside the ranks.
 """
 
 import contextlib
+import importlib
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import Actor
+from multitask.engines.actors import LOST, Actor, NotBegunError
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.ledger import FitSetting, LedgerActor, Report
+from multitask.engines.ledger import WAIT, LedgerActor, Report
 from multitask.engines.ranks import train_rank
 from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session, worker_cpus
 from multitask.job import Job
 from multitask.server.progress import Progress
 from multitask.worker import TrainingError
+
+HEALTH_CHECK_S = 0.5
+"""Between two looks of Train at its workers: so long a loss goes unnoticed."""
+TRAIN_START_S = 60.0
+"""How long Train's own processes and the ranks may take to start, beside the wait for places."""
+END_S = 15.0
+"""How long Train may take to end."""
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +51,43 @@ def run(job: Job, driver: Driver) -> Outcome:
     return outcome
 
 
+class StartError(RuntimeError):
+    """Train could not start a group."""
+
+
 class Crew:
     """The ledger, and Train's work as something to wait for."""
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
-        resources = job.spec.resources
-        cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
-        gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-        self._setting = FitSetting(
-            train_rank,
-            workers=len(job.workers),
-            per_worker={"CPU": cpus, **gpus},
-            start_timeout_s=resources.start_timeout_s,
-            folder=job.spec.run_directory.resolve() / "train",
-        )
-        self.ledger: Actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1).remote(job, store)
+        self._job, self._store = job, store
+        self.ledger: Actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1).remote()
         self.start()
 
+    def begin(self) -> "ray.ObjectRef[None]":
+        """Tell the ledger what to work on."""
+        begun: ray.ObjectRef[None] = self.ledger.begin.remote(self._job, self._store)
+        return begun
+
     def start(self) -> None:
-        self.fit = self.ledger.fit.remote(self._setting)
+        resources = self._job.spec.resources
+        per_worker = {"CPU": worker_cpus(self._job)}
+        if resources.gpus_per_worker:
+            per_worker["GPU"] = resources.gpus_per_worker
+        folder = self._job.spec.run_directory.resolve() / "train"
+        variables = {
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
+            # Ranks read data where the spec says, which may be relative to the folder that the run began in.
+            "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        }
+        task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
+        self.fit = task.remote(self.ledger, len(self._job.workers), per_worker, folder)
+
+    def end(self) -> None:
+        # Train hears this as a Ctrl-C, on which alone it gives back its places on the cluster.
+        ray.cancel(self.fit)
+        ray.wait([self.fit], timeout=END_S)
+        ray.kill(self.ledger)
 
 
 @contextlib.contextmanager
@@ -70,7 +97,53 @@ def crew_of(job: Job, store: CheckpointStore) -> Iterator[Crew]:
     try:
         yield crew
     finally:
-        ray.kill(crew.ledger)
+        crew.end()
+
+
+def fit(ledger: Actor, workers: int, per_worker: dict[str, float], folder: Path) -> None:
+    """Let Ray Train run groups of ranks, one after the other as ranks are lost, until one comes to its end.
+
+    Args:
+        per_worker: what each of them asks of the cluster: CPU, GPU.
+        folder: for files of Train's own.
+    Raises:
+        StartError: they found no places in time, or were lost while they started.
+    """
+    # Here, because it takes a second and no other engine needs it; Any, because its types are those of its version 1.
+    train: Any = importlib.import_module("ray.train")
+    train_torch: Any = importlib.import_module("ray.train.torch")
+
+    class Losses(train.UserCallback):
+        """Tells the ledger when Train has noticed that a rank is gone."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+            texts = [f"rank {rank}: {str(error).splitlines()[0]}" for rank, error in worker_exceptions.items()]
+            ledger.lose.remote("; ".join(texts))
+
+    # NCCL refuses two ranks on one device.
+    shares_device = 0 < per_worker.get("GPU", 0) < 1
+    trainer = train_torch.TorchTrainer(
+        train_rank,
+        train_loop_config={"ledger": ledger},
+        torch_config=train_torch.TorchConfig(
+            backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
+        ),
+        scaling_config=train.ScalingConfig(
+            num_workers=workers, use_gpu="GPU" in per_worker, resources_per_worker=per_worker
+        ),
+        run_config=train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            # For ever: who is lost without a step made in between, the driver counts.
+            failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=0),
+            callbacks=[Losses()],
+            logging_config=train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except train.ControllerError as error:
+        raise StartError(str(error)) from None
 
 
 class _Session:
@@ -81,8 +154,9 @@ class _Session:
         self._pausing = False
         self._losses = 0
         self._made_steps = False
+        self._late = list(job.workers)
+        """Ranks that are missing."""
         self._late_since: float | None = time.monotonic()
-        """Since when ranks are missing."""
 
     def run(self) -> None:
         while True:
@@ -93,17 +167,17 @@ class _Session:
         self._outcome.paused = min(worker.step for worker in progress.workers.values()) < self._job.spec.steps
 
     def _has_ended(self) -> bool:
-        """False where the ledger was lost, and with it the ranks: then all start again."""
+        """False where Train was lost, and with it the ranks: then all start again."""
         try:
             ray.get(self._crew.fit)
-        except RayTaskError as error:
-            raise TrainingError(f"Ray Train gave up: {error}") from None
-        except RayActorError as error:
-            self._lose(f"its ledger: {error}".splitlines()[0])
-            if self._pausing:
-                self._call("pause")
+        except (StartError, WorkerCrashedError, NodeDiedError) as error:
+            if self._late and isinstance(error, StartError):
+                raise not_started(self._job, self._late) from None
+            self._lose(f"Ray Train: {error}".splitlines()[0])
             self._crew.start()
             return False
+        except RayTaskError as error:
+            raise TrainingError(f"Ray Train gave up: {error}") from None
         return True
 
     def _poll(self) -> Progress:
@@ -139,22 +213,31 @@ class _Session:
         log.warning("The worker group was lost (%s). All workers go back to %s.", message, where)
 
     def _await_start(self, report: Report) -> None:
-        late = [name for name in self._job.workers if name not in report.processes]
-        if not late:
+        self._late = [name for name in self._job.workers if name not in report.processes]
+        if not self._late:
             self._late_since = None
             return
         self._late_since = self._late_since or time.monotonic()
-        if time.monotonic() - self._late_since > self._job.spec.resources.start_timeout_s:
-            raise not_started(self._job, late)
+        # Train waits as long for their places, and ends in good order when there are none.
+        if time.monotonic() - self._late_since > self._job.spec.resources.start_timeout_s + TRAIN_START_S:
+            raise not_started(self._job, self._late)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Ask the ledger, until it is back where it was lost."""
+        """Ask the ledger, from its beginning on, until it is back where it was lost."""
         timeout_s = self._job.spec.resources.start_timeout_s
         deadline = time.monotonic() + timeout_s
+        begin = False
         while True:
             try:
+                if begin:
+                    ray.get(self._crew.begin(), timeout=timeout_s)
+                if begin and self._pausing:
+                    ray.get(self._crew.ledger.pause.remote(), timeout=timeout_s)
                 return ray.get(getattr(self._crew.ledger, method).remote(*arguments), timeout=timeout_s)
-            except RayActorError as error:
+            except LOST as error:
+                begin = isinstance(error, NotBegunError)
+                if not begin:
+                    self._outcome.lose(ALL)
                 if time.monotonic() > deadline:
                     raise TrainingError(f"The ledger of the run did not come back within {timeout_s:g} s.") from error
                 time.sleep(POLL_S)

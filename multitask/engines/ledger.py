@@ -1,28 +1,23 @@
 """Engine `allreduce`: the ledger, which decides as a parameter server does, and holds no values."""
 
 import asyncio
-import importlib
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import Actor
+from multitask.engines.actors import Actor, begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.server.messages import Gradients, Push, PushRejectedError, Reply, StepRecord
-from multitask.server.parameter_server import Completed
+from multitask.server.parameter_server import Completed, ParameterServer
 from multitask.server.progress import Progress
 from multitask.server.shard import Key, Shard, Update
 
-HEALTH_CHECK_S = 0.5
-"""Between two looks of Train at its workers: so long a loss goes unnoticed."""
 WAIT = timedelta(days=1)
 """How long a collective waits for others, who may be evaluating: Train and the ledger notice who is lost or hangs."""
 
@@ -83,21 +78,6 @@ class Ledger(Shard):
 
 
 @dataclass(frozen=True)
-class FitSetting:
-    """What Ray Train has to know."""
-
-    train_rank: Callable[[Mapping[str, Any]], None]
-    """What every rank runs; its argument holds `ledger`."""
-    workers: int
-    per_worker: dict[str, float]
-    """What each worker asks of the cluster: CPU, GPU."""
-    start_timeout_s: float
-    """How long a group may take to start before Train tries again."""
-    folder: Path
-    """For files of Train's own."""
-
-
-@dataclass(frozen=True)
 class Report:
     """What the driver hears of a worker group now and then."""
 
@@ -115,21 +95,29 @@ class Report:
 class LedgerActor:
     """The server of engine `allreduce`: it counts and decides as any other, and holds no values.
 
-    It starts the groups of ranks, too, one after the other as Ray Train finds that a rank was lost; each goes on from
-    the latest checkpoint. The ranks belong to this process and go with it; Ray starts it again when it is lost.
+    Ray starts it again when it is lost, and the driver lets it begin; the ranks notice, and Train starts new ones.
     """
 
-    def __init__(self, job: Job, store: CheckpointStore) -> None:
-        self._job, self._store = job, store
+    def __init__(self) -> None:
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: str | None = None
-        self._begin()
+        self._held: ParameterServer | None = None
+        self._group = 0
 
-    def _begin(self) -> None:
+    async def begin(self, job: Job, store: CheckpointStore) -> None:
+        """Take what the groups of ranks are to work on. Not in the constructor, as in `ServerActor`."""
+        self._job, self._store = job, store
+        self._restart()
+
+    @property
+    def _server(self) -> ParameterServer:
+        return begun(self._held)
+
+    def _restart(self) -> None:
         self._restored = job = self._job.restored(self._store.latest())
         self._ledger = Ledger(job.workers)
-        self._server = job.make_server(self._ledger, on_record=ServerMetrics(job).note)
+        self._held = job.make_server(self._ledger, on_record=ServerMetrics(job).note)
         if self._pause_wanted:
             self._server.pause()
         self._group = time.time_ns()
@@ -141,10 +129,11 @@ class LedgerActor:
 
     # What ranks call.
 
-    async def begin(self) -> int:
+    async def begin_group(self) -> int:
         """A new group of ranks starts, at the latest checkpoint; returns its number."""
+        begun(self._held)
         self._notify()
-        self._begin()
+        self._restart()
         return self._group
 
     async def job(self, group: int) -> Job:
@@ -190,10 +179,6 @@ class LedgerActor:
         self._failure = self._failure or message
 
     # What the driver and Train's controller call.
-
-    async def fit(self, setting: FitSetting) -> None:
-        """Run groups of ranks, until one comes to its end."""
-        await asyncio.to_thread(fit, ray.get_runtime_context().current_actor, setting)
 
     async def report(self, silent_s: float) -> Report:
         """Args:
@@ -241,44 +226,3 @@ class LedgerActor:
         """Let those who wait look again."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def fit(ledger: Actor, setting: FitSetting) -> None:
-    """Let Ray Train run worker groups, until one comes to its end. Blocks."""
-    os.environ |= {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(setting.start_timeout_s),
-        # Ranks read data where the spec says, which may be relative to the folder that the run began in.
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    }
-    # Here, because it takes a second and no other engine needs it; Any, because its types are those of its version 1.
-    train: Any = importlib.import_module("ray.train")
-    train_torch: Any = importlib.import_module("ray.train.torch")
-
-    class Losses(train.UserCallback):
-        """Tells the ledger when Train has noticed that a rank is gone."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            texts = [f"rank {rank}: {str(error).splitlines()[0]}" for rank, error in worker_exceptions.items()]
-            ledger.lose.remote("; ".join(texts))
-
-    # NCCL refuses two ranks on one device.
-    shares_device = 0 < setting.per_worker.get("GPU", 0) < 1
-    train_torch.TorchTrainer(
-        setting.train_rank,
-        train_loop_config={"ledger": ledger},
-        torch_config=train_torch.TorchConfig(
-            backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
-        ),
-        scaling_config=train.ScalingConfig(
-            num_workers=setting.workers, use_gpu="GPU" in setting.per_worker, resources_per_worker=setting.per_worker
-        ),
-        run_config=train.RunConfig(
-            name=setting.folder.name,
-            storage_path=str(setting.folder.parent),
-            # For ever: who is lost without a step made in between, the driver counts.
-            failure_config=train.FailureConfig(max_failures=-1),
-            callbacks=[Losses()],
-            logging_config=train.LoggingConfig(log_level="ERROR"),
-        ),
-    ).fit()

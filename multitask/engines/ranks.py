@@ -9,10 +9,9 @@ from typing import Any, cast
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError
 
 from multitask.data import prefetch
-from multitask.engines.actors import Actor
+from multitask.engines.actors import LOST, Actor
 from multitask.engines.ledger import WAIT, Apply, Keep, Operation, Release
 from multitask.engines.reduction import PeerLostError, Reduction, peers, plan_buckets
 from multitask.job import Job
@@ -175,7 +174,7 @@ def train_rank(setting: Mapping[str, Any]) -> None:
     ledger: Actor = setting["ledger"]
     control = _new_group(backend="gloo")
     rank = dist.get_rank()
-    message: list[Any] = [_get(ledger.begin.remote()) if rank == 0 else None]
+    message: list[Any] = [_get(ledger.begin_group.remote()) if rank == 0 else None]
     with peers():
         dist.broadcast_object_list(message, src=0, group=control)
     group: int = message[0]
@@ -245,7 +244,7 @@ def _steps_left(job: Job, step: int, control: dist.ProcessGroup) -> dict[str, in
 def _get(answer: "ray.ObjectRef[Any]") -> Any:
     try:
         return ray.get(answer)
-    except (RayActorError, PushRejectedError) as error:
+    except (*LOST, PushRejectedError) as error:
         raise PeerLostError(f"The ledger was lost, or this worker group was: {error}") from error
 
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import LOST, Actor, DecodeActor, ServerActor, ShardActor, WorkerActor
+from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.job import Job, make_rules
 from multitask.worker import TrainingError, Values
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class LostError(RuntimeError):
-    """A process is gone, and under `sync` all have to go back to the last checkpoint together."""
+    """A process is gone, and all have to go back to the last checkpoint together."""
 
 
 def run(job: Job, driver: Driver) -> Outcome:
     """Train on the Ray cluster that this process is connected to, or on one started here for the run.
 
-    Under `async` and `bounded` a lost worker or server is replaced while the others go on; under `sync` all start again
-    from the last checkpoint.
+    Under `async` and `bounded` a lost worker or server is replaced while the others go on; under `sync`, and while
+    workers are starting, all start again from the last checkpoint.
 
     Raises:
         TrainingError: a worker failed (with its name, task and traceback), workers found no place in time, or
@@ -66,10 +66,7 @@ class Crew:
     """The actors of a run."""
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
-        resources = job.spec.resources
-        cpus = resources.cpus_per_worker or worker_cpus(ray.cluster_resources().get("CPU", 1.0), len(job.workers))
         self.job, self.store = job, store
-        self._shared_job = ray.put(job)
         # Under `sync` a lost server takes everything back to the checkpoint, so there it is not started again alone.
         self.heals = not make_rules(job.spec).together
         restarts = {"num_cpus": 0, "max_restarts": -1 if self.heals else 0}
@@ -80,20 +77,26 @@ class Crew:
         ]
         shard_class, server_class = ray.remote(ShardActor), ray.remote(ServerActor)
         self.shards: list[Actor] = [
-            shard_class.options(**restarts, scheduling_strategy=strategies[number]).remote(
-                self._shared_job, number, store
-            )
+            shard_class.options(**restarts, scheduling_strategy=strategies[number]).remote()
             for number in range(1, job.shards)
         ]
-        self.server: Actor = server_class.options(**restarts, scheduling_strategy=strategies[0]).remote(
-            self._shared_job, store, self.shards
+        self.server: Actor = server_class.options(**restarts, scheduling_strategy=strategies[0]).remote()
+        self._worker_class: Any = ray.remote(WorkerActor).options(
+            num_cpus=worker_cpus(job), num_gpus=job.spec.resources.gpus_per_worker
         )
-        self._worker_class: Any = ray.remote(WorkerActor).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker)
         self.incarnations = dict.fromkeys(job.workers, 0)
-        self.workers = {name: self._start(self._shared_job, name) for name in job.workers}
+        shared_job = ray.put(job)
+        self.workers = {name: self._start(shared_job, name) for name in job.workers}
 
     def _start(self, job: "ray.ObjectRef[Job]", name: str) -> Actor:
         return self._worker_class.remote(job, name, self.incarnations[name], self.server, self.shards)
+
+    def begin(self) -> "ray.ObjectRef[None]":
+        """Hand the server and its shards what the latest checkpoint has, or the start."""
+        job = ray.put(self.job.restored(self.store.latest()))
+        lives = [shard.begin.remote(job, number) for number, shard in enumerate(self.shards, start=1)]
+        begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *lives)
+        return begun
 
     def replace(self, name: str) -> Actor:
         """A new process for a worker, from the latest checkpoint."""
@@ -183,7 +186,7 @@ class _Session:
     def run(self) -> Outcome:
         job, crew = self._job, self._crew
         nodes = await_start(job, {name: worker.node.remote() for name, worker in crew.workers.items()})
-        self._lives = self._patiently(crew.server.ping.remote)
+        self._lives = self._patiently(crew.server.ping.remote, begin=True)
         with decoders(job, nodes) as decoder_of:
             self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
             self._all("train")
@@ -278,14 +281,22 @@ class _Session:
         """The values of a version put aside; None where the server was lost since."""
         return self._patiently(lambda: self._crew.server.kept.remote(version))
 
-    def _patiently(self, send: Callable[[], "ray.ObjectRef[Answer]"]) -> Answer:
-        """Ask the server, until it is back where it was lost."""
+    def _patiently(self, send: Callable[[], "ray.ObjectRef[Answer]"], begin: bool = False) -> Answer:
+        """Ask the server, until it is back where it was lost.
+
+        Args:
+            begin: it is to begin before it is asked.
+        """
         timeout_s = self._job.spec.resources.start_timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
             try:
+                if begin:
+                    ray.get(self._crew.begin(), timeout=timeout_s)
+                    begin = False
                 return ray.get(send(), timeout=timeout_s)
             except LOST as error:
+                begin = begin or isinstance(error, NotBegunError)
                 self._lose("server", f"The parameter server was lost: {error}")
                 if time.monotonic() > deadline:
                     raise TrainingError(f"The parameter server did not come back within {timeout_s:g} s.") from None
@@ -312,9 +323,15 @@ class _Session:
         return f"Worker '{worker}' of task '{self._job.workers[worker]}'"
 
 
-def worker_cpus(cluster_cpus: float, workers: int) -> float:
-    """CPUs that each worker asks for: an equal share rounded down to hundredths, at most one."""
-    return min(1.0, max(0.01, math.floor(100 * cluster_cpus / workers) / 100))
+def worker_cpus(job: Job) -> float:
+    """CPUs that each worker asks for: the spec's, or an equal share of the cluster's."""
+    cluster_cpus = ray.cluster_resources().get("CPU", 1.0)
+    return job.spec.resources.cpus_per_worker or equal_share(cluster_cpus, len(job.workers))
+
+
+def equal_share(cpus: float, workers: int) -> float:
+    """CPUs of each worker, rounded down to hundredths, at most one."""
+    return min(1.0, max(0.01, math.floor(100 * cpus / workers) / 100))
 
 
 def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[str, str]:
@@ -322,12 +339,16 @@ def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[st
 
     Raises:
         TrainingError: some did not start in time; says who.
+        LostError: one has started, and is gone.
     """
     timeout_s = job.spec.resources.start_timeout_s
     _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
     if missing:
         raise not_started(job, [name for name, start in starts.items() if start in missing])
-    return {name: ray.get(start) for name, start in starts.items()}
+    try:
+        return {name: ray.get(start) for name, start in starts.items()}
+    except RayActorError as error:  # a node may go with what was to start there
+        raise LostError(f"A worker was lost while it started: {error}".splitlines()[0]) from None
 
 
 def not_started(job: Job, late: list[str]) -> TrainingError:

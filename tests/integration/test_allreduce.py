@@ -2,14 +2,16 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray.util import placement_group_table
 
+from benchmarks._processes import own_actors
 from multitask.engines.allreduce import _Session, crew_of
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
@@ -25,6 +27,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cl
 MakeSpec = Callable[..., JobSpec]
 ALLREDUCE = {"name": "allreduce", "bucket_mb": 0.001}
 ROUNDS = {"name": "local", "schedule": "rounds"}
+
+
+@pytest.fixture(autouse=True)
+def places_are_given_back(ray_cluster: None) -> Iterator[None]:  # noqa: ARG001
+    yield
+    assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
 
 
 def losses(records: list[StepRecord]) -> dict[tuple[str, int], float]:
@@ -87,7 +95,10 @@ def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_sp
     assert joined.outcome.versions["last"].metrics == expected.outcome.versions["last"].metrics
 
 
-def test_a_killed_rank_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
+@pytest.mark.parametrize("victim", ["rank", "ledger"])
+def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
+    make_spec: MakeSpec, victim: str
+) -> None:
     changes = {"steps": 150, "evaluate_every": 75, "checkpoints": {"every_rounds": 5}}
     local = run_engine(Job(make_spec(engine=ROUNDS, **changes)))
     job = Job(make_spec(engine=ALLREDUCE, **changes, directory=f"{local.job.spec.directory}-killed"))
@@ -98,14 +109,14 @@ def test_a_killed_rank_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
         records.extend(new)
         of_cars = [record.process for record in new if record.worker == "cars/0"]
         if not killed and store.where() and of_cars:
-            killed.append(of_cars[-1])
+            killed.append(of_cars[-1] if victim == "rank" else own_actors("LedgerActor")[0])
             os.kill(killed[0], signal.SIGKILL)
 
     with crew_of(job, store) as crew:
         _Session(job, Driver(watch, store), outcome, crew).run()
 
     assert killed
-    assert records[-1].process not in killed
+    assert len({record.process for record in records}) == 4, "all ranks have successors"
     assert len(outcome.recoveries) == 1
     assert losses(records) == losses(local.records)
     assert bits(outcome.versions["last"]) == last(local)
@@ -189,10 +200,11 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
     assert len(set(expected)) == STEPS - 1
 
     job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, steps=STEPS))
-    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote(job, store_of(job))
+    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote()
     ranks = [ray.remote(Rank).options(num_cpus=0).remote(job, number, tmp_path) for number in range(2)]
     try:
-        group = ray.get(ledger.begin.remote())
+        ray.get(ledger.begin.remote(job, store_of(job)))
+        group = ray.get(ledger.begin_group.remote())
         found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=120)
         refused = {
             (record.step, record.worker): record.refused

@@ -1,6 +1,5 @@
 """What is lost comes back: workers, servers, shards, whole drivers."""
 
-import contextlib
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._processes import own_actors
 from multitask.job import Job
 from multitask.live import read_status
 from multitask.runs import write_spec
@@ -24,21 +24,6 @@ from tests.conftest import EngineRun, run_engine
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
 EACH_ROUND = {"every_rounds": 2, "every_minutes": None}
-
-
-def processes(title: str) -> list[int]:
-    """This test's own processes of one kind of actor, by the title that Ray gives them."""
-    parents, found = {}, []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if (path / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
-                found.append(int(path.name))
-    return [process for process in found if os.getpid() in _ancestors(process, parents)]
-
-
-def _ancestors(process: int, parents: dict[int, int]) -> list[int]:
-    return [process, *_ancestors(parents[process], parents)] if process in parents else []
 
 
 class Killer:
@@ -53,7 +38,7 @@ class Killer:
         self._seen += len(records)
         mine = [record.process for record in records if record.worker == self._worker]
         if self.killed is None and self._seen >= self._after and (self._title or mine):
-            self.killed = processes(self._title)[0] if self._title else mine[-1]
+            self.killed = own_actors(self._title)[0] if self._title else mine[-1]
             os.kill(self.killed, self._number)
 
 
@@ -107,7 +92,7 @@ def test_a_server_killed_after_a_worker_has_finished_waits_for_nobody(make_spec:
 
     def kill_when_pets_has_finished(records: list[StepRecord]) -> None:
         if not killed and any(record.task == "pets" and record.step == 99 for record in records):
-            killed.extend(processes("ServerActor"))
+            killed.extend(own_actors("ServerActor"))
             os.kill(killed[0], signal.SIGKILL)
 
     ran = run_engine(Job(spec), watch=kill_when_pets_has_finished)
@@ -174,7 +159,7 @@ def test_a_hanging_worker_is_named_and_replaced(make_spec: MakeSpec, caplog: pyt
 
 def test_a_worker_that_is_lost_again_and_again_ends_the_run(make_spec: MakeSpec) -> None:
     def kill_all(_: list[StepRecord]) -> None:
-        for process in processes("WorkerActor"):
+        for process in own_actors("WorkerActor"):
             os.kill(process, signal.SIGKILL)
 
     spec = make_spec({"pets": {}}, engine={"name": "async"}, steps=100_000, evaluate_every=10_000)

@@ -10,7 +10,7 @@ import ray
 import torch
 
 from multitask.data import write_table
-from multitask.engines.served import actors, decoders, worker_cpus
+from multitask.engines.served import actors, decoders, equal_share
 from multitask.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
@@ -66,6 +66,7 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     job = Job(spec)
 
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         workers = crew.workers
         ray.get([worker.prepare.remote() for worker in workers.values()])
         start = ray.get(workers["pets/0"].private_state.remote())
@@ -109,6 +110,7 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     worker = job.make_worker("pets/0", job.make_batches("pets/0"))
 
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         push, gradients, _ = worker.compute()
         replies = [ray.get(crew.server.push.remote(push, gradients)) for _ in range(2)]
         first, again = (ray.get(parts[0]["shared:pets"]).values for _, parts in replies)
@@ -123,6 +125,7 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
     job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
     with actors(job, store_of(job)) as crew:
+        ray.get(crew.begin())
         workers = crew.workers
         nodes = {name: ray.get(worker.node.remote()) for name, worker in workers.items()}
         with decoders(job, nodes) as decoder_of:
@@ -204,9 +207,10 @@ def test_a_corrupt_image_is_named_through_a_shared_decode(make_spec: MakeSpec, t
     ("cpus", "workers", "share"), [(2, 3, 0.66), (2, 2, 1.0), (64, 3, 1.0), (2, 5, 0.4), (1, 500, 0.01)]
 )
 def test_workers_share_the_cpus(cpus: float, workers: int, share: float) -> None:
-    assert worker_cpus(cpus, workers) == share
+    assert equal_share(cpus, workers) == share
 
 
+@pytest.mark.slow
 def test_workers_in_processes_of_their_own_fill_and_read_one_cache(make_spec: MakeSpec, tmp_path: Path) -> None:
     """Under `sync`: the bits of training without a cache, in a second run from the cache alone."""
     task = {"method": "last_layer", "workers": 2, "batch_size": 4}

@@ -70,6 +70,26 @@ def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(mak
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_dropout_draws_the_same_in_a_step_whoever_makes_it(make_spec: MakeSpec) -> None:
+    """So a step made again, or in another process, is the same step."""
+    changes = {"backbone": {"options": {"dropout": 0.5}}}
+    spec = make_spec({"pets": {}}, **changes)
+    job, first = worker_of(spec)
+    push, *_ = first.compute()
+    expected = gradients_of(*first.compute())
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    successor = job.make_worker("pets/0", job.make_batches("pets/0", push.position), start=(1, push.position))
+    found = gradients_of(*successor.compute())
+
+    assert all(torch.equal(found[group], values) for group, values in expected.items())
+    assert torch.equal(torch.get_rng_state(), before), "random numbers of others are left alone"
+    batch = next(job.make_batches("pets/0"))
+    masks = [gradients_of(*job.make_worker("pets/0", iter([batch]), start=(step, 0)).compute()) for step in (0, 1)]
+    assert not torch.equal(masks[0]["private:pets"], masks[1]["private:pets"]), "each step has its own"
+
+
 def test_images_skipped_by_the_batches_of_a_step_add_up(make_spec: MakeSpec) -> None:
     job = Job(make_spec({"pets": {"batch_size": 4, "accumulate": 2}}))
 
