@@ -158,7 +158,7 @@ sys.argv = ["edge", {str(maps.path)!r}, "--out", {str(tmp_path / "task.patch")!r
             "--batch-size", "8", "--layers", "2", "--rank", "4", "--threads", "1", "--validation", {str(maps.path)!r}]
 import runpy
 runpy.run_module("patches.edge", run_name="__main__")
-heavy = ("torchvision", "ray", "mlflow", "multitask", "torch._dynamo")
+heavy = ("torchvision", "ray", "mlflow", "multitask")
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
