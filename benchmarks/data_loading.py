@@ -22,7 +22,7 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def resize(resolution: int) -> v2.Resize:
 def ours(folder: Path, resolution: int) -> Iterator[Tensor]:
     table = open_table(folder / "table")
     loader = TrainBatches(table, batch_size=BATCH, resolution=resolution, seed=0, window=WINDOW, **NORMAL)
-    return (batch.pixels for batch in loader)
+    return (cast(Tensor, batch.pixels) for batch in loader)
 
 
 def image_folder(
@@ -127,7 +127,7 @@ def together(folder: Path) -> Iterator[Tensor]:
     shared = SharedStream(stream, {str(resolution): resolution for resolution in TOGETHER})
     views = {str(resolution): BatchView(resolution, **NORMAL) for resolution in TOGETHER}
     while True:
-        batches = [view.batch(shared.next(reader)).pixels for reader, view in views.items()]
+        batches = [cast(Tensor, view.batch(shared.next(reader)).pixels) for reader, view in views.items()]
         yield batches[-1]
 
 

@@ -139,6 +139,23 @@ def export(
 
 
 @app.command()
+def gather(
+    spec: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A job spec (YAML): its backbone, a ViT.")],
+    task: Annotated[str, typer.Argument(help="The task whose training and validation images are wanted.")],
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="Gets train.arrow and validation.arrow.")],
+    k: Annotated[int | None, typer.Option(min=0, help="Last map of the sum; the backbone's last by default.")] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the maps.")] = "float32",
+) -> None:
+    """Write a task's images as the maps that MIST's edge learns from: `python -m patches.edge`."""
+    from multitask.gather import gather
+    from multitask.spec import load_spec
+
+    for split, maps in gather(load_spec(spec), task, folder, k=k, dtype=dtype).items():
+        row_bytes = sum(layout.row_bytes for layout in maps.layouts.values())
+        print(f"{split}: {len(maps):,} images of {row_bytes:,} bytes each in {maps.path}")
+
+
+@app.command()
 def evaluate(
     run: RunDirectory,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which of the tables.")] = "test",

@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import patches
+from multitask.caches import plan_caches, writers
 from multitask.checkpoint import Checkpoint
 from multitask.data import Batch, ImageTable, eval_batches, open_table
 from multitask.data.batches import BatchView, TrainStream
+from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
@@ -115,6 +118,11 @@ class Job:
             self._check_data(task)
         self._backbone = load_backbone(spec, spec.backbone.weights)
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
+        tables = {task.name: self._tables[f"{task.data}/train"] for task in spec.tasks}
+        self.caches = plan_caches(spec, self._backbone, models, tables)
+        """Task -> where it stores what the frozen backbone gives, for the tasks that do."""
+        self._with_images = {task for task, model in models.items() if model.reads_images}
+        self._opened: dict[Path, FeatureCache] = {}
         steps = {} if checkpoint is None else checkpoint.shared_steps()
         groups = plan_groups(models, {task.name: task.workers for task in spec.tasks}, steps)
         self.groups = {group.name: group for group in groups}
@@ -136,11 +144,23 @@ class Job:
         self.progress = checkpoint.progress.with_workers(self.workers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers and server take values from the groups; the backbone's own tensors stay with the driver."""
-        return {key: value for key, value in vars(self).items() if key != "_backbone"}
+        """Workers and server take values from the groups; the backbone's own tensors stay with the driver.
+
+        Every process opens its own caches.
+        """
+        return {key: value for key, value in vars(self).items() if key != "_backbone"} | {"_opened": {}}
 
     def task(self, name: str) -> TaskSpec:
         return next(task for task in self.spec.tasks if task.name == name)
+
+    def cache(self, task: str) -> FeatureCache | None:
+        """A task's cache, one for all tasks of this process that share it."""
+        if task not in self.caches:
+            return None
+        plan = self.caches[task]
+        if plan.path not in self._opened:
+            self._opened[plan.path] = plan.open()
+        return self._opened[plan.path]
 
     def groups_of(self, task: str) -> dict[str, Group]:
         return {name: group for name, group in self.groups.items() if task in group.tasks}
@@ -239,6 +259,7 @@ class Job:
             validation=self._validation_batches(task) if rank == 0 else None,
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
             seed=spec.seed,
+            cache=self.cache(task.name) if task.name in writers(self.caches) else None,
             step=step,
             position=position,
             incarnation=incarnation,
@@ -276,12 +297,16 @@ class Job:
         return ParameterGroup(group.layout, group.state(), make, factor, part)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
-        """The workers in groups whose members read the same rows in the same order, at whatever resolutions."""
+        """The workers in groups whose members read the same rows in the same order, at whatever resolutions.
+
+        A worker with a cache reads alone: which images it needs depends on what is stored.
+        """
         groups: dict[Any, list[str]] = {}
         for name in workers:
             task = self.task(self.workers[name])
             alike = (task.data, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
-            groups.setdefault((*alike, rank_of(name)), []).append(name)
+            alone = name if task.name in self.caches else None
+            groups.setdefault((*alike, rank_of(name), alone), []).append(name)
         return list(groups.values())
 
     def make_stream(self, workers: Sequence[str]) -> SharedStream:
@@ -298,6 +323,8 @@ class Job:
             undecodable=task.undecodable,
             window=task.shuffle_window,
             threads=self.spec.resources.decode_threads,
+            cache=self.cache(task.name),
+            decode_cached=task.name in self._with_images,
         )
         resolutions = {name: self.task(self.workers[name]).resolution for name in workers}
         stream = SharedStream(lambda position: make(start=position), resolutions)

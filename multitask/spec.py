@@ -61,6 +61,9 @@ class TaskSpec:
     """Workers of this task; several share its patch through the server."""
     augment: Literal["none", "crop_flip"] = "none"
     """Training images: only resized, or random resized crops and horizontal flips."""
+    cache_features: str | None = None
+    """Folder on a local disk that keeps what the frozen backbone gives for each training image, so that the first epoch
+    alone computes it; tasks and later runs may share it."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Rate, Rate, Rate] = (0.229, 0.224, 0.225)
     label_smoothing: Share = 0.0
@@ -78,6 +81,20 @@ class TaskSpec:
     """Training rows that are shuffled together; a worker holds up to two windows of encoded images."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
+
+    @model_validator(mode="after")
+    def _stored_features_stay_the_same(self) -> Self:
+        if self.cache_features is None:
+            return self
+        if "://" in self.cache_features:
+            raise ValueError(f"cache_features is '{self.cache_features}', but it has to be a folder on a local disk")
+        for key, allowed in (("augment", "none"), ("precision", "float32")):
+            if getattr(self, key) != allowed:
+                raise ValueError(
+                    f"cache_features needs {key} '{allowed}', but {key} is '{getattr(self, key)}'; "
+                    f"set {key}: {allowed}, or leave cache_features out"
+                )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -280,6 +297,16 @@ class JobSpec:
         return self
 
     @model_validator(mode="after")
+    def _features_are_stored_of_a_frozen_backbone(self) -> Self:
+        cached = [task.name for task in self.tasks if task.cache_features is not None]
+        if cached and self.train_shared:
+            raise ValueError(
+                f"tasks {cached} have cache_features, but train_shared is true: what the backbone gives changes with "
+                "every step; set train_shared: false, or leave cache_features out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_warm_up_ends_before_the_job(self) -> Self:
         if isinstance(self.schedule, CosineSpec) and self.schedule.warm_up_rounds >= self.steps:
             raise ValueError(
@@ -383,12 +410,11 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Relative data and weight paths in a file start at the file's folder, wherever the command runs."""
+    """Relative data, cache and weight paths in a file start at the file's folder, wherever the command runs."""
     tasks = raw["tasks"] if isinstance(raw.get("tasks"), list) else []
     for holder, key in [
         (raw.get("backbone"), "weights"),
-        (raw.get("task_defaults"), "data"),
-        *((t, "data") for t in tasks),
+        *((holder, key) for holder in (raw.get("task_defaults"), *tasks) for key in ("data", "cache_features")),
     ]:
         value = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(value, str) and value.startswith(("./", "../")):

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from multitask.caches import describe
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job import Job
@@ -123,6 +124,8 @@ class _Training:
     def run(self) -> Run:
         start = time.perf_counter()
         with self._tracker, _first_interrupt(self._interrupt), self._watch.showing(self._job):
+            for line in describe(self._job.caches):
+                self._watch.say(line)
             try:
                 outcome = self._run_engine()
             except TrainingError as error:

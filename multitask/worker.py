@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from multitask.data import Batch
+from multitask.data.feature_cache import FeatureCache
 from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, bind, training_norms
@@ -93,6 +94,7 @@ class TaskWorker:
         validation: Callable[[], Iterable[Batch]] | None,
         device: torch.device,
         seed: int,
+        cache: FeatureCache | None = None,
         step: int = 0,
         position: int = 0,
         incarnation: int = 0,
@@ -107,6 +109,7 @@ class TaskWorker:
         clip_norm: longest gradient of a step, as an L2 norm over all groups; None leaves it alone.
         validation: makes an iterator over the validation images; None for a worker that does not evaluate.
         seed: what dropout and stochastic depth draw in a step follows from this, the worker's name and the step.
+        cache: where to keep what the frozen backbone gives for images that come without it.
         step: steps that the private tensors have learned from.
         position: where the batches begin.
         incarnation: counts the processes that this worker has had in this run.
@@ -124,6 +127,7 @@ class TaskWorker:
         self._loss = loss
         self._device = device
         self._seed = seed
+        self._cache = cache
         self.step, self.position = step, position
         """Steps made, and where the stream stood after the last one."""
         self._learned_step, self._learned_position = step, position
@@ -206,9 +210,8 @@ class TaskWorker:
 
     def _add_gradients(self, batch: Batch) -> float:
         """Forward and backward on one batch; returns its share of the step's loss, as its gradients are shares."""
-        images = batch.images(self._device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            loss = self._loss(self.model(images), batch.labels.to(self._device)) / self._accumulate
+            loss = self._loss(self._outputs(batch), batch.labels.to(self._device)) / self._accumulate
         loss.backward()
         loss_value = loss.item()
         if not math.isfinite(loss_value):
@@ -221,6 +224,27 @@ class TaskWorker:
             statistics = layout.section(self._values[group], Role.STATISTIC)
             layout.section(self._gradients[group], Role.STATISTIC).add_(statistics, alpha=1 / self._accumulate)
         return loss_value
+
+    def _outputs(self, batch: Batch) -> Any:
+        """What the model gives for a batch: the shared part is computed, and kept, only where it is not stored."""
+        images = None
+        if batch.pixels is not None:
+            images = batch.images(self._device).contiguous(memory_format=torch.channels_last)
+        if batch.features is not None:
+            shared = {step: feature.to(self._device) for step, feature in batch.features.items()}
+        elif self._cache is None:
+            return self.model(images)
+        else:
+            assert images is not None
+            assert batch.rows is not None
+            shared = self.model.shared_part(images)
+            self._cache.add(batch.rows, batch.labels.numpy(), shared)
+        return self.model.own_part(images, shared)
+
+    def keep_features(self) -> None:
+        """Store what was computed of the shared part, which waits for more of it."""
+        if self._cache is not None:
+            self._cache.flush()
 
     def _private_problem(self) -> str | None:
         """What is wrong with the gradients that the server does not see."""
@@ -356,6 +380,7 @@ def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) 
             pause = absorb_oldest()
     while waiting:
         pause = absorb_oldest()
+    worker.keep_features()
     if worker.step == steps:
         server.call("finish", worker.name)
 

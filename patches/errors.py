@@ -9,5 +9,9 @@ class BackboneError(ValueError):
     """A backbone that cannot be built, or weights that do not fit it."""
 
 
+class FeatureError(ValueError):
+    """Stored features that cannot be written, read, or used where they were given."""
+
+
 class BundleError(ValueError):
     """A bundle that cannot be written or must not be loaded."""

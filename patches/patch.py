@@ -130,7 +130,7 @@ class PatchedModel(nn.Module):
         """
         if side_of(self.network) is None:
             return self.network(x)
-        return self.rest(x, self._shared_outputs(x))
+        return self.own_part(x, self.shared_part(x))
 
     def rest(self, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
         """What the task computes itself after the shared steps.
@@ -141,12 +141,64 @@ class PatchedModel(nn.Module):
         Returns:
             Logits (batch, num_classes).
         """
+        return self.own_part(images, self._condensed(outputs))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether `own_part` reads the images, not the shared part alone."""
+        side = side_of(self.network)
+        return self.first_private_block == 0 if side is None else side.reads_images
+
+    def shared_part(self, images: Tensor) -> dict[int, Tensor]:
+        """What the task needs of the shared steps, which run without autograd.
+
+        It depends on the images and the frozen backbone alone, so that it can be stored, unless there is a
+        `random_shared_layer`.
+
+        Args:
+            images: shape (batch, 3, height, width).
+        Returns:
+            Step index -> a tensor (batch, ...): the outputs of the steps `reads`, but for MIST their sum.
+        """
+        copy = self._copy()
+        if self.shared_in_eval:
+            copy.hold_in_eval(self.first_private_block)
+        with torch.no_grad():
+            return self._condensed(dict(copy.outputs(images, self.reads)))
+
+    @property
+    def shared_in_eval(self) -> bool:
+        """Whether the shared steps are in eval mode whatever `train()` was called on: beside a side network."""
+        return side_of(self.network) is not None
+
+    @property
+    def random_shared_layer(self) -> str | None:
+        """Path of a dropout or stochastic depth that makes the shared steps differ from one training pass to the next,
+        or None."""
+        if not self.shared_in_eval:
+            modules = dict(self.network.named_modules())
+            for path in self._copy().paths(0, self.first_private_block):
+                for name, module in modules[path].named_modules(prefix=path) if path in modules else ():
+                    if getattr(module, "p", 0) > 0:
+                        return name
+        return None
+
+    def shared_shapes(self, image_size: int) -> dict[int, tuple[int, ...]]:
+        """Shapes of `shared_part` for one image, without the batch axis; computes no values."""
+        of_step = list(self.backbone.block_shapes(image_size).values())
+        outputs = {step: torch.empty(1, *of_step[step], device="meta") for step in self.reads}
+        return {step: tuple(kept.shape[1:]) for step, kept in self._condensed(outputs).items()}
+
+    def own_part(self, images: Tensor | None, shared: Mapping[int, Tensor]) -> Tensor:
+        """The logits (batch, num_classes) from what `shared_part` gave, and from the images where `reads_images`."""
         copy = self._copy()
         side = side_of(self.network)
         if side is not None:
-            return copy.run(side(copy, images, outputs), len(copy.steps) - 1)
+            return copy.run(side(copy, images, shared), len(copy.steps) - 1)
         start = self.first_private_block
-        return copy.run(outputs[start - 1] if start else images, start)
+        x = shared[start - 1] if start else images
+        assert x is not None
+        return copy.run(x, start)
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """As `Backbone.run`, with this task's tensors.
@@ -168,7 +220,7 @@ class PatchedModel(nn.Module):
                 f"{self.first_private_block} on its side network reads several outputs. Start at 0, and stop at "
                 f"{self.first_private_block} or before, at -1 (features), or nowhere (logits)."
             )
-        return self(x) if end > head else side(copy, x, self._shared_outputs(x))
+        return self(x) if end > head else side(copy, x, self.shared_part(x))
 
     def private_state(self) -> dict[str, Tensor]:
         """The live private parameters and buffers by name: what a bundle carries."""
@@ -276,11 +328,9 @@ class PatchedModel(nn.Module):
         for name, tensor in self.shared_state().items():
             tensor.data = base[name]
 
-    def _shared_outputs(self, images: Tensor) -> dict[int, Tensor]:
-        copy = self._copy()
-        copy.hold_in_eval(self.first_private_block)
-        with torch.no_grad():
-            return dict(copy.outputs(images, self.reads))
+    def _condensed(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        side = side_of(self.network)
+        return {step: outputs[step] for step in self.reads} if side is None else side.condense(outputs)
 
     def _copy(self) -> Backbone:
         return Backbone(self.backbone.name, self.backbone.options, self.network)

@@ -27,6 +27,16 @@ class SideNetwork(nn.Module):
 
     reads: tuple[int, ...]
     """Indices of the steps whose outputs on the frozen backbone it reads."""
+    reads_images: ClassVar[bool] = False
+    """Whether it reads the images too."""
+
+    def condense(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What is needed of the outputs, without any of the task's own tensors: what is worth storing for each image.
+
+        Args:
+            outputs: step index -> its output, for at least `reads`; to be left as they are, other tasks read them too.
+        """
+        return {step: outputs[step] for step in self.reads}
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
         """Features (batch, inputs of the head).
@@ -34,7 +44,7 @@ class SideNetwork(nn.Module):
         Args:
             copy: the task's copy of the network, whose later steps a side network may run and change.
             images: shape (batch, 3, height, width).
-            outputs: step index -> its output, for at least `reads`; to be left as they are, other tasks read them too.
+            outputs: what `condense` gave; to be left as they are.
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multitask.data.feature_cache import FeatureCache
 from multitask.data.loading import EncodedRow, ImageLoader, Loaded, Undecodable, check_option
-from multitask.data.order import EpochOrder, Window
+from multitask.data.order import EpochOrder, Span, Window
 from multitask.data.table import ImageTable, RowGroup
 from multitask.data.transforms import Augment, Crop, draw_crop, normalise
 
@@ -28,8 +29,9 @@ log = logging.getLogger(__name__)
 class Batch:
     """Images and labels of one step."""
 
-    pixels: Tensor
-    """Shape (batch, 3, resolution, resolution), uint8, channels last in memory: a quarter of the floats' bytes."""
+    pixels: Tensor | None
+    """Shape (batch, 3, resolution, resolution), uint8, channels last in memory: a quarter of the floats' bytes. None
+    where stored features stand for the images."""
     labels: Tensor
     """Shape (batch,), int64."""
     mean: tuple[float, float, float]
@@ -40,9 +42,14 @@ class Batch:
     """Those of them that are met for the first time: file, row and what is wrong."""
     position: int = 0
     """Rows of its stream that a worker has consumed with this batch: where another stream goes on."""
+    rows: NDArray[np.int64] | None = None
+    """Shape (batch,): numbers of the images in their table, where features are stored under them."""
+    features: Mapping[int, Tensor] | None = None
+    """What the frozen backbone gives for the images, as `PatchedModel.shared_part` has it, if all of it is stored."""
 
     def images(self, device: torch.device | str | None = None) -> Tensor:
         """What a model reads: shape (batch, 3, resolution, resolution), float32, normalised on `device`."""
+        assert self.pixels is not None
         return normalise(self.pixels.to(device), self.mean, self.std)
 
 
@@ -65,6 +72,8 @@ class TrainStream:
         window: int = SHUFFLE_WINDOW,
         threads: int = 1,
         start: int = 0,
+        cache: FeatureCache | None = None,
+        decode_cached: bool = False,
     ) -> None:
         """Args:
         table: where the images are.
@@ -77,6 +86,8 @@ class TrainStream:
         window: rows that are shuffled together.
         threads: threads that decode; they change no value.
         start: `position` of an earlier stream or of a batch: this one goes on from there, bit for bit.
+        cache: where features of the table's images are stored: a batch that is all there comes with them.
+        decode_cached: whether the images of such a batch are wanted too.
         """
         check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
         check_option("augment", augment, augment in get_args(Augment), f"one of {list(get_args(Augment))}")
@@ -98,9 +109,36 @@ class TrainStream:
         random_crop = crop if augment == "crop_flip" else None
         self._loader = ImageLoader(table, undecodable=undecodable, draw_crop=random_crop, threads=threads)
         self._windows = _Windows(table, self._order)
+        self._cache, self._decode_cached = cache, decode_cached
 
     def draw(self, resolutions: Sequence[int]) -> "Drawn":
-        """The next batch, at every resolution asked for."""
+        """The next batch, at every resolution asked for; without images where stored features stand for them."""
+        if self._cache is not None and not self._decode_cached:
+            drawn = self._draw_cached(self._cache)
+            if drawn is not None:
+                return drawn
+        drawn = self._draw_decoded(resolutions)
+        found = self._cache.read(drawn.rows) if self._cache is not None and self._decode_cached else None
+        return drawn if found is None else replace(drawn, features=found[1])
+
+    def _draw_cached(self, cache: FeatureCache) -> "Drawn | None":
+        """The next batch from the cache, if all of it is there; the table is not read."""
+        ahead = 0
+        rows: list[int] = []
+        while len(rows) < self._batch_size:
+            row = self._windows.number(*self._order.place(self.position + ahead))
+            ahead += 1
+            if not self._loader.found_bad(row):
+                rows.append(row)
+        numbers = np.array(rows, dtype=np.int64)
+        found = cache.read(numbers)
+        if found is None:
+            return None
+        self.position += ahead
+        labels, features = found
+        return Drawn({}, labels, numbers, skipped=ahead - len(rows), position=self.position, features=features)
+
+    def _draw_decoded(self, resolutions: Sequence[int]) -> "Drawn":
         parts: list[Loaded] = []
         wanted, skipped = self._batch_size, 0
         while wanted:
@@ -123,11 +161,15 @@ class Drawn:
     """One batch at several resolutions, as NumPy arrays: processes on one node hand them over without a copy."""
 
     pixels: dict[int, NDArray[np.uint8]]
-    """Resolution -> shape (batch, resolution, resolution, 3): the order of decoder, resize and channels_last models."""
+    """Resolution -> shape (batch, resolution, resolution, 3): the order of decoder, resize and channels_last models.
+    Empty where stored features stand for the images."""
     labels: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    """Numbers of the images in their table."""
     skipped: int
     bad_images: tuple[str, ...] = ()
     position: int = 0
+    features: Mapping[int, Tensor] | None = None
 
 
 class _Windows:
@@ -138,6 +180,14 @@ class _Windows:
         self._thread = ThreadPoolExecutor(1, "fetch")
         self._current: _LoadedWindow | None = None
         self._next: tuple[tuple[int, int], Future[_LoadedWindow]] | None = None
+        self._places: tuple[tuple[int, int], _Places] | None = None
+
+    def number(self, epoch: int, number: int, place: int) -> int:
+        """Which row of the table `row` gives; nothing is fetched for it."""
+        if self._places is None or self._places[0] != (epoch, number):
+            self._places = (epoch, number), _Places(self._order.window(epoch, number))
+        span, place_in_group = self._places[1].find(place)
+        return self._table.first_row(span.group) + place_in_group
 
     def row(self, epoch: int, number: int, place: int) -> EncodedRow:
         if self._current is None or self._current.key != (epoch, number):
@@ -157,21 +207,32 @@ class _Windows:
         """A window's row groups; those at hand (of the window before it) are not read again."""
         window = self._order.window(epoch, number)
         groups = {span.group: at_hand.get(span.group) or self._table.read_group(span.group) for span in window.spans}
-        return _LoadedWindow((epoch, number), window, groups, self._table)
+        return _LoadedWindow((epoch, number), _Places(window), groups, self._table)
 
 
-class _LoadedWindow:
-    def __init__(self, key: tuple[int, int], window: Window, groups: dict[int, RowGroup], table: ImageTable) -> None:
-        self.key = key
-        self.groups = groups
-        self._window, self._table = window, table
+class _Places:
+    """Where the rows of a window lie in its row groups."""
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
         self._starts = np.cumsum([0, *(span.stop - span.start for span in window.spans)])
 
-    def row(self, place: int) -> EncodedRow:
+    def find(self, place: int) -> tuple[Span, int]:
+        """The span of a row of the window (in shuffled order), and the row's number in that row group."""
         row = int(self._window.order[place])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         span = self._window.spans[number]
-        place_in_group = span.start + row - int(self._starts[number])
+        return span, span.start + row - int(self._starts[number])
+
+
+class _LoadedWindow:
+    def __init__(self, key: tuple[int, int], places: _Places, groups: dict[int, RowGroup], table: ImageTable) -> None:
+        self.key = key
+        self.groups = groups
+        self._places, self._table = places, table
+
+    def row(self, place: int) -> EncodedRow:
+        span, place_in_group = self._places.find(place)
         group = self.groups[span.group]
         return EncodedRow(
             epoch=self.key[0],
@@ -223,18 +284,21 @@ class BatchView:
 
     def batch(self, drawn: Drawn) -> Batch:
         # What comes out of Ray's object store is read-only, which torch does not know: it gets a copy.
-        pixels, labels = (
-            torch.from_numpy(np.require(array, requirements="W"))
-            for array in (drawn.pixels[self.resolution], drawn.labels)
-        )
+        labels = torch.from_numpy(np.require(drawn.labels, requirements="W"))
+        pixels = None
+        if drawn.pixels:
+            array = np.require(drawn.pixels[self.resolution], requirements="W")
+            pixels = torch.from_numpy(array).permute(0, 3, 1, 2)
         return Batch(
-            pixels.permute(0, 3, 1, 2),
+            pixels,
             labels,
             self._mean,
             self._std,
             skipped=drawn.skipped,
             bad_images=drawn.bad_images,
             position=drawn.position,
+            rows=drawn.rows,
+            features=drawn.features,
         )
 
     def batches(self, draw: Callable[[], Drawn]) -> Iterator[Batch]:
@@ -318,9 +382,10 @@ def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchVi
 def _join(parts: Sequence[Loaded], skipped: int) -> Drawn:
     """One batch of what was loaded piece by piece."""
     labels = np.array([row.label for good, _ in parts for row in good], dtype=np.int64)
+    rows = np.array([row.row for good, _ in parts for row in good], dtype=np.int64)
     if len(parts) == 1:  # the usual case, without a copy
         pixels = parts[0][1]
     else:
         pixels = {size: torch.cat([images[size] for _, images in parts]) for size in parts[0][1]}
     arrays = {size: images.numpy() for size, images in pixels.items()}
-    return Drawn(arrays, labels, skipped)
+    return Drawn(arrays, labels, rows, skipped)

@@ -116,6 +116,10 @@ class ImageLoader:
             self._new_bad.append(f"{source}: the image cannot be decoded ({reason})")
             return None
 
+    def found_bad(self, row: int) -> bool:
+        """Whether a row of the table could not be decoded when it was tried."""
+        return row in self._bad_rows
+
     def take_bad(self) -> tuple[str, ...]:
         """Images left out since the last call, each named once with its file, row and what is wrong with it."""
         taken, self._new_bad = tuple(self._new_bad), []

@@ -69,4 +69,4 @@ class SharedStream:
 
 
 def _at(drawn: Drawn, resolution: int) -> Drawn:
-    return replace(drawn, pixels={resolution: drawn.pixels[resolution]})
+    return replace(drawn, pixels={resolution: drawn.pixels[resolution]}) if drawn.pixels else drawn

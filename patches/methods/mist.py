@@ -89,11 +89,15 @@ class MistNetwork(SideNetwork):
         self.readout = readout
         self.blocks = nn.Sequential(*(Residual(width, rank, block) for _ in range(layers)))
 
-    def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
+    def condense(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The sum alone, under the number of its last map."""
         gathered = outputs[self.reads[0]]
         for step in self.reads[1:]:
             gathered = gathered + outputs[step]
-        return self.features(gathered)
+        return {self.reads[-1]: gathered}
+
+    def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
+        return self.features(outputs[self.reads[-1]])
 
     def features(self, gathered: Tensor) -> Tensor:
         """Features (batch, d) of a gathered map (batch, 1 + patches, d)."""

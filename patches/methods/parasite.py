@@ -100,6 +100,8 @@ class Parasite(SideMethod):
 class ParasiteNetwork(SideNetwork):
     """The narrow network, read as the host's steps, and where the host's activations join it."""
 
+    reads_images = True
+
     def __init__(self, copy: Backbone, ratio: Decimal, init: str, join: str, zero_host: bool) -> None:
         """Raises:
         PatchError: a ratio that leaves a convolution no channel.

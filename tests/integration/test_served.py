@@ -208,3 +208,21 @@ def test_a_corrupt_image_is_named_through_a_shared_decode(make_spec: MakeSpec, t
 )
 def test_workers_share_the_cpus(cpus: float, workers: int, share: float) -> None:
     assert equal_share(cpus, workers) == share
+
+
+@pytest.mark.slow
+def test_workers_in_processes_of_their_own_fill_and_read_one_cache(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Under `sync`: the bits of training without a cache, in a second run from the cache alone."""
+    task = {"method": "last_layer", "workers": 2, "batch_size": 4}
+    changes = {"train_shared": False, "steps": 9, "evaluate_every": 9}
+    plain, _, expected = run(make_spec({"pets": task}, engine=ROUNDS, **changes))
+    spec = make_spec({"pets": task | {"cache_features": str(tmp_path / "cache")}}, engine=SYNC, **changes)
+
+    for _ in range(2):
+        cached, processes, records = run(spec)
+        assert os.getpid() not in processes.values()
+        assert sorted((r.worker, r.step, r.loss) for r in records) == sorted(
+            (r.worker, r.step, r.loss) for r in expected
+        )
+        assert all_values(cached["last"]) == all_values(plain["last"])
+        assert Job(spec).caches["pets"].missing_bytes() == 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import patches
 from patches import Backbone, PatchedModel, PatchError
+from patches.side import side_of
 from tests.patches.helpers import bits, images, network, randomise_side, small_backbone, small_transformer, train
 
 EXAMPLES: list[tuple[str, str, dict[str, Any], int]] = [
@@ -110,17 +111,19 @@ def test_shared_steps_give_the_same_bits_to_every_task_in_train_mode(
     x = images(2, size)
     models = [clone(randomise_side(patches.attach(backbone, method, 3, **options), seed)) for seed in (1, 2)]
     with torch.no_grad():
-        expected = [backbone.run(x, 0, step + 1) for step in range(first)]
+        alone = {step: backbone.run(x, 0, step + 1) for step in range(first)}
+    side = side_of(models[0].network)
+    assert side is not None
+    expected = side.condense(alone)
     runs = []
     for model in models:
         for module in callees(model):
             module.train()
-        runs.append(model._shared_outputs(x))
+        runs.append(model.shared_part(x))
         assert model.network.training
-    assert set(runs[0]) == set(models[0].reads)
     for outputs in runs:
-        for step, output in outputs.items():
-            assert torch.equal(output, expected[step])
+        assert outputs.keys() == expected.keys()
+        assert all(torch.equal(output, expected[step]) for step, output in outputs.items())
     with torch.no_grad():
         assert not torch.equal(models[0].eval()(x), models[1].eval()(x))
 
@@ -165,7 +168,7 @@ def test_shared_steps_run_without_autograd(name: str, method: str, options: dict
     del first
     x = images(2, SIZE.get(name, 32)).requires_grad_()
     model = randomise_side(patches.attach(fresh(name), method, 3, **options))
-    assert not any(output.requires_grad for output in model._shared_outputs(x).values())
+    assert not any(output.requires_grad for output in model.shared_part(x).values())
     model(x).sum().backward()
     assert (x.grad is None) == (method != "parasite")  # which reads the images itself
 

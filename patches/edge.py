@@ -1,0 +1,141 @@
+"""MIST at the edge: a task learned from gathered maps alone, in little memory and without a backbone.
+
+    python -m patches.edge train.arrow --validation validation.arrow --out pets.patch
+
+The maps come from `multitask gather`, where the backbone is. The bundle attaches to that backbone.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from patches.bundle import save_bundle
+from patches.errors import FeatureError
+from patches.features import FeatureFile
+from patches.methods.mist import Edge
+
+MAPS = "maps"
+"""The feature's name in the files."""
+CHUNK = 8
+"""Images whose activations are held at once."""
+
+
+def make_edge(maps: FeatureFile, *, seed: int = 0, **options: Any) -> Edge:
+    """A fresh edge network for the maps of a file.
+
+    Args:
+        options: of `Mist`, but for k, which is the file's.
+    Raises:
+        FeatureError: a file of something else.
+        PatchError: as `Edge`.
+    """
+    if set(maps.layouts) != {MAPS}:
+        raise FeatureError(f"'{maps.path}' holds no gathered maps. Name a file that `multitask gather` wrote.")
+    return Edge(maps.about["backbone"], len(maps.about["classes"]), seed=seed, k=maps.about["k"], **options)
+
+
+def train_edge(
+    edge: Edge, maps: FeatureFile, *, epochs: int, rate: float, batch_size: int = 32, chunk: int = CHUNK, seed: int = 0
+) -> list[float]:
+    """Train in place: Adam, the rate on a cosine down to 0, every epoch in an order of its own.
+
+    A step is one update by the mean gradient of `batch_size` images. No image of a batch sees another one, so the
+    gradient is added up over chunks of them: the activations of a chunk are all that is held.
+
+    Args:
+        rate: at the start.
+        batch_size: images of a step; those left over at an epoch's end wait for the next order.
+        chunk: images of one forward and backward pass.
+        seed: of the orders.
+    Returns:
+        The mean loss of each step.
+    Raises:
+        FeatureError: fewer images than one batch.
+    Source: Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025, arXiv:2406.17559: Adam, batches of 32
+        and the cosine.
+    """
+    steps_per_epoch = len(maps) // batch_size
+    if not steps_per_epoch:
+        raise FeatureError(f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Set fewer.")
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = Adam(edge.parameters(), rate)
+    schedule = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
+    losses = []
+    for _ in range(epochs):
+        order = torch.randperm(len(maps), generator=generator)
+        for number in range(steps_per_epoch):
+            batch = order[number * batch_size : (number + 1) * batch_size]
+            loss = 0.0
+            for x, labels in _chunks(maps, batch, chunk):
+                part = functional.cross_entropy(edge(x), labels, reduction="sum") / batch_size
+                part.backward()
+                loss += part.item()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+    return losses
+
+
+@torch.no_grad()
+def predict(edge: Edge, maps: FeatureFile, chunk: int = CHUNK) -> Tensor:
+    """Logits of all images in order, shape (images, num_classes)."""
+    return torch.cat([edge(x) for x, _ in _chunks(maps, torch.arange(len(maps)), chunk)])
+
+
+def _chunks(maps: FeatureFile, places: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Maps (n, 1 + patches, d) and labels (n,) of the images at these places, up to `chunk` at a time."""
+    for part in places.split(chunk):
+        x = maps.layouts[MAPS].empty(len(part))
+        maps.read(MAPS, part.numpy(), x, range(len(part)))
+        yield x, torch.from_numpy(maps.labels[part.numpy()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a task of method 'mist' from gathered maps alone.")
+    parser.add_argument("maps", type=Path, help="training maps that `multitask gather` wrote")
+    parser.add_argument("--validation", type=Path, metavar="FILE", help="maps to measure the accuracy on")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bundle")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    maps = FeatureFile(arguments.maps)
+    edge = make_edge(maps, seed=arguments.seed, layers=arguments.layers, rank=arguments.rank)
+    losses = train_edge(
+        edge,
+        maps,
+        epochs=arguments.epochs,
+        rate=arguments.rate,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    metrics = {"train_loss": losses[-1]}
+    if arguments.validation is not None:
+        validation = FeatureFile(arguments.validation)
+        right = predict(edge, validation).argmax(1) == torch.from_numpy(validation.labels)
+        metrics["validation_top1"] = 100 * right.double().mean().item()
+    save_bundle(
+        edge,
+        arguments.out,
+        classes=maps.about["classes"],
+        preprocessing=maps.about["preprocessing"],
+        metrics=metrics,
+    )
+    print(f"Written to {arguments.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()
