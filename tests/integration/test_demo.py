@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cl
 TASKS = ["fashion", "animals", "digits"]
 
 
+@pytest.mark.timeout(1800)  # three trainings; where cores are few, Ray starts its processes slowly
 def test_private_scale_and_bias_matches_three_models(tmp_path: Path) -> None:
     report = run_demo(tmp_path / "demo")
 
