@@ -30,8 +30,8 @@ HEALTH_CHECK_S = 0.5
 """Between two looks of Train at its workers: so long a loss goes unnoticed."""
 TRAIN_START_S = 60.0
 """How long Train's own processes and the ranks may take to start, beside the wait for places."""
-END_S = 15.0
-"""How long Train may take to end."""
+END_S = 60.0
+"""How long Train may take to start a group before its end, and to end."""
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +84,26 @@ class Crew:
         self.fit = task.remote(self.ledger, len(self._job.workers), per_worker, folder)
 
     def end(self) -> None:
-        # Train hears this as a Ctrl-C, on which alone it gives back its places on the cluster.
+        # Train hears a cancel as a Ctrl-C, on which alone it gives back its places on the cluster; while it starts a
+        # group it hears nothing, and would leave the group's places behind.
+        deadline = time.monotonic() + END_S
+        while self._is_starting() and not self._has_ended() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         ray.cancel(self.fit)
-        ray.wait([self.fit], timeout=END_S)
+        if not self._has_ended(END_S):
+            log.warning("Ray Train did not end within %g s; it may still hold its places on the cluster.", END_S)
         ray.kill(self.ledger)
+
+    def _has_ended(self, timeout_s: float = 0.0) -> bool:
+        done, _ = ray.wait([self.fit], timeout=timeout_s)
+        return bool(done)
+
+    def _is_starting(self) -> bool:
+        try:
+            starting: bool = ray.get(self.ledger.starting.remote(), timeout=END_S)
+        except (*LOST, GetTimeoutError):
+            return True
+        return starting
 
 
 @contextlib.contextmanager

@@ -104,6 +104,7 @@ class LedgerActor:
         self._failure: str | None = None
         self._held: ParameterServer | None = None
         self._group = 0
+        self._starting = True
 
     async def begin(self, job: Job, store: CheckpointStore) -> None:
         """Take what the groups of ranks are to work on. Not in the constructor, as in `ServerActor`."""
@@ -146,6 +147,7 @@ class LedgerActor:
         self._check(group)
         self._server.join(worker, 0, None)
         self._actors[worker], self._processes[worker] = actor, process
+        self._starting = len(self._processes) < len(self._job.workers)
         return await self._answer(group, worker)
 
     async def pull(self, group: int, worker: str) -> tuple[Reply, list[Operation]]:
@@ -200,7 +202,13 @@ class LedgerActor:
         self._server.pause()
 
     async def lose(self, message: str) -> None:
+        """Train has noticed that ranks are gone, and starts a new group."""
         self._lost.append(message)
+        self._starting = True
+
+    async def starting(self) -> bool:
+        """Whether a group is on its way: not all of its ranks have joined."""
+        return self._starting
 
     # How it is done.
 

@@ -1,6 +1,7 @@
 """Engine `allreduce`: the ranks of a worker group, which hold all values and sum gradients among themselves."""
 
 import os
+import threading
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -169,7 +170,7 @@ def train_rank(setting: Mapping[str, Any]) -> None:
     Args:
         setting: `ledger`, the LedgerActor.
     Raises:
-        PeerLostError: another process is gone, and Train starts the group again. What else is raised, the ledger knows.
+        PeerLostError: another process is gone, and Train starts the group again. All else the ledger is told.
     """
     ledger: Actor = setting["ledger"]
     control = _new_group(backend="gloo")
@@ -187,7 +188,8 @@ def train_rank(setting: Mapping[str, Any]) -> None:
     except Exception as error:
         who = f"Worker '{name}' of task '{job.workers[name]}'"
         ray.get(ledger.fail.remote(f"{who} failed: {error}\n{traceback.format_exc()}"))
-        raise
+        # The driver ends the run. Train, were it told, would start the group again.
+        threading.Event().wait()
 
 
 def _train(job: Job, name: str, ledger: Actor, group: int, control: dist.ProcessGroup) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ray.util import placement_group_table
 
 from benchmarks._processes import own_actors
+from multitask.engines import allreduce
 from multitask.engines.allreduce import _Session, crew_of
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
@@ -132,6 +133,22 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
     assert "Worker 'cars/0' of task 'cars' failed" in message
     assert "the loss is nan at step 0" in message
     assert "in compute" in message
+
+
+def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allreduce, "RESTARTS_WITHOUT_A_STEP", 0)
+    killed = []
+
+    def watch(new: list[StepRecord], *_: object) -> None:
+        if new and not killed:
+            killed.append(new[0].process)
+            os.kill(killed[0], signal.SIGKILL)
+
+    job = Job(make_spec(engine=ALLREDUCE, steps=100_000, evaluate_every=100_000))
+    with pytest.raises(TrainingError, match="The worker group was lost 1 times without a step made"):
+        allreduce.run(job, Driver(watch, store_of(job)))
 
 
 def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:

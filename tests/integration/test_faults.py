@@ -173,6 +173,12 @@ def start_training(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
 
 
+def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """Exit status, and what it wrote to stderr."""
+    _, errors = process.communicate(timeout=180)
+    return process.returncode, errors.decode()
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -190,10 +196,10 @@ def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: M
     status = directory / "status.json"
     wait_until(lambda: status.is_file() and json.loads(status.read_text())["tasks"]["pets"]["made"] > 100)
     os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    end_of(driver)
 
-    resumed = start_training("--resume", str(directory))
-    assert resumed.wait(180) == 0, resumed.stderr and resumed.stderr.read()
+    status_code, errors = end_of(start_training("--resume", str(directory)))
+    assert status_code == 0, errors
 
     result = json.loads((directory / "result.json").read_text())
     assert result["last"]["tasks"] == undisturbed.outcome.versions["last"].metrics
@@ -216,16 +222,16 @@ def test_tasks_join_and_leave_a_running_job_and_ctrl_c_stops_it(make_spec: MakeS
         ["--attach", str(directory), "--task", str(task)],
         ["--remove", str(directory), "--task", "cars"],
     ):
-        change = start_training(*arguments)
-        assert change.wait(120) == 0, change.stderr and change.stderr.read()
+        status_code, errors = end_of(start_training(*arguments))
+        assert status_code == 0, errors
     wait_until(lambda: read_status(directory)["tasks"]["more"]["made"] > 20)
     status = read_status(directory)
     assert set(status["tasks"]) == {"pets", "more"}
     assert status["tasks"]["pets"]["made"] > status["tasks"]["more"]["made"]
     driver.send_signal(signal.SIGINT)
 
-    assert driver.wait(120) == 130
-    assert driver.stderr is not None
-    assert b"--resume" in driver.stderr.read()
+    status_code, errors = end_of(driver)
+    assert status_code == 130
+    assert "--resume" in errors
     assert read_status(directory)["state"] == "stopped"
     assert (directory / "removed" / "cars.safetensors").is_file()
