@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import harmonic_mean, mean, median
 from typing import Any, NamedTuple, Protocol
 
 import ray
 
 WARM_UP = 3
-"""Steps at the start of each turn that are left out."""
+"""Steps of a variant after its start that count for nothing."""
+LAPS = 3
+"""Turns of a variant, and of the base beside it, in each round."""
 TIMEOUT_S = 900
 Actor = Any
 
@@ -44,25 +46,48 @@ Turns = dict[str, list[Turn]]
 """Variant -> what was measured in each round."""
 
 
-def take_turns(makers: Mapping[str, Callable[[], Variant]], *, rounds: int, steps: int, images_per_step: int) -> Turns:
-    """Let every variant train for some steps in every round.
+def take_turns(
+    makers: Mapping[str, Callable[[], Variant]], base: str, *, rounds: int, steps: int, images_per_step: int
+) -> Turns:
+    """Compare every variant with the base in every round.
 
-    Each is started for its turn and ended after it. All of them at once would need the memory of all, and a waiting
-    actor is not idle: Ray's threads were measured to take 0.01 core in each, 0.2 cores with all rows alive.
+    A machine of this kind is 20 % faster or slower from one ten seconds to the next, so a variant and the base take
+    short turns, `LAPS` each. No third one is alive meanwhile: all at once would need the memory of all, and a waiting
+    actor is not idle: Ray's threads were measured to take 0.01 core in each.
 
     Args:
-        steps: of each worker in each turn, beyond the warm-up.
+        steps: of each worker in each turn, beyond the first one, in which the workers come together.
+    Returns:
+        Variant -> its rounds, each with its `ratio`: images/s to those of the base between its turns. The base itself
+        has a round for every comparison.
     """
     turns: Turns = {name: [] for name in makers}
     for number in range(rounds):
         # Another order in each round: a neighbour's load that comes and goes meets all variants alike.
-        names = list(makers)
+        names = [name for name in makers if name != base]
         names = names[number % len(names) :] + names[: number % len(names)]
-        for name in reversed(names) if number % 2 else names:
-            with started(makers[name]) as variant:
-                turns[name].append(take_turn(variant, steps, images_per_step))
-        print(f"Round {number + 1} of {rounds}: {outside_load(turns, number):.2f} cores used by others", flush=True)
+        with started(makers[base]) as reference:
+            for name in reversed(names) if number % 2 else names:
+                with started(makers[name]) as variant:
+                    compared = compare(reference, variant, steps, images_per_step)
+                for row, turn in zip((base, name), compared, strict=True):
+                    turns[row].append(turn)
+        print(f"Round {number + 1} of {rounds}: {outside_load(turns):.2f} cores used by others so far", flush=True)
     return turns
+
+
+def compare(base: Variant, variant: Variant, steps: int, images_per_step: int) -> tuple[Turn, Turn]:
+    """What both did in alternating turns, the base first."""
+    laps: tuple[list[Turn], list[Turn]] = [], []
+    variant.turn(WARM_UP)
+    for lap in range(LAPS):
+        pairs = list(zip(laps, (base, variant), strict=True))
+        for found, which in reversed(pairs) if lap % 2 else pairs:
+            found.append(take_turn(which, steps, images_per_step))
+    of_base, own = ({key: mean(turn[key] for turn in found) for key in found[0]} for found in laps)
+    # Over all turns: what was made, by the time that it took.
+    of_base["images/s"], own["images/s"] = (harmonic_mean([turn["images/s"] for turn in found]) for found in laps)
+    return of_base | {"ratio": 1.0}, own | {"ratio": own["images/s"] / of_base["images/s"]}
 
 
 @contextlib.contextmanager
@@ -79,30 +104,28 @@ def started(make: Callable[[], Variant]) -> Iterator[Variant]:
 
 def take_turn(variant: Variant, steps: int, images_per_step: int) -> Turn:
     start, before = time.perf_counter(), ProcessorTime.now()
-    marks = variant.turn(WARM_UP + steps)
+    marks = variant.turn(1 + steps)
     span, own, others = time.perf_counter() - start, *ProcessorTime.now().since(before)
-    # From the end of the last step left out on.
-    measured = [times[WARM_UP - 1 :] for times in marks]
-    pairs = [pair for times in measured for pair in pairwise(times)]
+    pairs = [pair for times in marks for pair in pairwise(times)]
     waits = [
         after.blocked - before.blocked
         for before, after in pairs
         if before.blocked is not None and after.blocked is not None
     ]
     return {
-        "images/s": sum(images_per_step * (len(times) - 1) / (times[-1].at - times[0].at) for times in measured),
+        "images/s": sum(images_per_step * steps / (times[-1].at - times[0].at) for times in marks),
         "step ms": 1000 * median(after.at - before.at for before, after in pairs),
         **({"blocked ms": 1000 * median(waits)} if waits else {}),
-        # The steps left out above count here, as does the time of server and driver.
+        # The first steps count here, as does the time of server and driver.
         "cpu ms": 1000 * own / sum(len(times) for times in marks),
         "memory MB": memory_bytes(variant.actors) / 1e6,
         "others' cores": others / span,
     }
 
 
-def outside_load(turns: Turns, number: int) -> float:
-    """Cores that other processes used in a round, in the mean over its turns."""
-    return mean(taken[number]["others' cores"] for taken in turns.values())
+def outside_load(turns: Turns) -> float:
+    """Cores that other processes used, in the mean over all turns."""
+    return mean(turn["others' cores"] for taken in turns.values() for turn in taken)
 
 
 class ProcessorTime(NamedTuple):
