@@ -1,11 +1,13 @@
 """The layers in which patched networks differ from torchvision's own, and how heads are drawn."""
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class PatchedBatchNorm2d(nn.BatchNorm2d):
@@ -46,6 +48,14 @@ def grid(patches: Tensor) -> Tensor:
     """The patch tokens (batch, side * side, d) of a square image as their grid (batch, side, side, d)."""
     side = math.isqrt(patches.shape[1])
     return patches.unflatten(1, (side, side))
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """`function(*arguments)`, of which the backward pass keeps only the arguments: what lies between it makes again, up
+    to the last tensor that it needs. For a function without random numbers."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def draw_linear(in_features: int, out_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

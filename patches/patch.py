@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -276,11 +276,10 @@ class PatchedModel(nn.Module):
         for name, tensor in self.shared_state().items():
             tensor.data = base[name]
 
-    def _shared_outputs(self, images: Tensor) -> dict[int, Tensor]:
+    def _shared_outputs(self, images: Tensor) -> "_Outputs":
         copy = self._copy()
         copy.hold_in_eval(self.first_private_block)
-        with torch.no_grad():
-            return dict(copy.outputs(images, self.reads))
+        return _Outputs(copy, images, self.reads)
 
     def _copy(self) -> Backbone:
         return Backbone(self.backbone.name, self.backbone.options, self.network)
@@ -288,6 +287,27 @@ class PatchedModel(nn.Module):
     def _state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         state = self.network.state_dict(keep_vars=True)
         return {name: state[name] for name in names}
+
+
+class _Outputs(Mapping[int, Tensor]):
+    """Outputs of a frozen network's steps, each made when it is read and held by its reader alone: all of them at once
+    may be larger than what a side network keeps. To be read in order, each once."""
+
+    def __init__(self, copy: Backbone, images: Tensor, reads: tuple[int, ...]) -> None:
+        self._reads = reads
+        self._made = copy.outputs(images, reads)
+
+    def __getitem__(self, step: int) -> Tensor:
+        with torch.no_grad():
+            made, output = next(self._made)
+        assert made == step, f"step {step} is read where {made} is next"
+        return output
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
 
 
 def attach(

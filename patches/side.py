@@ -33,7 +33,8 @@ class SideNetwork(nn.Module):
         Args:
             copy: the task's copy of the network, whose later steps a side network may run and change.
             images: shape (batch, 3, height, width).
-            outputs: step index -> its output, for at least `reads`; to be left as they are, other tasks read them too.
+            outputs: step index -> its output, for at least `reads`; to be read in order, each once, since they may be
+                made on the way; and to be left as they are, other tasks read them too.
         """
         raise NotImplementedError
 
