@@ -13,8 +13,9 @@ from patches.layers import draw_linear
 
 NAME = "side"
 """Where the task's copy of the network holds its side network; the head stays in its own place."""
-SIDE_SEEDS = 1 << 32
-"""Added to the seed for a side network, so that it and the head do not begin with the same draws."""
+SIDE_SEEDS = 1 << 31
+"""Added to the seed for a side network, so that it and the head do not begin with the same draws. The CPU's generator
+looks at the lower 32 bits only."""
 
 
 class SideNetwork(nn.Module):

@@ -160,6 +160,16 @@ def test_the_autograd_graph_ends_at_the_tasks_own_tensors(name: str, method: str
         assert sum("Convolution" in node.name() for node in graph) == len(convolutions)
 
 
+@examples
+def test_shared_steps_run_without_autograd(name: str, method: str, options: dict, first: int) -> None:
+    del first
+    x = images(2, SIZE.get(name, 32)).requires_grad_()
+    model = randomise_side(patches.attach(fresh(name), method, 3, **options))
+    assert not any(output.requires_grad for output in model._shared_outputs(x).values())
+    model(x).sum().backward()
+    assert (x.grad is None) == (method != "parasite")  # which reads the images itself
+
+
 def test_joint_training_is_refused() -> None:
     model = patches.attach(small_transformer("small_vit"), "dtl", 3)
     with pytest.raises(PatchError, match=r"'dtl' stands on a frozen backbone.*train_shared: false"):
@@ -190,6 +200,9 @@ def test_a_side_network_comes_from_its_seed_and_leaves_the_random_state_alone() 
     states = [bits(patches.attach(backbone, "dtl", 3, seed=seed).private_state()) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert states[0] == states[1] != states[2]
+    # A head of as many inputs, drawn alike, begins with other numbers.
+    first = patches.attach(backbone, "mist", 3, seed=1, block="mlp").private_state()
+    assert not torch.allclose(first["side.blocks.0.function.down.weight"][0], first["heads.head.weight"][0])
 
 
 @examples
