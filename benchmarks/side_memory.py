@@ -46,12 +46,12 @@ class Row:
     backbone: str
     title: str
     method: str
-    """Of `patches.attach`, or a title above."""
+    """Of `patches.attach`, or one of the titles above for what is no patch."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
 ROWS = (
-    Row("vit_b_16", FULL, "full"),
+    Row("vit_b_16", FULL, FULL),
     Row("vit_b_16", "linear probe", "last_layer"),
     Row("vit_b_16", "DTL", "dtl"),
     Row("vit_b_16", "DTL+", "dtl_plus"),
@@ -59,7 +59,7 @@ ROWS = (
     Row("vit_b_16", "MIST", "mist"),
     Row("vit_b_16", SERVER, SERVER),
     Row("vit_b_16", EDGE, EDGE),
-    Row("resnet50", FULL, "full"),
+    Row("resnet50", FULL, FULL),
     Row("resnet50", "linear probe", "last_layer"),
     Row("resnet50", "parasite 0.09", "parasite", {"ratio": 0.09}),
     Row("resnet50", "parasite 0.2", "parasite", {"ratio": 0.2}),
@@ -89,14 +89,18 @@ def main() -> None:
         print(f"{row.backbone}, {row.title}: {measured}", flush=True)
     for measured in rows:
         full = next(row for row in rows if (row["backbone"], row["row"]) == (measured["backbone"], FULL))
-        measured["saved/full"] = measured["saved MB"] / full["saved MB"]
-        measured["peak/full"] = measured["peak MB"] / full["peak MB"]
-        measured["resident/full"] = measured["resident MB"] / full["resident MB"]
+        measured["saved/full"] = measured["saved"] / full["saved"]
+        measured["peak/full"] = measured["peak"] / full["peak"]
+        measured["resident/full"] = measured["resident"] / full["resident"]
     settings = {"batches": batches, "resolution": RESOLUTION, "classes": CLASSES, "threads": arguments.threads}
     finish(
         arguments.out,
         tables={
-            f"Training memory, {name}, batch {batch}": [row for row in rows if row["backbone"] == name]
+            f"Training memory in MB, {name}, batch {batch}": [
+                {key: value for key, value in row.items() if key != "backbone"}
+                for row in rows
+                if row["backbone"] == name
+            ]
             for name, batch in batches.items()
         },
         environment=around | ({"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}),
@@ -152,12 +156,12 @@ def measure(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
         "backbone": row.backbone,
         "row": row.title,
         "trained": sum(parameter.numel() for parameter in trained),
-        "weights MB": weights / MB,
-        "gradients MB": gradients / MB,
-        "AdamW MB": slots / MB,
-        "saved MB": sum(saved.values()) / MB,
-        "peak MB": (weights + gradients + slots + sum(saved.values())) / MB,
-        "resident MB": (resident_bytes("VmHWM") - before) / MB,
+        "weights": weights / MB,
+        "gradients": gradients / MB,
+        "AdamW": slots / MB,
+        "saved": sum(saved.values()) / MB,
+        "peak": (weights + gradients + slots + sum(saved.values())) / MB,
+        "resident": (resident_bytes("VmHWM") - before) / MB,
     }
     if device == "cuda":
         train = on_gpu(step, batch, "train") if trained else dict.fromkeys(("train GB", "train ms/image"))
@@ -179,7 +183,8 @@ def build(row: Row, batch: int, device: str) -> tuple[nn.Module, Model, Tensor]:
     if row.method == SERVER:
         backbone.network.requires_grad_(False)
         return backbone.network, Gather(backbone), images
-    # A network that owns all its tensors holds none of the backbone's.
+    if row.method == FULL:
+        return backbone.network, backbone.network, images
     model = patches.attach(backbone, row.method, CLASSES, **row.options)
     return model.network, model, images
 
@@ -216,9 +221,11 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def warm_up_kernels(device: str) -> None:
-    """Thread pools and, on a GPU, the context: they would be there in any training."""
+    """Thread pools, what an optimiser imports when it is made, and a GPU's context: any training has them."""
     x = torch.randn(256, 256, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([x])
     (x @ x).sum().backward()
+    optimizer.step()
 
 
 def on_gpu(step: Callable[[], None], batch: int, title: str) -> dict[str, float]:

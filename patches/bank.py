@@ -11,6 +11,7 @@ from patches.bundle import load_bundle
 from patches.errors import PatchError
 from patches.names import unknown_name_message
 from patches.patch import PatchedModel
+from patches.side import KeptOutputs
 
 
 class PatchBank:
@@ -73,7 +74,7 @@ class PatchBank:
         asked = {name: model for name, model in self._models.items() if tasks is None or name in tasks}
         features = len(self._trunk.steps) - 2
         wanted = {step for model in asked.values() for step in (model.reads if model is not None else (features,))}
-        outputs = dict(self._trunk.outputs(images, wanted))
+        outputs = KeptOutputs(self._trunk.outputs(images, wanted))
         return {
             name: self._trunk.run(outputs[features], features + 1) if model is None else model.rest(images, outputs)
             for name, model in asked.items()

@@ -1,7 +1,8 @@
 """Side networks: a task's own network beside a frozen backbone, whose step outputs it reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -42,6 +43,22 @@ class SideNetwork(nn.Module):
     def draw_head(self, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Weight (outputs, inputs) and bias (outputs,) of a fresh head."""
         return draw_linear(inputs, outputs, generator)
+
+
+class KeptOutputs(dict[int, Tensor]):
+    """Step index -> output, for several tasks, with the sums of outputs that some of them read."""
+
+    def __init__(self, outputs: Iterable[tuple[int, Tensor]]) -> None:
+        super().__init__(outputs)
+        self.sums: dict[tuple[int, ...], Tensor] = {}
+
+
+def total(outputs: Mapping[int, Tensor], steps: tuple[int, ...]) -> Tensor:
+    """The sum of some outputs, in order; made once for all tasks where the outputs are kept."""
+    sums = outputs.sums if isinstance(outputs, KeptOutputs) else {}
+    if steps not in sums:
+        sums[steps] = reduce(torch.add, (outputs[step] for step in steps))
+    return sums[steps]
 
 
 @dataclass

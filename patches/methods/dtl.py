@@ -160,22 +160,32 @@ class DTLNetwork(SideNetwork):
         return draw_truncated_linear(inputs, outputs, generator)
 
     def _written(self, x: Tensor, collected: list[Tensor], block: int) -> Tensor:
-        """The output of a block and what is added to it."""
-        # h is as large as the output, the columns it is made of are few: the backward pass makes it anew.
-        branch = recomputed(partial(self._branch, block), *collected)
+        """The output of a block and what is added to it.
+
+        Args:
+            collected: x a of the stage's blocks so far, in order.
+        """
+        first = block + 1 - len(collected)
+        c = torch.cat([self.get_parameter(f"blocks.{number}.c") for number in range(first, block + 1)])
+        # h is as large as the output, what it is made of is small.
+        branch = recomputed(
+            partial(self._branch, block),
+            torch.cat(collected, dim=-1),
+            self._scale * c,
+            parameters=self.convolutions.parameters(),
+        )
         # In train mode attention gives its output in another order of axes. Left so, the next block's map a would make
         # a contiguous copy and keep it beside the one that the block keeps.
         return torch.add(x.contiguous(), branch, alpha=1 / self._scale)
 
-    def _branch(self, block: int, *collected: Tensor) -> Tensor:
+    def _branch(self, block: int, collected: Tensor, c: Tensor) -> Tensor:
         """What is added to the output of a block, times β.
 
         Args:
-            collected: x a of the blocks since the stage's first one, in order.
+            collected: x a of the stage's blocks so far, side by side.
+            c: theirs, one below the other, times β.
         """
-        first = block + 1 - len(collected)
-        c = torch.cat([self.get_parameter(f"blocks.{number}.c") for number in range(first, block + 1)])
-        x = torch.cat(collected, dim=-1) @ (self._scale * c)
+        x = collected @ c
         if self.beta is not None:
             x = functional.silu(x)  # silu(βh) = β · h · sigmoid(βh)
         if not self.convolutions:
@@ -204,7 +214,9 @@ class LowRank(nn.Module):
         self.c = nn.Parameter(torch.zeros(rank, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.a
+        # aᵀ xᵀ: with so few columns, x a takes several times as long.
+        columns = self.a.T @ x.flatten(0, -2).T
+        return columns.T.unflatten(0, x.shape[:-1])
 
 
 def _block_widths(copy: Backbone) -> dict[int, int]:

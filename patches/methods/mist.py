@@ -11,7 +11,7 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_linear, grid, recomputed
-from patches.side import SIDE_SEEDS, SWITCH, SideMethod, SideNetwork, check_choice, check_whole
+from patches.side import SIDE_SEEDS, SWITCH, SideMethod, SideNetwork, check_choice, check_whole, total
 from patches.structure import seeded
 
 BLOCKS = ("attention", "mlp", "depthwise")
@@ -90,10 +90,7 @@ class MistNetwork(SideNetwork):
         self.blocks = nn.Sequential(*(Residual(width, rank, block) for _ in range(layers)))
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
-        gathered = outputs[self.reads[0]]
-        for step in self.reads[1:]:
-            gathered = gathered + outputs[step]
-        return self.features(gathered)
+        return self.features(total(outputs, self.reads))
 
     def features(self, gathered: Tensor) -> Tensor:
         """Features (batch, d) of a gathered map (batch, 1 + patches, d)."""
@@ -119,7 +116,10 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # What LayerNorm gives is as large as the map, and cheap to make again from it.
-        return x + self.function(recomputed(lambda x: self.function.first(self.norm(x)), x))
+        return x + self.function(recomputed(self._first, x, parameters=self.parameters()))
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.function.first(self.norm(x))
 
 
 class LowRankAttention(nn.Module):
