@@ -74,7 +74,13 @@ class PatchBank:
         features = len(self._trunk.steps) - 2
         wanted = {step for model in asked.values() for step in (model.reads if model is not None else (features,))}
         outputs = dict(self._trunk.outputs(images, wanted))
+        distinct = {model.shared_key: model for model in asked.values() if model is not None}
+        shared = {key: model.condense(outputs) for key, model in distinct.items()}
         return {
-            name: self._trunk.run(outputs[features], features + 1) if model is None else model.rest(images, outputs)
+            name: (
+                self._trunk.run(outputs[features], features + 1)
+                if model is None
+                else model.own_part(images, shared[model.shared_key])
+            )
             for name, model in asked.items()
         }

@@ -2,10 +2,14 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+LEFT_BEHIND_S = 3600.0
+"""Nobody writes any more to a temporary file that is as old."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -40,3 +44,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Take away the temporary files of processes that were killed while they wrote to `folder`."""
+    for temporary in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process takes it away too, or it is another user's
+            if time.time() - temporary.stat().st_mtime > LEFT_BEHIND_S:
+                temporary.unlink()

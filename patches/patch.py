@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -87,7 +87,7 @@ class PatchedModel(nn.Module):
         first_private_block: index of the first step that uses a private tensor, or of the step after the last one that
             a side network reads; `backbone.run(x, 0, this)` is the same for every task on a frozen backbone in eval
             mode.
-        reads: indices of the steps whose outputs `rest` needs; none where it starts from the images.
+        reads: indices of the steps whose outputs `condense` needs; none where it starts from the images.
     """
 
     def __init__(
@@ -130,18 +130,7 @@ class PatchedModel(nn.Module):
         """
         if side_of(self.network) is None:
             return self.network(x)
-        return self.own_part(x, self.shared_part(x))
-
-    def rest(self, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
-        """What the task computes itself after the shared steps.
-
-        Args:
-            images: shape (batch, 3, height, width).
-            outputs: step index -> the backbone's output on the images, for at least `reads`.
-        Returns:
-            Logits (batch, num_classes).
-        """
-        return self.own_part(images, self._condensed(outputs))
+        return self.own_part(x, self._shared_part(x))
 
     @property
     def reads_images(self) -> bool:
@@ -160,11 +149,21 @@ class PatchedModel(nn.Module):
         Returns:
             Step index -> a tensor (batch, ...): the outputs of the steps `reads`, but for MIST their sum.
         """
-        copy = self._copy()
-        if self.shared_in_eval:
-            copy.hold_in_eval(self.first_private_block)
-        with torch.no_grad():
-            return self._condensed(dict(copy.outputs(images, self.reads)))
+        return dict(self._shared_part(images))
+
+    def condense(self, outputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """What `own_part` needs of step outputs.
+
+        Args:
+            outputs: step index -> the backbone's output on the images, for at least `reads`.
+        """
+        side = side_of(self.network)
+        return outputs if side is None else side.condense(outputs)
+
+    @property
+    def shared_key(self) -> Hashable:
+        """Equal for the tasks on one backbone that condense the same outputs to the same."""
+        return type(side_of(self.network)), self.reads
 
     @property
     def shared_in_eval(self) -> bool:
@@ -187,7 +186,7 @@ class PatchedModel(nn.Module):
         """Shapes of `shared_part` for one image, without the batch axis; computes no values."""
         of_step = list(self.backbone.block_shapes(image_size).values())
         outputs = {step: torch.empty(1, *of_step[step], device="meta") for step in self.reads}
-        return {step: tuple(kept.shape[1:]) for step, kept in self._condensed(outputs).items()}
+        return {step: tuple(kept.shape[1:]) for step, kept in self.condense(outputs).items()}
 
     def own_part(self, images: Tensor | None, shared: Mapping[int, Tensor]) -> Tensor:
         """The logits (batch, num_classes) from what `shared_part` gave, and from the images where `reads_images`."""
@@ -220,7 +219,7 @@ class PatchedModel(nn.Module):
                 f"{self.first_private_block} on its side network reads several outputs. Start at 0, and stop at "
                 f"{self.first_private_block} or before, at -1 (features), or nowhere (logits)."
             )
-        return self(x) if end > head else side(copy, x, self.shared_part(x))
+        return self(x) if end > head else side(copy, x, self._shared_part(x))
 
     def private_state(self) -> dict[str, Tensor]:
         """The live private parameters and buffers by name: what a bundle carries."""
@@ -328,9 +327,12 @@ class PatchedModel(nn.Module):
         for name, tensor in self.shared_state().items():
             tensor.data = base[name]
 
-    def _condensed(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        side = side_of(self.network)
-        return {step: outputs[step] for step in self.reads} if side is None else side.condense(outputs)
+    def _shared_part(self, images: Tensor) -> Mapping[int, Tensor]:
+        """As `shared_part`, but each may be made when it is read: all at once may be larger than what a task keeps."""
+        copy = self._copy()
+        if self.shared_in_eval:
+            copy.hold_in_eval(self.first_private_block)
+        return self.condense(_Outputs(copy, images, self.reads))
 
     def _copy(self) -> Backbone:
         return Backbone(self.backbone.name, self.backbone.options, self.network)
@@ -338,6 +340,27 @@ class PatchedModel(nn.Module):
     def _state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         state = self.network.state_dict(keep_vars=True)
         return {name: state[name] for name in names}
+
+
+class _Outputs(Mapping[int, Tensor]):
+    """Outputs of a frozen network's steps, each made when it is read and held by its reader alone. To be read in order,
+    each once."""
+
+    def __init__(self, copy: Backbone, images: Tensor, reads: tuple[int, ...]) -> None:
+        self._reads = reads
+        self._made = copy.outputs(images, reads)
+
+    def __getitem__(self, step: int) -> Tensor:
+        with torch.no_grad():
+            made, output = next(self._made)
+        assert made == step, f"step {step} is read where {made} is next"
+        return output
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
 
 
 def attach(

@@ -30,13 +30,16 @@ class SideNetwork(nn.Module):
     reads_images: ClassVar[bool] = False
     """Whether it reads the images too."""
 
-    def condense(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What is needed of the outputs, without any of the task's own tensors: what is worth storing for each image.
+    def condense(self, outputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """What is needed of the outputs: what is worth storing for each image, and is made once for all tasks.
+
+        It is told by the class and `reads` alone, none of the task's own tensors takes part. By default the outputs
+        themselves.
 
         Args:
-            outputs: step index -> its output, for at least `reads`; to be left as they are, other tasks read them too.
+            outputs: step index -> its output, for at least `reads`; as in `forward`.
         """
-        return {step: outputs[step] for step in self.reads}
+        return outputs
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
         """Features (batch, inputs of the head).
@@ -44,7 +47,8 @@ class SideNetwork(nn.Module):
         Args:
             copy: the task's copy of the network, whose later steps a side network may run and change.
             images: shape (batch, 3, height, width).
-            outputs: what `condense` gave; to be left as they are.
+            outputs: what `condense` gave; to be read in order, each once, since they may be made on the way, and to be
+                left as they are, other tasks read them too.
         """
         raise NotImplementedError
 

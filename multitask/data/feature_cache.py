@@ -26,6 +26,7 @@ from torch import Tensor
 from multitask.data.storage import DataError
 from patches.errors import FeatureError
 from patches.features import FeatureFile, Layout, Rows, write_features
+from patches.files import remove_left_behind
 
 FILE_BYTES = 1 << 26
 """A file is written when so much is waiting, or something has waited for `WAIT_S`: what a lost process takes along."""
@@ -166,6 +167,7 @@ class FeatureCache:
         path = self._plan.path / f"{secrets.token_hex(8)}{SUFFIX}"
         try:
             write_features(path, self._plan.key, self._waiting)
+            remove_left_behind(path.parent)
         except OSError as error:
             raise DataError(
                 f"'{path.parent}': the feature cache cannot be written ({error}). Make room on that disk, or set the "

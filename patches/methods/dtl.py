@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
-from patches.layers import PatchConvolution, draw_truncated_linear, grid
+from patches.layers import PatchConvolution, draw_truncated_linear, grid, recomputed
 from patches.side import SWITCH, SideMethod, SideNetwork, check_choice, check_whole
 
 RANKS = {"vit_b_16": 2, "swin_b": 4}
@@ -143,15 +144,14 @@ class DTLNetwork(SideNetwork):
         )
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
-        collected: Tensor | None = None
+        collected: list[Tensor] = []
         for block in range(self.start, self.first_block + 1):
-            collected = self._collect(collected, copy.enter(outputs[block - 1], block), block)
-        assert collected is not None
-        x = outputs[self.first_block] + self._branch(collected, self.first_block)
+            collected.append(self.blocks[str(block)](copy.enter(outputs[block - 1], block)))
+        x = self._written(outputs[self.first_block], collected, self.first_block)
         for block in range(self.first_block + 1, copy.num_blocks + 1):
             x = copy.enter(x, block)
-            collected = self._collect(collected, x, block)
-            x = copy.run_entered(x, block) + self._branch(collected, block)
+            collected = [*(collected if block not in self.stages else ()), self.blocks[str(block)](x)]
+            x = self._written(copy.run_entered(x, block), collected, block)
         if self.readout == "patch_mean" and self.class_tokens:
             return copy.network.get_submodule("encoder.ln")(x[:, self.class_tokens :].mean(1))
         return copy.run(x, copy.num_blocks + 1, copy.num_blocks + 2)
@@ -159,14 +159,35 @@ class DTLNetwork(SideNetwork):
     def draw_head(self, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return draw_truncated_linear(inputs, outputs, generator)
 
-    def _collect(self, collected: Tensor | None, x: Tensor, block: int) -> Tensor:
-        term = self.blocks[str(block)](x)
-        return term if collected is None or block in self.stages else collected + term
+    def _written(self, x: Tensor, collected: list[Tensor], block: int) -> Tensor:
+        """The output of a block and what is added to it.
 
-    def _branch(self, collected: Tensor, block: int) -> Tensor:
-        """What is added to the output of a block."""
-        # silu(βh) / β is h · sigmoid(βh), and keeps one tensor for the backward pass instead of two.
-        x = collected if self.beta is None else functional.silu(self.beta * collected) / self.beta
+        Args:
+            collected: x a of the stage's blocks so far, in order.
+        """
+        first = block + 1 - len(collected)
+        c = torch.cat([self.get_parameter(f"blocks.{number}.c") for number in range(first, block + 1)])
+        # h is as large as the output, what it is made of is small.
+        branch = recomputed(
+            partial(self._branch, block),
+            torch.cat(collected, dim=-1),
+            self._scale * c,
+            parameters=self.convolutions.parameters(),
+        )
+        # In train mode attention gives its output in another order of axes. Left so, the next block's map a would make
+        # a contiguous copy and keep it beside the one that the block keeps.
+        return torch.add(x.contiguous(), branch, alpha=1 / self._scale)
+
+    def _branch(self, block: int, collected: Tensor, c: Tensor) -> Tensor:
+        """What is added to the output of a block, times β.
+
+        Args:
+            collected: x a of the stage's blocks so far, side by side.
+            c: theirs, one below the other, times β.
+        """
+        x = collected @ c
+        if self.beta is not None:
+            x = functional.silu(x)  # silu(βh) = β · h · sigmoid(βh)
         if not self.convolutions:
             return x
         convolution = self.convolutions[str(self._stage(block))]
@@ -175,12 +196,16 @@ class DTLNetwork(SideNetwork):
         classes, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
         return torch.cat([classes, convolution(grid(patches)).flatten(1, 2)], dim=1)
 
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.beta is None else self.beta
+
     def _stage(self, block: int) -> int:
         return max(stage for stage in self.stages if stage <= block)
 
 
 class LowRank(nn.Module):
-    """x a c, for a (d, r) and c (r, d); zero at the start."""
+    """x a c, for a (d, r) and c (r, d); zero at the start. What it gives itself is x a."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -189,7 +214,9 @@ class LowRank(nn.Module):
         self.c = nn.Parameter(torch.zeros(rank, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.a @ self.c
+        # aᵀ xᵀ: with so few columns, x a takes several times as long.
+        columns = self.a.T @ x.flatten(0, -2).T
+        return columns.T.unflatten(0, x.shape[:-1])
 
 
 def _block_widths(copy: Backbone) -> dict[int, int]:

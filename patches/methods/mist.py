@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
-from patches.layers import PatchConvolution, draw_linear, grid
+from patches.layers import PatchConvolution, draw_linear, grid, recomputed
 from patches.side import SIDE_SEEDS, SWITCH, SideMethod, SideNetwork, check_choice, check_whole
 from patches.structure import seeded
 
@@ -91,10 +92,7 @@ class MistNetwork(SideNetwork):
 
     def condense(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """The sum alone, under the number of its last map."""
-        gathered = outputs[self.reads[0]]
-        for step in self.reads[1:]:
-            gathered = gathered + outputs[step]
-        return {self.reads[-1]: gathered}
+        return {self.reads[-1]: reduce(torch.add, (outputs[step] for step in self.reads))}
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
         return self.features(outputs[self.reads[-1]])
@@ -102,7 +100,8 @@ class MistNetwork(SideNetwork):
     def features(self, gathered: Tensor) -> Tensor:
         """Features (batch, d) of a gathered map (batch, 1 + patches, d)."""
         x = self.blocks(gathered)
-        x = x[:, 0] if self.readout == "class_token" else x[:, 1:]
+        # A copy of the one token: the backward pass would keep the whole map of a view.
+        x = x[:, 0].clone() if self.readout == "class_token" else x[:, 1:]
         x = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
         return x if self.readout == "class_token" else x.mean(1)
 
@@ -112,7 +111,7 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, rank: int, block: str) -> None:
         super().__init__()
-        functions: dict[str, Callable[[], nn.Module]] = {
+        functions: dict[str, Callable[[], LowRankAttention | LowRankMLP | Depthwise]] = {
             "attention": lambda: LowRankAttention(width, rank),
             "mlp": lambda: LowRankMLP(width, 2 * rank),
             "depthwise": lambda: Depthwise(width),
@@ -121,11 +120,15 @@ class Residual(nn.Module):
         self.function = functions[block]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.function(self.norm(x))
+        # What LayerNorm gives is as large as the map, and cheap to make again from it.
+        return x + self.function(recomputed(self._first, x, parameters=self.parameters()))
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.function.first(self.norm(x))
 
 
 class LowRankAttention(nn.Module):
-    """Softmax(q kᵀ / √r) v with one head of r dimensions."""
+    """Softmax(q kᵀ / √r) v with one head of r dimensions, after `first`."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -133,8 +136,11 @@ class LowRankAttention(nn.Module):
         self.out = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
+    def first(self, x: Tensor) -> Tensor:
+        return self.query_key_value(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.query_key_value(x).unsqueeze(1).chunk(3, dim=-1)
+        query, key, value = x.unsqueeze(1).chunk(3, dim=-1)
         return self.out(functional.scaled_dot_product_attention(query, key, value).squeeze(1))
 
 
@@ -145,8 +151,11 @@ class LowRankMLP(nn.Module):
         self.up = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
+    def first(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(functional.gelu(self.down(x)))
+        return self.up(functional.gelu(x))
 
 
 class Depthwise(nn.Module):
@@ -155,9 +164,11 @@ class Depthwise(nn.Module):
         self.convolution = PatchConvolution(width, 3)
         nn.init.zeros_(self.convolution.weight)
 
+    def first(self, x: Tensor) -> Tensor:
+        return self.convolution(grid(x[:, 1:])).flatten(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
-        patches = self.convolution(grid(x[:, 1:])).flatten(1, 2)
-        return torch.cat([torch.zeros_like(x[:, :1]), patches], dim=1)
+        return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
 
 
 # Server and edge apart

@@ -60,6 +60,27 @@ def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> Non
     assert set(versions["last"].metrics) == {"pets", "cars", "food"}
 
 
+def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:
+    """The server holds nothing that its pushes could carry, and counts its steps."""
+    small = {"image_size": 8, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
+    vit = {"name": "vit_b_16", "num_classes": 4, "options": small}
+    joint = Job(make_spec({"pets": {}}, engine={"name": "async"}))
+    job = Job(make_spec({"pets": {"method": "dtl"}}, backbone=vit, train_shared=False, engine={"name": "async"}))
+    for of in (joint, job):
+        _, gradients, _ = of.make_worker("pets/0", of.make_batches("pets/0")).compute()
+        assert sum(gradient.nbytes for gradient in gradients.values()) == of.pushed_bytes("pets")
+    assert joint.pushed_bytes("pets") > 0
+    assert job.pushed_bytes("pets") == 0
+
+    ran = run_engine(job)
+
+    assert [(record.step, record.refused) for record in ran.records] == [(step, None) for step in range(4)]
+    [learned] = [group for group in job.groups.values() if group.layout.pushed]
+    values = ran.outcome.versions["last"].groups[learned.name].values
+    assert learned.private
+    assert not np.array_equal(values, learned.values[: learned.layout.pushed].numpy())
+
+
 @pytest.mark.slow
 def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)

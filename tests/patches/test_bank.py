@@ -1,13 +1,16 @@
 """Many tasks over one backbone: the same bits as alone, the shared steps once."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import patches
 from patches import Backbone, BundleError, PatchBank, PatchedModel, PatchError
+from patches.methods.mist import MistNetwork
 from tests.patches.helpers import images, network, randomise_side, small_backbone, small_transformer, train
 
 TASKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -107,6 +110,23 @@ def test_shared_steps_run_once_and_a_rest_once_for_each_task(name: str, first_pr
         assert calls == {"shared1": 1, "shared2": 1, "task0 3": 1, "task0 4": 1, "task1 3": 1, "task1 4": 1}
     else:
         assert calls == {f"shared{block}": 1 for block in range(1, 9)}
+
+
+def test_mist_sums_the_maps_once_for_all_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[int] = []
+    condense = MistNetwork.condense
+
+    def noted(self: MistNetwork, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        sums.append(max(self.reads))
+        return condense(self, outputs)
+
+    monkeypatch.setattr(MistNetwork, "condense", noted)
+    backbone = network("small_vit")
+    bank = PatchBank(backbone)
+    for number, k in enumerate((4, 2, 4, 4)):
+        bank.add(f"task{number}", patches.attach(backbone, "mist", 3, k=k))
+    bank.all_tasks(images(2, 32))
+    assert sums == [4, 2]
 
 
 def test_a_bundle_joins_by_its_path(tmp_path: Path) -> None:

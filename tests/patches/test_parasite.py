@@ -171,13 +171,13 @@ def test_every_stage_and_the_pool_read_the_host_unless_it_is_zeroed(zero_host: b
     assert model.reads == (0, 2, 4, 6, 9)
     with torch.no_grad():
         outputs = dict(backbone.outputs(x, model.reads))
-        expected = model.rest(x, outputs)
+        expected = model.own_part(x, outputs)
         for step, output in outputs.items():
-            unlike = model.rest(x, {**outputs, step: output + 1})
+            unlike = model.own_part(x, {**outputs, step: output + 1})
             assert torch.equal(unlike, expected) == zero_host, step
         assert torch.equal(model(x), expected)
         if zero_host:
-            assert torch.equal(expected, model.rest(x, {step: 0 * output for step, output in outputs.items()}))
+            assert torch.equal(expected, model.own_part(x, {step: 0 * output for step, output in outputs.items()}))
 
 
 def test_added_channels_are_the_hosts_first() -> None:

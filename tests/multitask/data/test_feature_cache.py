@@ -1,6 +1,8 @@
 """The store of features: what goes in comes out, whole files only, and nothing of another cache."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from multitask.data import DataError, feature_cache
 from multitask.data.feature_cache import CachePlan, FeatureCache
+from patches.files import LEFT_BEHIND_S
 from tests.patches.helpers import images
 
 
@@ -124,6 +127,23 @@ def test_what_a_killed_process_left_half_written_is_not_read(tmp_path: Path, cap
     assert found(again, [0, 1])
     assert not found(again, [2])
     assert "torn.arrow" in caplog.text
+
+
+def test_what_a_killed_process_left_half_written_is_taken_away_at_the_next_writing(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    plan.path.mkdir(parents=True)
+    killed, written_to = plan.path / ".0.arrow.abc.tmp", plan.path / ".1.arrow.abc.tmp"
+    for path in (killed, written_to):
+        path.write_bytes(b"half")
+    os.utime(killed, (time.time() - 2 * LEFT_BEHIND_S,) * 2)
+
+    cache = plan.open()
+    add(cache, [0, 1])
+    cache.flush()
+
+    assert found(plan.open(), [0, 1])
+    assert written_to.exists()
+    assert not killed.exists()
 
 
 def test_a_file_that_goes_while_it_is_used_is_written_again(tmp_path: Path) -> None:

@@ -1,0 +1,226 @@
+"""How long do K tasks on the same images take when what they share is computed once?
+
+`PatchBank.all_tasks` against K separate passes, which K fine-tuned networks would take, and against the K patched
+models one after another: DTL (M = 7) and MIST on ViT-B/16, parasites of ratio 0.09 on ResNet-50, 224 px, float32, for
+one image and for sixteen. Separate passes run through one network again and again, since its weights are larger than
+any cache; nineteen networks would only take their memory too. For MIST and parasite the bank is also compared with one
+pass of the backbone and K side networks, each measured alone.
+
+All ways take turns in every round, but that MIST is compared with the separate passes timed beside DTL; ratios are
+within a round, and the tables have their medians. With `--device cuda` come batches of four, and images/s of one task
+as in DTL's table.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import patches
+from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
+
+RESOLUTION, CLASSES = 224, 100
+COUNTS = (1, 2, 5, 19)
+BATCHES = {"cpu": (1, 16), "cuda": (1, 4, 16)}
+REPEATS = {1: 3, 4: 3, 16: 1}
+"""Batch -> how often a way is timed in a round."""
+SEPARATE, ONE_BY_ONE, TOGETHER, PARTS = "separate", "task by task", "all_tasks", "parts alone"
+TIMED = 20
+"""Passes of which the median is taken for images/s, on a GPU only."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """K tasks of one method on one backbone."""
+
+    backbone: str
+    title: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+DTL = Case("vit_b_16", "DTL", "dtl", {"first_block": 7})
+CASES = (
+    DTL,
+    Case("vit_b_16", "MIST", "mist"),
+    Case("resnet50", "parasite 0.09", "parasite", {"ratio": 0.09}),
+)
+THROUGHPUT = (Case("vit_b_16", "full", "full"), DTL, Case("vit_b_16", "DTL+", "dtl_plus"), *CASES[1:])
+LESS_TIME, WITHIN = 0.52, 1.25
+"""What was promised for DTL over separate passes, and for the others over their parts; both with 19 tasks."""
+Seconds = dict[str, list[float]]
+"""Way -> seconds for each of COUNTS."""
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=BATCHES, default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of tasks, ascending")
+    arguments = parser.parse_args()
+    around = environment()
+    torch.set_num_threads(arguments.threads)
+    counts, device = tuple(arguments.counts), arguments.device
+    benches = [Bench(case, device, counts) for case in CASES]
+    taken: dict[tuple[str, int], list[Seconds]] = {}
+    for number in range(arguments.rounds):
+        separate: dict[tuple[str, int], list[float]] = {}
+        for bench in benches:
+            for batch in BATCHES[device]:
+                seconds = bench.take_turns(batch, number, separate.get((bench.case.backbone, batch)))
+                separate[bench.case.backbone, batch] = seconds[SEPARATE]
+                taken.setdefault((bench.case.title, batch), []).append(seconds)
+        print(f"Round {number + 1} of {arguments.rounds}", flush=True)
+    rows = [
+        summary(title, batch, place, count, rounds)
+        for (title, batch), rounds in taken.items()
+        for place, count in enumerate(counts)
+    ]
+    tables = {"K tasks on the same images: medians over rounds": rows}
+    if device == "cuda":
+        tables["Images/s of one task"] = [throughput_row(case, device) for case in THROUGHPUT]
+    finish(
+        arguments.out,
+        tables=tables,
+        environment=around | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        goals=make_goals(rows, counts[-1]),
+        settings={
+            "rounds": arguments.rounds,
+            "threads": arguments.threads,
+            "device": device,
+            "resolution": RESOLUTION,
+            "classes": CLASSES,
+            "timed_in_a_round": REPEATS,
+            "seconds": {f"{title}, batch {batch}": rounds for (title, batch), rounds in taken.items()},
+        },
+    )
+
+
+class Bench:
+    """One case with its tasks, and the ways to answer them."""
+
+    def __init__(self, case: Case, device: str, counts: tuple[int, ...]) -> None:
+        self.case = case
+        self._device = device
+        self._counts = counts
+        self._backbone = patches.load_backbone(case.backbone, num_classes=CLASSES).to(device)
+        self._bank = patches.PatchBank(self._backbone)
+        self._models = [
+            patches.attach(self._backbone, case.method, CLASSES, seed=seed, **case.options)
+            for seed in range(counts[-1])
+        ]
+        for number, model in enumerate(self._models):
+            self._bank.add(f"task{number}", model)
+
+    @torch.no_grad()
+    def take_turns(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
+        """Every way once, or as often as REPEATS says; another one begins in each round.
+
+        Args:
+            separate: seconds of the separate passes, where this round has them.
+        """
+        images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
+        images = images.to(self._device)
+        self._bank.all_tasks(images, ["task0"])
+        ways = {ONE_BY_ONE: self._one_by_one, TOGETHER: self._together}
+        if separate is None:
+            ways[SEPARATE] = self._separate
+        if self.case is not DTL:  # whose tasks run blocks of the backbone themselves
+            ways[PARTS] = self._parts
+        names = list(ways)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        timed: dict[str, list[list[float]]] = {name: [] for name in ways}
+        for _ in range(REPEATS[batch]):
+            for name in names:
+                timed[name].append(ways[name](images))
+        seconds = {name: [median(times) for times in zip(*repeats, strict=True)] for name, repeats in timed.items()}
+        return seconds if separate is None else seconds | {SEPARATE: separate}
+
+    def _separate(self, images: Tensor) -> list[float]:
+        return self._laps([partial(self._backbone.network, images)] * self._counts[-1])
+
+    def _one_by_one(self, images: Tensor) -> list[float]:
+        return self._laps([partial(model, images) for model in self._models])
+
+    def _together(self, images: Tensor) -> list[float]:
+        return [self._time(partial(self._bank.all_tasks, images, self._bank.tasks[:count])) for count in self._counts]
+
+    def _parts(self, images: Tensor) -> list[float]:
+        model = self._models[0]
+        shared = model.shared_part(images)
+        backbone = self._time(partial(self._backbone.network, images))
+        return [
+            backbone + side for side in self._laps([partial(model.own_part, images, shared) for model in self._models])
+        ]
+
+    def _laps(self, passes: Sequence[Callable[[], object]]) -> list[float]:
+        """Seconds after as many passes as each count says."""
+        ends = list(accumulate(map(self._time, passes)))
+        return [ends[count - 1] for count in self._counts]
+
+    def _time(self, action: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        action()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def summary(title: str, batch: int, place: int, count: int, rounds: list[Seconds]) -> dict[str, Any]:
+    def ratio(to: str) -> float:
+        return median(taken[TOGETHER][place] / taken[to][place] for taken in rounds)
+
+    return {
+        "method": title,
+        "batch": batch,
+        "K": count,
+        **{f"{way} s": median(taken[way][place] for taken in rounds) for way in (SEPARATE, ONE_BY_ONE, TOGETHER)},
+        f"all/{SEPARATE}": ratio(SEPARATE),
+        f"all/{ONE_BY_ONE}": ratio(ONE_BY_ONE),
+        f"all/{PARTS}": ratio(PARTS) if PARTS in rounds[0] else None,
+    }
+
+
+def make_goals(rows: list[dict[str, Any]], count: int) -> list[Goal]:
+    goals = []
+    for row in rows:
+        if row["K"] != count:
+            continue
+        name = f"{row['method']}, {count} tasks, batch {row['batch']}: time of all_tasks"
+        if row["method"] == DTL.title:
+            goals.append(at_least(f"{name}, share saved of separate passes", 1 - row[f"all/{SEPARATE}"], LESS_TIME))
+        else:
+            goals.append(
+                at_most(f"{name} / one backbone pass and the side networks alone", row[f"all/{PARTS}"], WITHIN)
+            )
+    return goals
+
+
+@torch.no_grad()
+def throughput_row(case: Case, device: str) -> dict[str, Any]:
+    backbone = patches.load_backbone(case.backbone, num_classes=CLASSES).to(device)
+    model = patches.attach(backbone, case.method, CLASSES, **case.options)
+    row: dict[str, Any] = {"backbone": case.backbone, "method": case.title}
+    for batch in BATCHES[device]:
+        images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, device=device)
+        spent = []
+        for _ in range(TIMED):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(images)
+            torch.cuda.synchronize()
+            spent.append(time.perf_counter() - start)
+        row[f"batch {batch}"] = batch / median(spent)
+    return row
+
+
+if __name__ == "__main__":
+    main()
