@@ -16,7 +16,7 @@ import ray
 
 WARM_UP = 3
 """Steps of a variant after its start that count for nothing."""
-LAPS = 3
+LAPS = 4
 """Turns of a variant, and of the base beside it, in each round."""
 TIMEOUT_S = 900
 Actor = Any
