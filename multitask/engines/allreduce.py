@@ -85,11 +85,12 @@ class Crew:
 
     def end(self) -> None:
         # Train hears a cancel as a Ctrl-C, on which alone it gives back its places on the cluster; while it starts a
-        # group it hears nothing, and would leave the group's places behind.
+        # group it hears nothing, and would leave the group's places behind. A cancel that went on to Train's own calls
+        # would look to it like a lost rank.
         deadline = time.monotonic() + END_S
         while self._is_starting() and not self._has_ended() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        ray.cancel(self.fit)
+        ray.cancel(self.fit, recursive=False)
         if not self._has_ended(END_S):
             log.warning("Ray Train did not end within %g s; it may still hold its places on the cluster.", END_S)
         ray.kill(self.ledger)
@@ -202,6 +203,8 @@ class _Session:
         records, completed, progress = report.news
         # The ranks hand in all values, so the ledger keeps none.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})
+        if records:  # before anything that may meet the next loss
+            self._outcome.back(ALL)
         if completed:
             self._call("release", list(completed))
         if report.failure is not None:
@@ -211,8 +214,6 @@ class _Session:
             log.warning("Worker '%s' made no step for too long; its process is ended.", name)
         for message in report.lost:
             self._lose(message)
-        if records:
-            self._outcome.back(ALL)
         self._await_start(report)
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
