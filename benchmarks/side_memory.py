@@ -1,9 +1,10 @@
 """How much memory does a training step of a side network take, against full fine-tuning?
 
-ViT-B/16 and ResNet-50 at 224 px, float32, AdamW. Every row is one process of its own. Saved tensors are those that
-autograd holds for the backward pass: each storage once, parameters and buffers left out. The training peak is the sum
-of weights, gradients, AdamW's two moments and saved tensors, as the papers' figures are mostly made of. Resident is
-what the process really grew by, at its highest in two steps, beyond what it took after its imports.
+ViT-B/16 and ResNet-50 at 224 px, float32, AdamW. Every row is one process of its own. Saved tensors are the most that
+autograd holds at one time for the backward pass, which holds again what it recomputes: each storage once, parameters
+and buffers left out. The training peak is the sum of weights, gradients, AdamW's two moments and saved tensors, as the
+papers' figures are mostly made of. Resident is what the process really grew by, at its highest in two steps, beyond
+what it took after its imports.
 
 MIST stands there three times: in one process, and its two sides apart; the server's side trains nothing. With
 `--device cuda` come the highest allocated memory of a training step and of a test pass, and milliseconds per image of
@@ -14,9 +15,10 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -138,13 +140,13 @@ def measure(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     state = list(chain(module.parameters(), module.buffers()))
     gc.collect()
-    saved: dict[int, int] = {}
+    saved = Saved(besides=state)
     if trained:
         optimizer = torch.optim.AdamW(trained)
         module.train()
         step = partial(train_step, model, optimizer, inputs, targets)
         step()
-        with counted(saved, besides=state):
+        with torch.autograd.graph.saved_tensors_hooks(saved.note, Held.release):
             step()
         slots = sum(bytes_of(slot) for values in optimizer.state.values() for slot in values.values())
     else:
@@ -159,8 +161,8 @@ def measure(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
         "weights": weights / MB,
         "gradients": gradients / MB,
         "AdamW": slots / MB,
-        "saved": sum(saved.values()) / MB,
-        "peak": (weights + gradients + slots + sum(saved.values())) / MB,
+        "saved": saved.most / MB,
+        "peak": (weights + gradients + slots + saved.most) / MB,
         "resident": (resident_bytes("VmHWM") - before) / MB,
     }
     if device == "cuda":
@@ -201,19 +203,37 @@ def test_pass(module: nn.Module, model: Model, inputs: Tensor) -> None:
         model(inputs)
 
 
-@contextmanager
-def counted(saved: dict[int, int], besides: list[Tensor]) -> Iterator[None]:
-    """Note the address and bytes of every storage that autograd saves, but for those of `besides`."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+class Saved:
+    """Bytes that autograd holds, each storage once, and the most so far; storages of `besides` do not count."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, besides: list[Tensor]) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+        self._holders: Counter[int] = Counter()
+        self._now = self.most = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield
+    def note(self, tensor: Tensor) -> "Held":
+        held, storage = Held(tensor), tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._count(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(held, self._count, storage.data_ptr(), storage.nbytes(), -1)
+        return held
+
+    def _count(self, address: int, nbytes: int, change: int) -> None:
+        before = self._holders[address]
+        self._holders[address] += change
+        if 0 in (before, before + change):
+            self._now += change * nbytes
+            self.most = max(self.most, self._now)
+
+
+class Held:
+    """What autograd keeps in place of a tensor, for as long as it would keep that."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def release(self) -> Tensor:
+        return self.tensor
 
 
 def bytes_of(tensor: Tensor) -> int:
