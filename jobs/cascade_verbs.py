@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from multitask.cascade import Cascade, Check, Costs, OperatingPoint
     from multitask.data import ImageTable
 
@@ -84,8 +87,11 @@ def fit(
         assert export is not None
         save_package(cascade, to, export)
     _show(cascade, checked, json_output)
-    if not json_output:
-        print(to)
+    if json_output:
+        return
+    if [stage.model for stage in cascade.point().stages] == [cascade.reference]:
+        print("No stage is accurate enough before the reference: try a smaller --slack or --min-relative-accuracy.")
+    print(to)
 
 
 @app.command()
@@ -224,7 +230,7 @@ def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
     if json_output:
         print(json.dumps(asdict(checked)))
         return
-    stages = Table("stage", "model", "answers at", "images", "right of those", title="Stages", title_justify="left")
+    stages = Table("stage", "model", "answers where", "images", "right of those", title="Stages", title_justify="left")
     for line in stage_rows(checked):
         stages.add_row(*line)
     models = Table("model", "top-1", f"{checked.unit} of an image", title="Against single models", title_justify="left")
@@ -242,12 +248,12 @@ def _path(point: "OperatingPoint") -> str:
     return " > ".join(stage.model for stage in point.stages)
 
 
-def _pictures(table: "ImageTable", batch_size: int) -> Any:
+def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
     """A table's decoded images in order, so many at once."""
     from multitask.data import DataError
     from multitask.data.transforms import decode
 
-    batch = []
+    batch: list[Tensor] = []
     for number, group in enumerate(table.groups()):
         for place in range(len(group)):
             try:

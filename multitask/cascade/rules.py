@@ -54,8 +54,8 @@ class Rule:
         """A threshold in the words of its rule."""
         if self.score in ("top_probability", "predictor"):
             name = "top probability" if self.score == "top_probability" else "chance of being right"
-            return f"{name} {1 / (1 + math.exp(-threshold)):.4f}"
-        return f"top-2 gap {threshold:.3f}" if self.score == "top2_gap" else f"entropy {math.exp(-threshold):.4f}"
+            return f"{name} ≥ {1 / (1 + math.exp(-threshold)):.4f}"
+        return f"top-2 gap ≥ {threshold:.3f}" if self.score == "top2_gap" else f"entropy ≤ {math.exp(-threshold):.4f}"
 
 
 def features(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:

@@ -96,6 +96,10 @@ def test_models_from_elsewhere_take_costs_from_a_table(tmp_path: Path) -> None:
     assert [stage["model"] for stage in check["stages"]] == ["phone", "server"]
     assert check["saving"]["mean"] > 0
 
+    costs = ("--cost-table", tmp_path / "costs.csv", "--cost-column", "energy_mj")
+    alone = multitask("cascade", "fit", predictions, "--to", tmp_path / "alone.json", "--slack", 0.5, *costs)
+    assert "try a smaller --slack" in alone.stdout
+
     refused = multitask("cascade", "run", tmp_path / "cascade.json", "somewhere")
     assert (refused.returncode, "without its bundles" in refused.stderr) == (1, True)
 

@@ -129,6 +129,15 @@ def test_a_shared_prefix_is_paid_once() -> None:
     assert [(stage.model, stage.cost) for stage in stages] == [("side", 3), ("whole", 8)]
 
 
+@pytest.mark.parametrize(("known", "models"), [(9, ["large"]), (10, ["small", "large"])])
+def test_a_stage_answers_a_hundredth_of_the_images_or_more(known: int, models: list[str]) -> None:
+    right = {"small": np.arange(1000) < known, "large": np.ones(1000, dtype=bool)}
+    candidates = [Candidate("small", RULE, -np.arange(1000.0)), Candidate("large", RULE, np.zeros(1000))]
+    stages = Pool(candidates, right, Costs("MACs", {"small": 1, "large": 200}), "large").cascade(1.0, 0.0)
+
+    assert [stage.model for stage in stages] == models
+
+
 def test_slack_asks_more_of_every_stage_but_the_reference() -> None:
     random = np.random.default_rng(1)
     truth = random.random(4000)

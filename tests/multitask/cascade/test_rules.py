@@ -73,8 +73,8 @@ def test_nothing_is_predicted_where_all_answers_are_alike(value: bool) -> None:
 
 def test_a_threshold_is_told_in_the_words_of_its_rule() -> None:
     assert [Rule(score).threshold_text(0.0) for score in SCORES] == [
-        "top probability 0.5000",
-        "top-2 gap 0.000",
-        "entropy 1.0000",
-        "chance of being right 0.5000",
+        "top probability ≥ 0.5000",
+        "top-2 gap ≥ 0.000",
+        "entropy ≤ 1.0000",
+        "chance of being right ≥ 0.5000",
     ]
