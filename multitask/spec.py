@@ -1,7 +1,7 @@
 """The job spec: one YAML file, validated before anything starts."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,11 +10,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from multitask.recipes import fill_in
+from multitask.resolutions import expand
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Unknown keys are errors; the strings under the fields are the schema's descriptions."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,7 +41,7 @@ class BackboneSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskSpec:
-    name: Name
+    name: TaskName
     """Names the task in metrics and in its bundle; unique in a job."""
     data: str
     """Folder (path or pyarrow filesystem URI) of the tables train, validation and test."""
@@ -50,7 +52,7 @@ class TaskSpec:
     num_classes: Count | None = None
     """Size of the task's own head; without it the task uses the backbone's."""
     resolution: Annotated[int, Field(ge=8)]
-    """Side of the square images, in pixels."""
+    """Side of the square images, in pixels; in a file, a list makes one task of each: NAME@96, NAME@128, ..."""
     batch_size: Count = 64
     """Images of one forward pass."""
     accumulate: Count = 1
@@ -343,8 +345,9 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
 
     Args:
         source: a YAML file, the same as a mapping, or a spec already built. In a file, `base: OTHER.yaml` names a spec
-            that this one changes, `task_defaults` holds keys for every task, and relative data and weight paths start
-            at the file's folder. Optimiser and schedule may be left to the recipe of the tasks' method.
+            that this one changes, `task_defaults` holds keys for every task, a list as a task's resolution makes one
+            task of each (multitask/resolutions.py), and relative data and weight paths start at the file's folder.
+            Optimiser and schedule may be left to the recipe of the tasks' method.
         overrides: keys that replace the source's, nested like the spec.
     Raises:
         SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
@@ -359,16 +362,18 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
         where, raw = str(source), _read_file(Path(source))
     raw = _merge(raw, overrides or {})
     defaults = raw.pop("task_defaults", None) or {}
-    if defaults and isinstance(raw.get("tasks"), list):
-        raw["tasks"] = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
+    places: list[int] = []
     try:
+        if isinstance(raw.get("tasks"), list):
+            tasks = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
+            raw["tasks"], places = expand(tasks)
         raw = fill_in(raw)
     except ValueError as error:
         raise SpecError(f"{where}: {error}") from None
     try:
         return _ADAPTER.validate_python(raw)
     except ValidationError as error:
-        raise SpecError(_explain(where, error)) from None
+        raise SpecError(_explain(where, error, places=places)) from None
 
 
 def load_task(path: Path) -> dict[str, Any]:
@@ -437,10 +442,19 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] = ()) -> str:
+def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] = (), places: Sequence[int] = ()) -> str:
+    """One line for each problem.
+
+    Args:
+        within: where in a spec the checked part stands.
+        places: of each task the number of the entry in the file that it comes from, where they differ.
+    """
     lines = []
     for problem in error.errors(include_url=False):
-        key, allowed = _locate((*within, *problem["loc"]))
+        location = (*within, *problem["loc"])
+        if places and location[:1] == ("tasks",) and len(location) > 1:
+            location = ("tasks", places[int(location[1])], *location[2:])
+        key, allowed = _locate(location)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), allowed)
@@ -451,7 +465,8 @@ def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] =
         elif isinstance(problem.get("input"), str | int | float | bool):
             message += f", found {problem['input']!r}"
         lines.append(f"{where}: {key or 'spec'}: {message}")
-    return "\n".join(lines)
+    # What is wrong with an entry is wrong with each of its tasks.
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _locate(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
