@@ -21,6 +21,10 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+ResourceAmount = Annotated[float, Field(ge=0.0001, allow_inf_nan=False)]
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^([A-Za-z0-9.-]+/)?{LABEL}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^{LABEL}$")]
 
 
 class SpecError(ValueError):
@@ -61,6 +65,10 @@ class TaskSpec:
     """Of forward pass and loss in training; weights, gradients and evaluations are float32 with both."""
     workers: Count = 1
     """Workers of this task; several share its patch through the server."""
+    resources: dict[str, ResourceAmount] = Field(default_factory=dict)
+    """Custom resources of the cluster that each of its workers takes: {data_pets: 1}. Engine `local` takes none."""
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    """What the nodes of its workers have to be labelled with: {zone: west}. Engine `local` does not look."""
     augment: Literal["none", "crop_flip"] = "none"
     """Training images: only resized, or random resized crops and horizontal flips."""
     cache_features: str | None = None
@@ -83,6 +91,16 @@ class TaskSpec:
     """Training rows that are shuffled together; a worker holds up to two windows of encoded images."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
+
+    @model_validator(mode="after")
+    def _cpus_and_gpus_are_the_jobs(self) -> Self:
+        not_custom = sorted(self.resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"})
+        if not_custom:
+            raise ValueError(
+                f"resources has {not_custom}, but a task's are custom resources of the cluster; CPUs and GPUs of all "
+                "workers are the job's resources.cpus_per_worker and resources.gpus_per_worker"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stored_features_stay_the_same(self) -> Self:
@@ -243,6 +261,10 @@ class ResourcesSpec:
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
     """By default an equal share of the cluster's CPUs, at most one."""
     gpus_per_worker: Amount = 0.0
+    """Below 1, workers share a GPU."""
+    placement: Literal["spread", "pack"] | None = None
+    """Workers and server shards over as many nodes as there are, or on as few as hold them; by default Ray finds each
+    worker a place by itself, and where tasks have resources or labels all are spread."""
     threads_per_worker: Count = 1
     decode_threads: Count = 1
     """Threads that decode images for a worker, or for all workers of a node that share one decode."""
@@ -250,6 +272,15 @@ class ResourcesSpec:
     """How long workers may take to start before the job gives up and says who is missing."""
     step_timeout_s: Rate = 600.0
     """How long a worker may be silent, though it waits for nobody, before it is taken for lost."""
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_or_shared(self) -> Self:
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; Ray gives shares of one GPU, or whole ones: set at "
+                "most 1, or a whole number"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -305,6 +336,16 @@ class JobSpec:
             raise ValueError(
                 f"tasks {cached} have cache_features, but train_shared is true: what the backbone gives changes with "
                 "every step; set train_shared: false, or leave cache_features out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_worker_group_has_places_of_one_kind(self) -> Self:
+        kinds = [(task.resources, task.labels) for task in self.tasks]
+        if isinstance(self.engine, AllreduceSpec) and any(kind != kinds[0] for kind in kinds):
+            raise ValueError(
+                "engine 'allreduce' has one kind of place for all workers (Ray Train's worker group), but the tasks' "
+                "resources or labels differ; put the same in task_defaults, or use engine 'sync'"
             )
         return self
 

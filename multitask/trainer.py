@@ -16,8 +16,10 @@ from rich.console import Console
 from multitask.caches import describe
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
+from multitask.engines.places import PlacementError, check_places
 from multitask.job import Job
 from multitask.live import STATUS, Request, read_status, requests
+from multitask.logs import LOG, log_to
 from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.server.messages import Evaluation
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
@@ -123,29 +125,43 @@ class _Training:
 
     def run(self) -> Run:
         start = time.perf_counter()
-        with self._tracker, _first_interrupt(self._interrupt), self._watch.showing(self._job):
+        with (
+            self._tracker,
+            _first_interrupt(self._interrupt),
+            self._watch.showing(self._job),
+            log_to(self._directory / LOG, self._job.spec.name),
+        ):
+            where = self._store.where() or "the start"
+            log.info("Starts from %s, engine %s.", where, self._job.spec.engine.name)
             for line in describe(self._job.caches):
                 self._watch.say(line)
             try:
                 outcome = self._run_engine()
             except TrainingError as error:
+                log.error("%s", error, extra=error.about)
                 self._watch.end("failed", str(error))
-                where = self._store.where()
-                if where is None:
-                    raise
-                hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
-                raise TrainingError(f"{error}\n{hint}") from None
+                raise self._explained(error) from error
             except BaseException as error:
+                log.error("%r", error)
                 self._watch.end("failed", repr(error))
                 raise
             if outcome.paused:
+                log.info("Stopped, with a checkpoint.")
                 self._watch.end("stopped")
                 raise Stopped(
                     f"Stopped; the checkpoint is {self._store.where()}. "
                     f"Go on with: multitask train --resume {self._directory}"
                 )
             self._finish(outcome, time.perf_counter() - start)
+            log.info("Finished.")
         return Run(self._directory)
+
+    def _explained(self, error: TrainingError) -> TrainingError:
+        """An engine's error with the run's name, and how to go on where that is possible."""
+        where = self._store.where()
+        hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
+        message = f"Run '{self._job.spec.name}': {error}" + (f"\n{hint}" if where is not None else "")
+        return type(error)(message, error.about)
 
     def _run_engine(self) -> Outcome:
         """Run the engine until the job ends or is interrupted; in between, its tasks may change."""
@@ -183,7 +199,8 @@ class _Training:
             try:
                 spec = _changed(self._job.spec, request)
                 Job(spec)  # what does not fit is said before anybody has to stop
-            except ValueError as error:
+                check_places(spec)
+            except (ValueError, PlacementError) as error:
                 request.answer(str(error))
             else:
                 self._request = request, spec
@@ -203,6 +220,7 @@ class _Training:
         write_spec(self._directory / "spec.yaml", spec)
         self._tracker.add_tasks(_task_params(spec))
         self._watch.change_tasks(self._job)
+        log.info("Its tasks are now %s.", ", ".join(task.name for task in spec.tasks))
         request.answer()
 
     def _finish(self, outcome: Outcome, seconds: float) -> None:

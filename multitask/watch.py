@@ -141,11 +141,12 @@ class Watch:
         for bad in dict.fromkeys(bad for record in news for bad in record.bad_images):
             if bad not in watch.bad_images:
                 watch.bad_images.append(bad)
-                log.warning("Task '%s' skips %s", name, bad)
+                log.warning("Task '%s' skips %s", name, bad, extra={"task": name})
         watch.processes |= {record.worker: record.process for record in news}
         for record in news:
             if record.refused is not None:
-                log.warning("%s", record.refused)
+                about = {"task": record.task, "worker": record.worker, "step": record.step}
+                log.warning("%s", record.refused, extra=about)
         metrics = [_step_metrics(record) for record in news]
         watch.latest = {key: metrics[-1][key] for key in ("loss", "rate", "staleness", "samples_per_s")}
         self._tracker.log_steps(name, metrics)
@@ -168,6 +169,8 @@ class Watch:
         for name, metrics in evaluation.metrics.items():
             self._tasks[name].curve.append({"step": evaluation.round, "version": evaluation.version, **metrics})
             named = {f"validation_{key}": value for key, value in metrics.items()}
+            about = {"task": name, "step": evaluation.round}
+            log.info("Validation of version %d: %s.", evaluation.version, metrics, extra=about)
             self._tracker.log_metrics(name, named, evaluation.round)
         self._tracker.log_metrics(None, {"validation_mean_top1": evaluation.mean_top1}, evaluation.round)
 

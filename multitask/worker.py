@@ -31,6 +31,23 @@ ALIVE_S = 10.0
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the worker, its task and the step."""
 
+    def __init__(self, message: str, about: Mapping[str, object] | None = None) -> None:
+        """Args:
+        about: task, worker and step for the log, where one worker is to blame.
+        """
+        super().__init__(message)
+        self.about = dict(about or {})
+
+
+def failure(worker: str, task: str, steps: int, why: object) -> TrainingError:
+    """The error of a worker that raised.
+
+    Args:
+        steps: that it has made.
+    """
+    about = {"task": task, "worker": worker, "step": steps}
+    return TrainingError(f"Worker '{worker}' of task '{task}' failed after {steps} steps: {why}", about)
+
 
 Values = Mapping[str, Sequence[GroupValues]]
 """Group -> its values, a range for each shard of the server."""
@@ -216,8 +233,8 @@ class TaskWorker:
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise TrainingError(
-                f"Worker '{self.name}' (task '{self.task}'): the loss is {loss_value} at step {self.step}. "
-                "Lower optimizer.rate, or look at the task's images and labels."
+                f"the loss is {loss_value} at step {self.step}. Lower optimizer.rate, or look at the task's images and "
+                "labels."
             )
         for group, layout in self._layouts.items():
             # The forward pass left this batch's own statistics here; the next one writes over them.

@@ -1,6 +1,7 @@
 """The parameter server and its workers as Ray actors."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,12 +17,15 @@ from multitask.data import prefetch
 from multitask.data.batches import Drawn
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
+from multitask.logs import log_to_stderr
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
 from multitask.server.parameter_server import ParameterServer
 from multitask.server.shard import Key, Shard, Update
 from multitask.worker import Values, train_steps
 
 RETRY_S = 0.2
+
+log = logging.getLogger(__name__)
 
 
 class NotBegunError(RuntimeError):
@@ -288,6 +292,8 @@ class WorkerActor:
         self._job, self._name, self._incarnation = job, name, incarnation
         self._in_flight = getattr(job.spec.engine, "in_flight", 0)
         self._server = RemoteServer(job, name, incarnation, server, shards)
+        self._about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
+        log_to_stderr(lambda: self._about)
 
     def node(self) -> str:
         """Ray's name of this node."""
@@ -311,8 +317,10 @@ class WorkerActor:
             drawn = _drawn_ahead(decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
         self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+        log_to_stderr(lambda: {**self._about, "step": self._worker.step})
 
     def train(self) -> None:
+        log.info("Trains to step %d.", self._job.spec.steps)
         for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
             pass
 
@@ -345,6 +353,7 @@ class DecodeActor:
 
     def __init__(self, job: Job, workers: Sequence[str]) -> None:
         torch.set_num_threads(1)
+        log_to_stderr(lambda: {"run": job.spec.name})
         self._stream = job.make_stream(workers)
 
     def next(self, worker: str) -> Drawn:

@@ -20,11 +20,13 @@ from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import LOST, Actor, NotBegunError
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.engines.ledger import WAIT, LedgerActor, Report
+from multitask.engines.places import check_places, cluster_nodes, demands
 from multitask.engines.ranks import train_rank
-from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session, worker_cpus
+from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session
 from multitask.job import Job
+from multitask.placement import Demand
 from multitask.server.progress import Progress
-from multitask.worker import TrainingError
+from multitask.worker import TrainingError, failure
 
 HEALTH_CHECK_S = 0.5
 """Between two looks of Train at its workers: so long a loss goes unnoticed."""
@@ -42,12 +44,15 @@ def run(job: Job, driver: Driver) -> Outcome:
     When a rank is lost, Train starts the group again, and all ranks and the ledger go back to the last checkpoint.
 
     Raises:
-        TrainingError: a worker failed (with its name, task and traceback), workers found no place in time, or
+        PlacementError: the cluster has no room for all workers.
+        TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
     outcome = Outcome()
-    with ray_session(), crew_of(job, driver.store) as crew:
-        _Session(job, driver, outcome, crew).run()
+    with ray_session():
+        check_places(job.spec)
+        with crew_of(job, driver.store) as crew:
+            _Session(job, driver, outcome, crew).run()
     return outcome
 
 
@@ -70,9 +75,8 @@ class Crew:
 
     def start(self) -> None:
         resources = self._job.spec.resources
-        per_worker = {"CPU": worker_cpus(self._job)}
-        if resources.gpus_per_worker:
-            per_worker["GPU"] = resources.gpus_per_worker
+        demand = next(iter(demands(self._job.spec, cluster_nodes()).values()))  # the spec sees to it that all are alike
+        strategy = "SPREAD" if resources.placement == "spread" else "PACK"
         folder = self._job.spec.run_directory.resolve() / "train"
         variables = {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
@@ -81,7 +85,7 @@ class Crew:
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
         }
         task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
-        self.fit = task.remote(self.ledger, len(self._job.workers), per_worker, folder)
+        self.fit = task.remote(self.ledger, len(self._job.workers), demand, strategy, folder)
 
     def end(self) -> None:
         # Train hears a cancel as a Ctrl-C, on which alone it gives back its places on the cluster; while it starts a
@@ -117,11 +121,12 @@ def crew_of(job: Job, store: CheckpointStore) -> Iterator[Crew]:
         crew.end()
 
 
-def fit(ledger: Actor, workers: int, per_worker: dict[str, float], folder: Path) -> None:
+def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path) -> None:
     """Let Ray Train run groups of ranks, one after the other as ranks are lost, until one comes to its end.
 
     Args:
-        per_worker: what each of them asks of the cluster: CPU, GPU.
+        demand: what each of them asks of the cluster.
+        strategy: of their placement group.
         folder: for files of Train's own.
     Raises:
         StartError: they found no places in time, or were lost while they started.
@@ -138,7 +143,7 @@ def fit(ledger: Actor, workers: int, per_worker: dict[str, float], folder: Path)
             ledger.lose.remote("; ".join(texts))
 
     # NCCL refuses two ranks on one device.
-    shares_device = 0 < per_worker.get("GPU", 0) < 1
+    shares_device = 0 < demand.resources.get("GPU", 0) < 1
     trainer = train_torch.TorchTrainer(
         train_rank,
         train_loop_config={"ledger": ledger},
@@ -146,7 +151,11 @@ def fit(ledger: Actor, workers: int, per_worker: dict[str, float], folder: Path)
             backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
         ),
         scaling_config=train.ScalingConfig(
-            num_workers=workers, use_gpu="GPU" in per_worker, resources_per_worker=per_worker
+            num_workers=workers,
+            use_gpu="GPU" in demand.resources,
+            resources_per_worker=dict(demand.resources),
+            label_selector=dict(demand.labels) or None,
+            placement_strategy=strategy,
         ),
         run_config=train.RunConfig(
             name=folder.name,
@@ -208,10 +217,12 @@ class _Session:
         if completed:
             self._call("release", list(completed))
         if report.failure is not None:
-            raise TrainingError(report.failure)
+            name, why = report.failure
+            raise failure(name, self._job.workers[name], progress.workers[name].step, why)
         self._made_steps = self._made_steps or bool(records)
         for name in report.silent:
-            log.warning("Worker '%s' made no step for too long; its process is ended.", name)
+            about = {"task": self._job.workers[name], "worker": name, "step": progress.workers[name].step}
+            log.warning("Worker '%s' made no step for too long; its process is ended.", name, extra=about)
         for message in report.lost:
             self._lose(message)
         self._await_start(report)

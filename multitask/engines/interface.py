@@ -86,6 +86,7 @@ def take(
     for checkpoint in checkpoints:
         if checkpoint.is_finite():
             driver.store.save(checkpoint)
+            log.info("Saved a checkpoint of version %d.", checkpoint.progress.version)
         else:
             log.warning(
                 "No checkpoint of version %d: it holds values that are not finite.", checkpoint.progress.version

@@ -88,8 +88,8 @@ class Report:
     silent: list[str]
     lost: list[str]
     """What was lost since the last report."""
-    failure: str | None
-    """Why the run cannot go on; names the worker."""
+    failure: tuple[str, str] | None
+    """Which worker raised, and what: the run cannot go on."""
 
 
 class LedgerActor:
@@ -101,7 +101,7 @@ class LedgerActor:
     def __init__(self) -> None:
         self._pause_wanted = False
         self._lost: list[str] = []
-        self._failure: str | None = None
+        self._failure: tuple[str, str] | None = None
         self._held: ParameterServer | None = None
         self._group = 0
         self._starting = True
@@ -176,9 +176,9 @@ class LedgerActor:
             await self._change(group)
         return self._ledger.read(worker), self._all_rest()
 
-    async def fail(self, message: str) -> None:
+    async def fail(self, worker: str, message: str) -> None:
         """A worker raised: the run ends. The first message counts, what follows from it does not."""
-        self._failure = self._failure or message
+        self._failure = self._failure or (worker, message)
 
     # What the driver and Train's controller call.
 

@@ -10,7 +10,7 @@ from multitask.job import Job
 from multitask.server.messages import Gradients, Push, Reply
 from multitask.server.parameter_server import ParameterServer
 from multitask.spec import LocalSpec
-from multitask.worker import TaskWorker, Values, train_steps
+from multitask.worker import TaskWorker, Values, failure, train_steps
 
 Answer = tuple[Reply, Values]
 
@@ -65,11 +65,11 @@ def run(job: Job, driver: Driver) -> Outcome:
             for version in news[1]:
                 server.release(version)
 
-        loops = {worker.name: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
+        loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
         # One push of each worker in turn, until the loops end (all in the same turn).
         while loops:
             try:
-                loops = {name: loop for name, loop in loops.items() if _goes_on(loop)}
+                loops = {worker: loop for worker, loop in loops.items() if _goes_on(worker, loop)}
             finally:
                 poll()  # when a worker fails, too: what led there is worth knowing, and a checkpoint may be complete
             if driver.wants_pause():
@@ -93,5 +93,8 @@ def make_workers(job: Job) -> list[TaskWorker]:
     return [job.make_worker(name, batches[name]) for name in job.workers]
 
 
-def _goes_on(loop: Iterator[None]) -> bool:
-    return next(loop, "ended") != "ended"
+def _goes_on(worker: TaskWorker, loop: Iterator[None]) -> bool:
+    try:
+        return next(loop, "ended") != "ended"
+    except Exception as error:
+        raise failure(worker.name, worker.task, worker.step, error) from error

@@ -1,5 +1,6 @@
 """Engine `allreduce`: the ranks of a worker group, which hold all values and sum gradients among themselves."""
 
+import logging
 import os
 import threading
 import traceback
@@ -16,11 +17,14 @@ from multitask.engines.actors import LOST, Actor
 from multitask.engines.ledger import WAIT, Apply, Keep, Operation, Release
 from multitask.engines.reduction import PeerLostError, Reduction, peers, plan_buckets
 from multitask.job import Job
+from multitask.logs import log_to_stderr
 from multitask.server.layout import named_tensors
 from multitask.server.messages import Gradients, GroupValues, Push, PushRejectedError, Reply, as_tensor, is_finite
 from multitask.server.shard import Update, shares
 from multitask.spec import AllreduceSpec
 from multitask.worker import TaskWorker, Values, train_steps
+
+log = logging.getLogger(__name__)
 
 
 class RankServer:
@@ -186,18 +190,21 @@ def train_rank(setting: Mapping[str, Any]) -> None:
     except PeerLostError:
         raise
     except Exception as error:
-        who = f"Worker '{name}' of task '{job.workers[name]}'"
-        ray.get(ledger.fail.remote(f"{who} failed: {error}\n{traceback.format_exc()}"))
+        ray.get(ledger.fail.remote(name, f"{error}\n{traceback.format_exc()}"))
         # The driver ends the run. Train, were it told, would start the group again.
         threading.Event().wait()
 
 
 def _train(job: Job, name: str, ledger: Actor, group: int, control: dist.ProcessGroup) -> None:
     torch.set_num_threads(job.spec.resources.threads_per_worker)
+    about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
+    log_to_stderr(lambda: about)
     members = process_groups(job, name)
     server = RankServer(job, name, ledger, group)
     reply = server.join()
     worker = job.make_worker(name, prefetch(job.make_batches(name, reply.position)), (reply.step, reply.position))
+    log_to_stderr(lambda: {**about, "step": worker.step})
+    log.info("Trains to step %d.", job.spec.steps)
     server.meet(worker, make_reduction(job, worker, members), _steps_left(job, worker.step, control))
     for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
         pass

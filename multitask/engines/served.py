@@ -6,7 +6,6 @@ Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`b
 
 import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +13,15 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome, take
+from multitask.engines.places import check_places, cluster_nodes, demands, reserve
 from multitask.job import Job, make_rules
-from multitask.worker import TrainingError, Values
+from multitask.worker import TrainingError, Values, failure
 
 POLL_S = 0.5
 RESTARTS_WITHOUT_A_STEP = 3
@@ -43,12 +43,14 @@ def run(job: Job, driver: Driver) -> Outcome:
     workers are starting, all start again from the last checkpoint.
 
     Raises:
-        TrainingError: a worker failed (with its name, task and traceback), workers found no place in time, or
+        PlacementError: the cluster has no room for all workers.
+        TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
     outcome = Outcome()
     losses = 0
     with ray_session():
+        check_places(job.spec)
         while True:
             try:
                 with actors(job, driver.store) as crew:
@@ -70,26 +72,36 @@ class Crew:
         # Under `sync` a lost server takes everything back to the checkpoint, so there it is not started again alone.
         self.heals = not make_rules(job.spec).together
         restarts = {"num_cpus": 0, "max_restarts": -1 if self.heals else 0}
-        self._group = spread(job.shards)
-        strategies = [
-            PlacementGroupSchedulingStrategy(self._group, number) if self._group else "DEFAULT"
-            for number in range(job.shards)
-        ]
+        self._demands = demands(job.spec, cluster_nodes())
+        self._group = reserve(job.spec, self._demands)
         shard_class, server_class = ray.remote(ShardActor), ray.remote(ServerActor)
         self.shards: list[Actor] = [
-            shard_class.options(**restarts, scheduling_strategy=strategies[number]).remote()
+            shard_class.options(**restarts, scheduling_strategy=self._place(number)).remote()
             for number in range(1, job.shards)
         ]
-        self.server: Actor = server_class.options(**restarts, scheduling_strategy=strategies[0]).remote()
-        self._worker_class: Any = ray.remote(WorkerActor).options(
-            num_cpus=worker_cpus(job), num_gpus=job.spec.resources.gpus_per_worker
-        )
+        self.server: Actor = server_class.options(**restarts, scheduling_strategy=self._place(0)).remote()
+        self._worker_class: Any = ray.remote(WorkerActor)
         self.incarnations = dict.fromkeys(job.workers, 0)
         shared_job = ray.put(job)
         self.workers = {name: self._start(shared_job, name) for name in job.workers}
 
     def _start(self, job: "ray.ObjectRef[Job]", name: str) -> Actor:
-        return self._worker_class.remote(job, name, self.incarnations[name], self.server, self.shards)
+        """A worker's process; another one that takes its place asks for the same."""
+        task = self.job.task(self.job.workers[name])
+        asked = self._demands[task.name].resources
+        starter = self._worker_class.options(
+            num_cpus=asked["CPU"],
+            num_gpus=asked.get("GPU", 0),
+            resources=task.resources,
+            scheduling_strategy=self._place(self.job.shards + list(self.job.workers).index(name)),
+        )
+        return starter.remote(job, name, self.incarnations[name], self.server, self.shards)
+
+    def _place(self, number: int) -> Any:
+        """A shard's place in the group, or a worker's, which come after them; without one Ray looks for any."""
+        if self._group is None or number >= self._group.bundle_count:
+            return "DEFAULT"
+        return PlacementGroupSchedulingStrategy(self._group, number)
 
     def begin(self) -> "ray.ObjectRef[None]":
         """Hand the server and its shards what the latest checkpoint has, or the start."""
@@ -120,16 +132,6 @@ def actors(job: Job, store: CheckpointStore) -> Iterator[Crew]:
         yield crew
     finally:
         crew.end()
-
-
-def spread(shards: int) -> PlacementGroup | None:
-    """Places for the server's shards, on as many nodes as there are; one shard needs none."""
-    if shards == 1:
-        return None
-    # A trace of memory: a bundle has to ask for something, and the server's CPU time is small and comes in bursts.
-    group = placement_group([{"memory": 1.0}] * shards, strategy="SPREAD")
-    ray.get(group.ready())
-    return group
 
 
 @contextlib.contextmanager
@@ -186,6 +188,8 @@ class _Session:
     def run(self) -> Outcome:
         job, crew = self._job, self._crew
         nodes = await_start(job, {name: worker.node.remote() for name, worker in crew.workers.items()})
+        for name, node in nodes.items():
+            log.info("Started on node %s.", node, extra=self._about(name))
         self._lives = self._patiently(crew.server.ping.remote, begin=True)
         with decoders(job, nodes) as decoder_of:
             self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
@@ -215,7 +219,8 @@ class _Session:
                     self._outcome.back(name)
                 except RayTaskError as error:
                     self._poll()  # what led there is worth knowing, and a checkpoint may be complete
-                    raise TrainingError(f"{self._who(name)} failed: {error.cause}\n{error}") from None
+                    why = f"{error.cause}\n{error}"
+                    raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
                     successor = self._replace(name, str(error))
                     calls[successor.catch_up.remote(phases[: phases.index(method) + 1])] = name
@@ -244,7 +249,8 @@ class _Session:
         timeout_s = self._job.spec.resources.step_timeout_s
         for name in self._call("silent", timeout_s):
             if name not in self._outcome.lost_at:
-                log.warning("%s made no step for %g s; its process is ended.", self._who(name), timeout_s)
+                message = "%s made no step for %g s; its process is ended."
+                log.warning(message, self._who(name), timeout_s, extra=self._about(name))
                 ray.kill(crew.workers[name])
         self._check_places()
         return told
@@ -310,8 +316,12 @@ class _Session:
         restarts = restarts + 1 if self._steps[name] <= step else 1
         self._restarts[name] = restarts, self._steps[name]
         if restarts > RESTARTS_WITHOUT_A_STEP:
-            raise TrainingError(f"{self._who(name)} was lost {restarts} times without a step made: {reason}")
-        log.warning("%s was lost; another process goes on from its last checkpoint.", self._who(name))
+            raise TrainingError(
+                f"{self._who(name)} was lost {restarts} times without a step made after step {step}: {reason}",
+                self._about(name),
+            )
+        message = "%s was lost; another process goes on from its last checkpoint."
+        log.warning(message, self._who(name), extra=self._about(name))
         return self._crew.replace(name)
 
     def _lose(self, what: str, message: str) -> None:
@@ -322,16 +332,8 @@ class _Session:
     def _who(self, worker: str) -> str:
         return f"Worker '{worker}' of task '{self._job.workers[worker]}'"
 
-
-def worker_cpus(job: Job) -> float:
-    """CPUs that each worker asks for: the spec's, or an equal share of the cluster's."""
-    cluster_cpus = ray.cluster_resources().get("CPU", 1.0)
-    return job.spec.resources.cpus_per_worker or equal_share(cluster_cpus, len(job.workers))
-
-
-def equal_share(cpus: float, workers: int) -> float:
-    """CPUs of each worker, rounded down to hundredths, at most one."""
-    return min(1.0, max(0.01, math.floor(100 * cpus / workers) / 100))
+    def _about(self, worker: str) -> dict[str, object]:
+        return {"task": self._job.workers[worker], "worker": worker, "step": self._steps[worker]}
 
 
 def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from benchmarks._processes import own_actors
 from multitask.engines import allreduce
@@ -17,6 +17,7 @@ from multitask.engines.allreduce import _Session, crew_of
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.local import DirectServer, make_workers
+from multitask.engines.places import PlacementError
 from multitask.engines.ranks import RankServer, make_reduction, process_groups
 from multitask.job import Job
 from multitask.server.messages import Evaluation, StepRecord
@@ -151,9 +152,20 @@ def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
         allreduce.run(job, Driver(watch, store_of(job)))
 
 
-def test_workers_that_find_no_place_are_named(make_spec: MakeSpec) -> None:
-    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.5, "start_timeout_s": 20})
-    with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 20 s.*'CPU': 2"):
+def test_workers_whose_places_others_hold_are_named(make_spec: MakeSpec) -> None:
+    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.0, "start_timeout_s": 20})
+    others = placement_group([{"CPU": 1.0}])
+    ray.get(others.ready())
+    try:
+        with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 20 s.*'CPU': 2"):
+            run_engine(Job(spec))
+    finally:
+        remove_placement_group(others)
+
+
+def test_workers_that_no_node_could_hold_are_refused_before_train_starts(make_spec: MakeSpec) -> None:
+    spec = make_spec(engine=ALLREDUCE, task_defaults={"labels": {"zone": "moon"}})
+    with pytest.raises(PlacementError, match=r"on nodes labelled zone=moon\. .* room for 0 of 2: 1 node"):
         run_engine(Job(spec))
 
 

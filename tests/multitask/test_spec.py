@@ -68,6 +68,15 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
         ({"tasks": [{**TASK, "metod": "full"}]}, ["tasks[0].metod", "did you mean method?"]),
         ({"tasks": [{key: TASK[key] for key in ("name", "data", "method")}]}, ["tasks[0].resolution", "required"]),
         ({"engine": {"name": "async", "in_flight": 2}}, ["engine.in_flight", "less than or equal to 1"]),
+        ({"resources": {"placement": "near"}}, ["resources.placement", "'spread' or 'pack'", "found 'near'"]),
+        ({"resources": {"gpus_per_worker": 1.5}}, ["resources", "gpus_per_worker is 1.5", "at most 1"]),
+        ({"tasks": [{**TASK, "resources": {"GPU": 1}}]}, ["tasks[0]", "['GPU']", "resources.gpus_per_worker"]),
+        ({"tasks": [{**TASK, "resources": {"disk": 0}}]}, ["tasks[0].resources.disk", "0.0001", "found 0"]),
+        ({"tasks": [{**TASK, "labels": {"zone": "!west"}}]}, ["tasks[0].labels.zone", "pattern", "found '!west'"]),
+        (
+            {"tasks": [TASK, {**TASK, "name": "cars", "labels": {"zone": "west"}}], "engine": {"name": "allreduce"}},
+            ["'allreduce'", "resources or labels differ", "'sync'"],
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(changes: dict[str, object], parts: list[str]) -> None:

@@ -117,10 +117,12 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
         open_export(tmp_path)
 
 
-def test_a_failed_run_is_marked_so_in_mlflow(make_spec: MakeSpec) -> None:
+def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {"std": [1e-38] * 3}})
 
-    with pytest.raises(multitask.TrainingError):
+    with pytest.raises(
+        multitask.TrainingError, match=r"^Run 'job': Worker 'pets/0' of task 'pets' failed after 0 steps"
+    ):
         multitask.train(spec)
 
     client = MlflowClient(f"sqlite:///{spec.run_directory.parent}/mlflow.db")

@@ -276,5 +276,5 @@ def test_best_and_last_are_complete_and_evaluated(make_spec: MakeSpec) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_worker_task_and_step(make_spec: MakeSpec) -> None:
-    with pytest.raises(TrainingError, match=r"Worker 'pets/0' \(task 'pets'\): the loss is nan at step 0"):
+    with pytest.raises(TrainingError, match=r"^Worker 'pets/0' of task 'pets' failed after 0 steps: the loss is nan"):
         run(make_spec({"pets": {"std": [1e-38, 1e-38, 1e-38]}}))

@@ -1,0 +1,101 @@
+"""Where the processes of a run go on a Ray cluster: what each asks for, and whether it can be had."""
+
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+
+from multitask.placement import Demand, Node, fits, misfit
+from multitask.spec import JobSpec, LocalSpec
+from multitask.worker import TrainingError
+
+NODE_GROUP = "ray.io/node-group"
+"""Ray's label of nodes that `ray up` or KubeRay started, which may start more."""
+
+log = logging.getLogger(__name__)
+
+
+class PlacementError(TrainingError):
+    """Workers for which the cluster has no room, whoever else runs there; the message has the arithmetic."""
+
+
+def check_places(spec: JobSpec) -> None:
+    """Look whether the cluster could hold all workers, before any is started.
+
+    Where nodes may still be started for the run it only warns: `resources.start_timeout_s` limits the wait for them.
+
+    Raises:
+        PlacementError: it could not.
+    """
+    if isinstance(spec.engine, LocalSpec):
+        return
+    nodes = cluster_nodes()
+    problem = misfit(list(demands(spec, nodes).values()), nodes)
+    if problem is None:
+        return
+    if any(NODE_GROUP in node.labels for node in nodes):
+        log.warning("%s Waiting up to %g s for nodes.", problem, spec.resources.start_timeout_s)
+        return
+    raise PlacementError(
+        f"{problem} Add nodes, take fewer workers or lower what each of them takes (resources.cpus_per_worker, "
+        "resources.gpus_per_worker, the tasks' resources and labels)."
+    )
+
+
+def cluster_nodes() -> list[Node]:
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
+    """Task -> its workers with what each of them asks for."""
+    return _demands(spec, spec.resources.cpus_per_worker or _share(spec, nodes))
+
+
+def equal_share(cpus: float, workers: int) -> float:
+    """CPUs of each worker, rounded down to hundredths, at most one."""
+    return min(1.0, max(0.01, math.floor(100 * cpus / workers) / 100))
+
+
+def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
+    """Places for the server's shards, and after them for all workers in the order of the job; given out all at once.
+
+    Without a `placement` and demands of tasks, workers need none (Ray finds one for each by itself), nor does a single
+    shard.
+    """
+    shards = getattr(spec.engine, "shards", 1)
+    # A trace of memory: a bundle has to ask for something, and the server's CPU time is small and comes in bursts.
+    bundles: list[tuple[dict[str, float], dict[str, str]]] = [({"memory": 1.0}, {})] * shards
+    if spec.resources.placement is not None or any(task.resources or task.labels for task in spec.tasks):
+        for demand in workers.values():
+            # Ray gives places to large bundles first, whatever their labels. More than a server's trace of memory
+            # brings those that can go to few nodes before those that can go anywhere.
+            trace = {"memory": 1.0 + len(demand.labels)} if demand.labels else {}
+            bundles += [({**demand.resources, **trace}, dict(demand.labels))] * demand.workers
+    elif shards == 1:
+        return None
+    resources, labels = zip(*bundles, strict=True)
+    strategy = "PACK" if spec.resources.placement == "pack" else "SPREAD"
+    return placement_group(list(resources), strategy=strategy, bundle_label_selector=list(labels))
+
+
+def _demands(spec: JobSpec, cpus: float) -> dict[str, Demand]:
+    gpus = {"GPU": spec.resources.gpus_per_worker} if spec.resources.gpus_per_worker else {}
+    return {
+        task.name: Demand(task.name, task.workers, {"CPU": cpus, **gpus, **task.resources}, task.labels)
+        for task in spec.tasks
+    }
+
+
+def _share(spec: JobSpec, nodes: Sequence[Node]) -> float:
+    """CPUs of each worker: an equal share of all, or as much less, in hundredths, as lets every worker find room."""
+    cpus = sum(node.resources.get("CPU", 0.0) for node in nodes) or 1.0
+    equal = round(100 * equal_share(cpus, sum(task.workers for task in spec.tasks)))
+
+    def too_much(hundredths: int) -> bool:
+        return not fits(list(_demands(spec, hundredths / 100).values()), nodes)
+
+    # Where not even the smallest share fits, CPUs are not what is missing.
+    return (bisect_left(range(1, equal + 1), True, key=too_much) or equal) / 100
