@@ -63,7 +63,8 @@ def misfit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
         if not fits(others, nodes):
             stuck = others
     shapes = Counter((_shape(stuck, node), room(stuck, [node])) for node in nodes)
-    have = [f"{_count(number, 'node')} with {shape} for {most}" for (shape, most), number in shapes.items()]
+    useful = sorted(shapes.items(), key=lambda shape: (-shape[0][1], shape[0][0]))
+    have = [f"{_count(number, 'node')} with {shape} for {most}" for (shape, most), number in useful]
     needs = "; ".join(_needs(demand) for demand in stuck)
     where = ", ".join(have) or "it has no nodes"
     return f"{needs}. The cluster has room for {room(stuck, nodes)} of {_workers(stuck)}: {where}."

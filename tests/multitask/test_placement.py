@@ -138,7 +138,7 @@ def test_a_misfit_of_several_tasks_names_those_alone_that_have_no_room_together(
     assert misfit(demands, [WEST, EAST]) == (
         "Task 'a' needs 2 workers of 2 CPU on nodes labelled zone=east; "
         "Task 'b' needs 1 worker of 1 CPU on nodes labelled zone=east. The cluster has room for 2 of 3: "
-        "1 node with 8 CPU, zone=west for 0, 1 node with 4 CPU, zone=east for 2."
+        "1 node with 4 CPU, zone=east for 2, 1 node with 8 CPU, zone=west for 0."
     )
 
 
@@ -147,7 +147,7 @@ def test_a_share_of_a_gpu_is_of_one_gpu(share: float, workers: int) -> None:
     assert room([Demand("a", 9, {"CPU": 0.1, "GPU": share})], [Node({"CPU": 8.0, "GPU": 2.0})]) == workers
 
 
-def test_a_thousand_workers_of_forty_tasks_are_placed_before_anyone_waits() -> None:
+def test_room_is_found_for_a_thousand_workers_of_forty_tasks() -> None:
     nodes = [Node({"CPU": 8.0, "GPU": 1.0, "data": 4.0}, {"zone": f"z{number % 10}"}) for number in range(125)]
     kinds = [Demand(f"t{n}", 25, {"CPU": 1.0, "GPU": 0.125, "data": 0.5}, {"zone": f"z{n % 10}"}) for n in range(40)]
     # Twelve or thirteen nodes a zone, eight workers each.

@@ -1,0 +1,58 @@
+"""Workers on nodes that differ: they land where their task's resources and labels are."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multitask.runs import write_spec
+from multitask.spec import JobSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+MakeSpec = Callable[..., JobSpec]
+
+
+def tried(specs: Mapping[str, JobSpec], folder: Path) -> dict[str, dict[str, Any]]:
+    """What `tests.integration.placed` says of each spec."""
+    for name, spec in specs.items():
+        write_spec(folder / f"{name}.yaml", spec)
+    command = [sys.executable, "-m", "tests.integration.placed", *(str(folder / f"{name}.yaml") for name in specs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(specs, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_workers_and_their_successors_land_where_their_tasks_resources_and_labels_are(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """On three nodes of one CPU: one plain, one with a label, one with a resource."""
+    # They fill the cluster: had the first a place before the others, it could be the only one of theirs.
+    bound = {"food": {}, "pets": {"resources": {"data_pets": 1}}, "cars": {"labels": {"zone": "west"}}}
+    two = {"pets": {}, "cars": {}}
+    half = {"cpus_per_worker": 0.5}
+    found = tried(
+        {
+            "bound": make_spec(bound, engine={"name": "async"}),
+            "pack": make_spec(two, engine={"name": "sync"}, resources={**half, "placement": "pack"}),
+            "spread": make_spec(two, engine={"name": "async", "shards": 2}, resources={**half, "placement": "spread"}),
+            "allreduce": make_spec(two, engine={"name": "allreduce"}, task_defaults={"labels": {"zone": "west"}}),
+            "too many": make_spec(
+                {"pets": {"workers": 2, "resources": {"data_pets": 1}}, "cars": {}}, engine={"name": "async"}
+            ),
+        },
+        tmp_path,
+    )
+
+    expected = {"food/0": "plain", "pets/0": "data", "cars/0": "west"}
+    assert found["bound"]["places"] == found["bound"]["again"] == expected
+    assert len(set(found["pack"]["places"].values())) == 1
+    assert len(set(found["spread"]["places"].values())) == 2
+    for name in ("bound", "pack", "spread", "allreduce"):
+        assert set(found[name]["steps"].values()) == {4}
+    error = found["too many"]["error"]
+    assert error.startswith("Task 'pets' needs 2 workers of 1 CPU, 1 data_pets. The cluster has room for 1 of 2: ")
+    assert "1 node with 1 CPU, 1 data_pets for 1, 1 node with 0 CPU, 0 data_pets for 0, 2 nodes with 1 CPU" in error
