@@ -259,7 +259,7 @@ class CheckpointsSpec:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResourcesSpec:
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
-    """By default an equal share of the cluster's CPUs, at most one."""
+    """By default an equal share of the cluster's CPUs, at most one, that each worker finds on some node."""
     gpus_per_worker: Amount = 0.0
     """Below 1, workers share a GPU."""
     placement: Literal["spread", "pack"] | None = None
