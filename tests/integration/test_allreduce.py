@@ -165,7 +165,7 @@ def test_workers_whose_places_others_hold_are_named(make_spec: MakeSpec) -> None
 
 def test_workers_that_no_node_could_hold_are_refused_before_train_starts(make_spec: MakeSpec) -> None:
     spec = make_spec(engine=ALLREDUCE, task_defaults={"labels": {"zone": "moon"}})
-    with pytest.raises(PlacementError, match=r"on nodes labelled zone=moon\. .* room for 0 of 2: 1 node"):
+    with pytest.raises(PlacementError, match=r"on nodes labelled zone=moon\. .* room for 0 of 1: 1 node"):
         run_engine(Job(spec))
 
 

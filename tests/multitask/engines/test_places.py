@@ -70,7 +70,7 @@ def test_a_cluster_whose_launcher_may_start_nodes_is_waited_for(
     spec = make_spec(engine=ASYNC, resources={"cpus_per_worker": 1.0, "start_timeout_s": 1800})
     with caplog.at_level(logging.WARNING):
         check_places(spec)
-    assert "room for 0 of 2: 1 node with 0 CPU for 0. Waiting up to 1800 s for nodes." in caplog.text
+    assert "room for 0 of 1: 1 node with 0 CPU for 0. Waiting up to 1800 s for nodes." in caplog.text
 
 
 def test_engine_local_asks_for_nothing(make_spec: MakeSpec, cluster: list[Node]) -> None:
