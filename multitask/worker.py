@@ -46,7 +46,8 @@ def failure(worker: str, task: str, steps: int, why: object) -> TrainingError:
         steps: that it has made.
     """
     about = {"task": task, "worker": worker, "step": steps}
-    return TrainingError(f"Worker '{worker}' of task '{task}' failed after {steps} steps: {why}", about)
+    made = f"{steps} step{'' if steps == 1 else 's'}"
+    return TrainingError(f"Worker '{worker}' of task '{task}' failed after {made}: {why}", about)
 
 
 Values = Mapping[str, Sequence[GroupValues]]

@@ -30,6 +30,7 @@ def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSp
 
     assert {path.name for path in run.directory.iterdir()} == {
         "spec.yaml",
+        "log.jsonl",
         "best.safetensors",
         "last.safetensors",
         "result.json",
@@ -171,7 +172,8 @@ def test_an_undecodable_image_fails_or_is_counted_and_named(
     spec = make_spec({"pets": {"data": str(tmp_path / "data"), "undecodable": undecodable}}, steps=4)
 
     if undecodable == "fail":
-        with pytest.raises(DataError, match=r"shard-00000\.parquet, row 16"):
+        named = r"Worker 'pets/0' of task 'pets' failed after \d steps?: .*shard-00000\.parquet, row 16"
+        with pytest.raises(multitask.TrainingError, match=named):
             multitask.train(spec)
     else:
         with caplog.at_level(logging.WARNING):
