@@ -48,8 +48,8 @@ def main() -> None:
         logging.getLogger("multitask").setLevel(logging.INFO)
         for path in sys.argv[1:]:
             print(json.dumps(tried(Job(load_spec(Path(path))), names)), flush=True)
-        ray.shutdown()
     finally:
+        ray.shutdown()
         cluster.shutdown()
 
 
