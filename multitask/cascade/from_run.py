@@ -1,0 +1,38 @@
+"""From a finished run to a cascade over its tasks."""
+
+from pathlib import Path
+from typing import Any
+
+from multitask.cascade.artifact import save_package
+from multitask.cascade.cascade import Cascade
+from multitask.cascade.checking import fit_and_check
+from multitask.cascade.costs import View, count_macs
+from multitask.cascade.predictions import Predictions, read_predictions
+from multitask.runs import Run, evaluate_models
+
+
+def cascade_from_run(run: Run, to: Path, **options: Any) -> tuple[Cascade, Predictions]:
+    """Fit a cascade over tasks that answer one question, such as the resolutions of one data set.
+
+    The best version is exported, and its predictions on the validation and test images are written to `predictions/`
+    in the run directory; a random half of the validation images fits.
+
+    Args:
+        to: the package to write.
+        options: as for `multitask.cascade.fit`.
+    Returns:
+        The cascade, and the predictions on the test images, to check it on.
+    Raises:
+        CascadeError: the tasks' images or labels are not the same.
+    """
+    export = run.export()
+    _, models = run.models("best")
+    pools = {}
+    for split in ("validation", "test"):
+        folder = run.directory / "predictions" / split
+        evaluate_models(models, run.spec, split, folder)
+        pools[split] = read_predictions(folder)
+    views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
+    cascade, _ = fit_and_check(pools["validation"], count_macs(models, views), **options)
+    save_package(cascade, to, export.backbone.parent)
+    return cascade, pools["test"]
