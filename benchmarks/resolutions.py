@@ -186,8 +186,8 @@ def cascade(run: Run) -> Cascaded:
 def batches(run: Run) -> list[list[Tensor]]:
     """The first test images, decoded."""
     table = open_table(f"{run.spec.tasks[0].data}/test", verify=False)
-    group = next(table.groups())
-    images = [decode(group.encoded(place)) for place in range(BATCH * BATCHES)]
+    decoded = (decode(group.encoded(place)) for group in table.groups() for place in range(len(group)))
+    images = list(islice(decoded, BATCH * BATCHES))
     return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
