@@ -5,17 +5,21 @@ from typing import Any
 
 from multitask.cascade.artifact import save_package
 from multitask.cascade.cascade import Cascade
-from multitask.cascade.checking import fit_and_check
 from multitask.cascade.costs import View, count_macs
+from multitask.cascade.fitting import fit
 from multitask.cascade.predictions import Predictions, read_predictions
 from multitask.runs import Run, evaluate_models
+
+SEED = 0
+"""Of the halves of the validation images."""
 
 
 def cascade_from_run(run: Run, to: Path, **options: Any) -> tuple[Cascade, Predictions]:
     """Fit a cascade over tasks that answer one question, such as the resolutions of one data set.
 
     The best version is exported, and its predictions on the validation and test images are written to `predictions/`
-    in the run directory; a random half of the validation images fits.
+    in the run directory. A random half of the validation images fits, as with `multitask cascade fit`; nothing reads
+    the test images' predictions here.
 
     Args:
         to: the package to write.
@@ -31,8 +35,9 @@ def cascade_from_run(run: Run, to: Path, **options: Any) -> tuple[Cascade, Predi
     for split in ("validation", "test"):
         folder = run.directory / "predictions" / split
         evaluate_models(models, run.spec, split, folder)
-        pools[split] = read_predictions(folder)
+        pools[split] = read_predictions(folder, list(models))
     views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
-    cascade, _ = fit_and_check(pools["validation"], count_macs(models, views), **options)
+    fitting, _ = pools["validation"].halves(SEED)
+    cascade = fit(fitting, count_macs(models, views), **options)
     save_package(cascade, to, export.backbone.parent)
     return cascade, pools["test"]
