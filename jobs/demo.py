@@ -96,7 +96,7 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         },
     }
     write_json(directory / "results.json", results | {"cascade": asdict(checked) | {"path": str(package)}})
-    report = write_report(results | {"cascade": section(checked, sheet)}, directory)
+    report = write_report(results | {"cascade": section(checked, sheet, str(package))}, directory)
     console.print(accuracy_table(results))
     console.print(headline(checked))
     console.print(

@@ -148,11 +148,12 @@ def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoi
     return picture_grid(cells, SHEET_IMAGES)
 
 
-def section(check: Check, sheet: bytes | None = None) -> dict[str, Any]:
+def section(check: Check, sheet: bytes | None = None, package: str | None = None) -> dict[str, Any]:
     """What the report's section about a cascade shows; `write_report` takes it as `results["cascade"]`.
 
     Args:
         sheet: PNG of images that stop at each stage.
+        package: the path of the file that holds the cascade with its bundles.
     """
     curve = "Accuracy against mean cost of single models and of the cascade's operating points."
     shares = "Share of the images that each stage answers."
@@ -176,4 +177,5 @@ def section(check: Check, sheet: bytes | None = None) -> dict[str, Any]:
             },
         ],
         "sheet": sheet,
+        "package": package,
     }

@@ -54,9 +54,13 @@ def test_the_curve_is_drawn_in_both_themes(checked: Check) -> None:
 
 def test_the_report_of_a_run_takes_a_section_about_its_cascade(checked: Check, tmp_path: Path) -> None:
     without = write_report(make_results(), tmp_path / "without").read_text()
-    page = write_report(make_results(cascade=section(checked, png(0, 1))), tmp_path / "with").read_text()
+    about = section(checked, png(0, 1), "runs/my.cascade")
+    page = write_report(make_results(cascade=about), tmp_path / "with").read_text()
 
     assert "cascade_stages" not in without
     assert "cascade_stages" in page
     assert headline(checked).replace("'", "&#39;") in page
     assert page.count("data:image/png;base64,") == without.count("data:image/png;base64,") + 5
+    assert "runs/my.cascade" in page
+    pictures = {folder: {path.name for path in (tmp_path / folder).glob("*.png")} for folder in ("without", "with")}
+    assert pictures["with"] - pictures["without"] == {"accuracy_cost.png", "stage_shares.png", "stages.png"}
