@@ -6,6 +6,7 @@ from typing import Any
 from multitask.cascade.artifact import save_package
 from multitask.cascade.cascade import Cascade
 from multitask.cascade.costs import View, count_macs
+from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.predictions import Predictions, read_predictions
 from multitask.runs import Run, evaluate_models
@@ -27,8 +28,14 @@ def cascade_from_run(run: Run, to: Path, **options: Any) -> tuple[Cascade, Predi
     Returns:
         The cascade, and the predictions on the test images, to check it on.
     Raises:
-        CascadeError: the tasks' images or labels are not the same.
+        CascadeError: the tasks are over several data sets, or their heads differ in size.
     """
+    data = sorted({task.data for task in run.spec.tasks})
+    if len(data) > 1:
+        raise CascadeError(
+            f"The tasks of '{run.directory}' read {len(data)} data sets ({', '.join(data)}), but the models of a "
+            "cascade answer the same images. Name a run over one data set."
+        )
     export = run.export()
     _, models = run.models("best")
     pools = {}
