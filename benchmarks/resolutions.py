@@ -136,7 +136,7 @@ def main() -> None:
             for way in WAYS
             for rate in arguments.rates
         }
-        rates = {way: max(arguments.rates, key=lambda rate, way=way: tried[way, rate]) for way in WAYS}
+        rates = {way: best_rate(tried, way) for way in WAYS}
         for seed in seeds:
             for way in WAYS:
                 run = trained(way.method, rates[way], seed, steps)
@@ -227,6 +227,10 @@ def tune(trained: Trained, way: Way, rate: float, seed: int, steps: int) -> floa
             ]
             for task in run.spec.tasks
         )
+
+
+def best_rate(tried: Mapping[tuple[Way, float], float], way: Way) -> float:
+    return max((rate for other, rate in tried if other is way), key=lambda rate: tried[way, rate])
 
 
 def measure(way: Way, run: Run) -> Measured:

@@ -1,6 +1,6 @@
 """From a finished run to a cascade over its tasks."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 from multitask.cascade.artifact import save_package
@@ -15,7 +15,7 @@ SEED = 0
 """Of the halves of the validation images."""
 
 
-def cascade_from_run(run: Run, to: Path, **options: Any) -> tuple[Cascade, Predictions]:
+def cascade_from_run(run: Run, to: str | os.PathLike[str], **options: Any) -> tuple[Cascade, Predictions]:
     """Fit a cascade over tasks that answer one question, such as the resolutions of one data set.
 
     The best version is exported, and its predictions on the validation and test images are written to `predictions/`
