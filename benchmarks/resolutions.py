@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from io import StringIO
 from itertools import islice
@@ -119,6 +119,11 @@ class Cascaded:
     """The cascade's time over the reference's."""
 
 
+ANSWERS = ("seed", "stages", "top1", "reference", "gain", "gain_low", "gain_high", "over_best_on_test")
+COSTS = ("seed", *(field.name for field in fields(Cascaded) if field.name not in ANSWERS))
+"""Columns of the two tables about cascades."""
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, help="of each resolution; the demo's by default")
@@ -149,7 +154,8 @@ def main() -> None:
             f"Fashion-MNIST, test top-1, mean of {len(seeds)} seeds": [
                 summary([measured for measured in found if measured.way is way]) for way in WAYS
             ],
-            "Cascades over private scales and biases, test images": [vars(cascaded) for cascaded in cascades],
+            "Cascades over private scales and biases, test images": [columns(one, ANSWERS) for one in cascades],
+            "Their costs, beside the best single model's": [columns(one, COSTS) for one in cascades],
             f"Rates tried, seed {seeds[0]}": [
                 {
                     "way": way.title,
@@ -320,6 +326,10 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
 def row(measured: Measured) -> dict[str, Any]:
     sizes = {f"{size} px": value for size, value in zip(resolutions(), measured.top1, strict=True)}
     return {"way": measured.way.title, "seed": measured.seed, **sizes, "seconds": measured.seconds}
+
+
+def columns(cascaded: Cascaded, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(cascaded, name) for name in names}
 
 
 def resolutions() -> list[int]:
