@@ -49,7 +49,7 @@ def demo(
     directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps per task, fewer for a quick look.")] = None,
 ) -> None:
-    """Train three real tasks three ways, export the patches, check them in a fresh process, write a report."""
+    """Train three real tasks three ways, export and check the patches, fit a cascade, write a report."""
     from jobs.demo import run_demo
 
     run_demo(directory, steps)
