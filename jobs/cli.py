@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.data_verbs import app as data_app
+from jobs.sweep_verbs import sweep
 
 app = typer.Typer(
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
+app.command()(sweep)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]

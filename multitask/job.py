@@ -1,5 +1,6 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
@@ -96,27 +97,50 @@ class Group:
         return replace(self, values=values, counters=counters, slots=slots, scalars=scalars)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What many jobs over the same data and backbones load once; picklable."""
+
+    tables: dict[str, ImageTable] = field(default_factory=dict)
+    """URI -> the table, opened and checked."""
+    backbones: dict[str, patches.Backbone] = field(default_factory=dict)
+    """`backbone_key` of a job -> its backbone with its weights."""
+
+    def add(self, spec: JobSpec) -> None:
+        """Load what this job needs and is not here yet.
+
+        Raises:
+            DataError, patches' errors: a table or the weights cannot be read.
+        """
+        for task in spec.tasks:
+            for split in ("train", "validation"):
+                uri = f"{task.data}/{split}"
+                if uri not in self.tables:
+                    self.tables[uri] = open_split(task, split)
+        if backbone_key(spec) not in self.backbones:
+            self.backbones[backbone_key(spec)] = load_backbone(spec, spec.backbone.weights)
+
+
 class Job:
     """What the driver prepares once and every process of the run builds its part from; picklable."""
 
-    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None, loaded: Loaded | None = None) -> None:
         """Build the backbone and every task's model, open every table: what can fail fails here, before Ray starts.
 
         Args:
             checkpoint: where to go on from, perhaps with other tasks: one that is new starts from the shared tensors.
+            loaded: gets what it lacks; no job changes what is in it.
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
         """
         self.spec = spec
         # One opening serves all tasks over the same data, and every process: a table is checked once.
-        self._tables: dict[str, ImageTable] = {}
+        loaded = Loaded() if loaded is None else loaded
+        loaded.add(spec)
+        self._tables = loaded.tables
         for task in spec.tasks:
-            for split in ("train", "validation"):
-                uri = f"{task.data}/{split}"
-                if uri not in self._tables:
-                    self._tables[uri] = open_split(task, split)
             self._check_data(task)
-        self._backbone = load_backbone(spec, spec.backbone.weights)
+        self._backbone = loaded.backbones[backbone_key(spec)]
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
         tables = {task.name: self._tables[f"{task.data}/train"] for task in spec.tasks}
         self.caches = plan_caches(spec, self._backbone, models, tables)
@@ -168,6 +192,10 @@ class Job:
     def parameters(self) -> int:
         """Parameters of all tasks' models together, each shared one counted once; running statistics not counted."""
         return sum(group.layout.parameters for group in self.groups.values())
+
+    def trained_parameters(self) -> int:
+        """Those of them that training moves."""
+        return sum(slot.size for group in self.groups.values() for slot in group.layout.trained_slots())
 
     @property
     def shards(self) -> int:
@@ -366,6 +394,11 @@ class Job:
                 f"Task '{task.name}': its data has {len(train.classes)} classes, but its head has {head} outputs. "
                 f"Set {where} to {len(train.classes)} or more."
             )
+
+
+def backbone_key(spec: JobSpec) -> str:
+    """Equal for jobs whose backbones start from equal values."""
+    return json.dumps([asdict(spec.backbone), spec.seed])
 
 
 def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:

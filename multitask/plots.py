@@ -88,15 +88,15 @@ def accuracy_parameters(modes: Sequence[Mode], tasks: Sequence[str], heading: st
     colours = _theme_colours(modes, theme)
     row_inches = 0.17 * len(modes) + 0.22
     height = max(4.7, row_inches * len(tasks) + 1.6)
-    figure = _figure(10.6, height, theme, heading)
+    figure = new_figure(10.6, height, theme, heading)
     top, bottom = 1.05, 0.62  # inches kept for words above and below the axes
     left = figure.add_axes((0.06, bottom / height, 0.47, (height - top - bottom) / height))
     right = figure.add_axes((0.655, bottom / height, 0.325, (height - top - bottom) / height))
     _scatter(left, modes, colours, theme, (height - top - bottom) * POINTS_PER_INCH)
     _task_rows(right, modes, tasks, colours, theme)
-    _caption(left, "Mean top-1 accuracy against parameters of all tasks together", theme)
-    _caption(right, "The same, task by task", theme)
-    return _png(figure)
+    caption(left, "Mean top-1 accuracy against parameters of all tasks together", theme)
+    caption(right, "The same, task by task", theme)
+    return png(figure)
 
 
 def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -> bytes | None:
@@ -110,7 +110,7 @@ def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -
     rows = -(-len(tasks) // columns)
     panel, top, bottom = 2.45, 1.15, 0.55
     height = rows * panel + (rows - 1) * 0.75 + top + bottom
-    figure = _figure(10.6, height, theme, "Validation accuracy while training")
+    figure = new_figure(10.6, height, theme, "Validation accuracy while training")
     x_inches = 0.55
     for mode in drawn:  # a key in the modes' own colours; the plots below name nothing twice
         label = figure.text(
@@ -118,13 +118,13 @@ def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -
         )
         x_inches += label.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi + 0.3
     every = [y for mode in drawn for task in tasks for _, y in mode.curves.get(task, ())]
-    low, high = _padded(min(every), max(every))
+    low, high = padded(min(every), max(every))
     width = (10.6 - 0.55 - 0.45 * columns) / columns
     for index, task in enumerate(tasks):
         row, column = divmod(index, columns)
         x, y = 0.55 + column * (width + 0.45), height - top - panel - row * (panel + 0.75)
         axes = figure.add_axes((x / 10.6, y / height, width / 10.6, panel / height))
-        _bare(axes, theme, "y")
+        bare(axes, theme, "y")
         axes.set_ylim(low, high)
         ends = []
         for mode in drawn:
@@ -145,12 +145,12 @@ def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -
                 va="center",
                 annotation_clip=False,
             )
-        axes.set_title(_plain(task), loc="left", color=theme.text, fontsize=10.5, fontweight="bold", pad=7)
+        axes.set_title(plain(task), loc="left", color=theme.text, fontsize=10.5, fontweight="bold", pad=7)
         if row == rows - 1:
             axes.set_xlabel("steps", color=theme.muted, fontsize=9)
         if column == 0:
             axes.set_ylabel("top-1, %", color=theme.muted, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def sizes(backbone: int, patches: Mapping[str, int], models: int, theme: Theme) -> bytes:
@@ -165,7 +165,7 @@ def sizes(backbone: int, patches: Mapping[str, int], models: int, theme: Theme) 
     together = backbone + sum(patches.values())
     count = len(patches)
     heading = f"{count} tasks on disk: {human_bytes(together)} against {human_bytes(models)}"
-    figure = _figure(10.6, 2.75, theme, heading)
+    figure = new_figure(10.6, 2.75, theme, heading)
     axes = figure.add_axes((0.165, 0.12, 0.72, 0.58))
     limit = max(together, models)
     edge: dict[str, Any] = {"edgecolor": theme.ground, "linewidth": 1.5, "height": 0.5}
@@ -185,14 +185,14 @@ def sizes(backbone: int, patches: Mapping[str, int], models: int, theme: Theme) 
         axes.text(
             backbone, 1.33, f" {count} patches of {average} on average", color=patch_colour, fontsize=8.5, va="bottom"
         )
-    _bare(axes, theme, None)
+    bare(axes, theme, None)
     axes.set_xlim(0, limit)
     axes.set_ylim(-0.45, 1.6)
     axes.set_xticks([])
     axes.set_yticks(
         [1, 0], [f"1 backbone +\n{count} patches", f"{count} separate\nmodels"], fontsize=9.5, color=theme.text
     )
-    return _png(figure)
+    return png(figure)
 
 
 def human_bytes(size: int) -> str:
@@ -207,11 +207,11 @@ def human_bytes(size: int) -> str:
 
 def _scatter(axes: Axes, modes: Sequence[Mode], colours: Mapping[str, str], theme: Theme, height_pt: float) -> None:
     largest = max(mode.parameters for mode in modes)
-    low, high = _padded(min(mode.mean for mode in modes), max(mode.mean for mode in modes))
-    _bare(axes, theme, "y")
+    low, high = padded(min(mode.mean for mode in modes), max(mode.mean for mode in modes))
+    bare(axes, theme, "y")
     axes.set_xlim(0, largest * 1.08)
     axes.set_ylim(low, high)
-    titles = [textwrap.wrap(_plain(mode.title), 46) for mode in modes]
+    titles = [textwrap.wrap(plain(mode.title), 46) for mode in modes]
     lines = max(len(title) for title in titles) + 1
     gap = (lines * 11.5 + 7) * (high - low) / height_pt
     places = spread([mode.mean for mode in modes], gap, low, high)
@@ -250,8 +250,8 @@ def _task_rows(
     axes: Axes, modes: Sequence[Mode], tasks: Sequence[str], colours: Mapping[str, str], theme: Theme
 ) -> None:
     known = [mode.top1[task] for mode in modes for task in tasks if task in mode.top1]
-    low, high = _padded(min(known), max(known))
-    _bare(axes, theme, "x")
+    low, high = padded(min(known), max(known))
+    bare(axes, theme, "x")
     band = 0.72 / len(modes)
     for row, task in enumerate(tasks):
         for rank, mode in enumerate(modes):
@@ -272,7 +272,7 @@ def _task_rows(
             )
     axes.set_xlim(low, high + (high - low) * 0.06)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set_yticks(range(len(tasks)), [textwrap.shorten(_plain(t), 16, placeholder="…") for t in tasks])
+    axes.set_yticks(range(len(tasks)), [textwrap.shorten(plain(t), 16, placeholder="…") for t in tasks])
     axes.tick_params(axis="y", labelcolor=theme.text, labelsize=9.5)
     axes.set_xlabel("top-1, %", color=theme.muted, fontsize=9)
 
@@ -281,18 +281,18 @@ def _theme_colours(modes: Sequence[Mode], theme: Theme) -> dict[str, str]:
     return {key: pair[theme.dark] for key, pair in mode_colours([mode.key for mode in modes]).items()}
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
+def padded(low: float, high: float) -> tuple[float, float]:
     """An axis around the values with room at both ends, never above 100 percent by more than a label needs."""
     room = max(high - low, 2.0) * 0.16
     return max(low - room, 0.0), min(high + room, 101.5)
 
 
-def _figure(width: float, height: float, theme: Theme, heading: str) -> Figure:
+def new_figure(width: float, height: float, theme: Theme, heading: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor=theme.ground)
     figure.text(
         0.15 / width,
         1 - 0.2 / height,
-        textwrap.fill(_plain(heading), 100),
+        textwrap.fill(plain(heading), 100),
         color=theme.text,
         fontsize=13,
         fontweight="bold",
@@ -301,11 +301,11 @@ def _figure(width: float, height: float, theme: Theme, heading: str) -> Figure:
     return figure
 
 
-def _caption(axes: Axes, text: str, theme: Theme) -> None:
+def caption(axes: Axes, text: str, theme: Theme) -> None:
     axes.set_title(text, loc="left", color=theme.muted, fontsize=9.5, pad=8)
 
 
-def _bare(axes: Axes, theme: Theme, grid: Literal["x", "y"] | None) -> None:
+def bare(axes: Axes, theme: Theme, grid: Literal["x", "y"] | None) -> None:
     """Only what carries a number: no box, no tick marks, a faint grid along one direction."""
     axes.set_facecolor(theme.ground)
     for spine in axes.spines.values():
@@ -316,12 +316,12 @@ def _bare(axes: Axes, theme: Theme, grid: Literal["x", "y"] | None) -> None:
         axes.grid(axis=grid, color=theme.grid, linewidth=0.8)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text for matplotlib, which would read `$...$` as a formula."""
     return text.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     options: dict[str, Any] = {"facecolor": figure.get_facecolor()}
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, **options)

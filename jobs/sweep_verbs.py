@@ -1,0 +1,68 @@
+"""`multitask sweep`: train a job with many settings, and keep the best."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+BEST_SHOWN = 10
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A sweep spec (YAML), for example jobs/specs/sweep_lr.yaml.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep of this spec; finished trials are not repeated.")
+    ] = False,
+    mlflow_uri: Annotated[
+        str | None, typer.Option(help="Where it is tracked; by default an SQLite file beside its directory.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
+) -> None:
+    """Train a job with many settings, one trial each, and choose the best by validation."""
+    from multitask import Stopped
+    from multitask.sweep import run_sweep
+    from multitask.sweep.outcomes import rows
+
+    try:
+        result = run_sweep(spec, go_on=resume, mlflow_uri=mlflow_uri)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+    found = rows(result.outcomes)
+    best = None if result.choice is None else result.choice.trial.number
+    if json_output:
+        print(json.dumps({"best": best, "trials": found}))
+    else:
+        _show(found, result.directory)
+    failed = [row for row in found if row["state"] in ("failed", "lost")]
+    for row in failed:
+        print(f"trial {row['trial']} {row['state']}: {row['error'] or 'its process is gone'}", file=sys.stderr)
+    if result.choice is None:
+        raise RuntimeError(f"No setting's trials have all finished; {result.directory}/trials.csv says what happened.")
+
+
+def _show(rows: list[dict[str, object]], directory: Path) -> None:
+    """The best trials, and where the rest is."""
+    keys = [key for key in rows[0] if key.startswith("setting_")]
+    table = Table(title="Best trials by validation", title_justify="left")
+    for name in ("trial", *(key.removeprefix("setting_") for key in keys), "seed", "state", "top-1 %", "trained"):
+        table.add_column(name)
+    known = sorted((row for row in rows if row["validation_top1"] is not None), key=_rank)
+    for row in known[:BEST_SHOWN]:
+        trained = "" if row["trained_parameters"] is None else f"{row['trained_parameters']:,}"
+        values = [str(row[key]) for key in ("trial", *keys, "seed", "state")]
+        table.add_row(*values, f"{row['validation_top1']:.2f}", trained)
+    Console().print(table)
+    print(
+        f"all trials: {directory}/trials.csv, trials.parquet\nfigures:    {directory}/accuracy_rate.png, "
+        f"accuracy_parameters.png\nNext: multitask train {directory}/best.yaml"
+    )
+
+
+def _rank(row: dict[str, object]) -> tuple[bool, float]:
+    assert isinstance(row["validation_top1"], float)
+    return row["state"] != "finished", -row["validation_top1"]

@@ -1,0 +1,162 @@
+"""Figures of a sweep: accuracy against the rate, and against trained parameters, method by method."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.axes import Axes
+
+from multitask.plots import (
+    DARK,
+    KNOWN_COLOURS,
+    LIGHT,
+    POINTS_PER_INCH,
+    SPARE_COLOURS,
+    Theme,
+    bare,
+    caption,
+    human_count,
+    new_figure,
+    padded,
+    plain,
+    png,
+    spread,
+)
+from multitask.sweep.outcomes import Outcome
+from multitask.sweep.plan import show
+from patches.files import write_atomic
+
+WIDTH, HEIGHT, LABELS = 10.6, 4.7, 2.9
+"""Inches; the last is the room at the right edge for the names of the methods."""
+COLOURS = (*KNOWN_COLOURS.values(), *SPARE_COLOURS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method at a rate: the best of its settings, each the mean over its seeds."""
+
+    rate: float
+    trained_parameters: int
+    top1: float
+    """Percent on validation data."""
+
+
+Series = Mapping[str, Sequence[Point]]
+"""Method -> its points by rising rate."""
+
+
+def series(outcomes: Sequence[Outcome]) -> Series:
+    """The settings whose trials have all finished, method by method in the order of the sweep."""
+    by_setting: dict[int, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_setting[outcome.plan.setting].append(outcome)
+    best: dict[str, dict[float, Point]] = defaultdict(dict)
+    for trials in by_setting.values():
+        accuracies = [trial.top1 for trial in trials if trial.state == "finished" and trial.top1 is not None]
+        if len(accuracies) < len(trials):
+            continue
+        spec = trials[0].plan.spec
+        method, rate = " / ".join(dict.fromkeys(task.method for task in spec.tasks)), spec.optimizer.rate
+        point = Point(rate=rate, trained_parameters=trials[0].trained_parameters or 0, top1=mean(accuracies))
+        if rate not in best[method] or point.top1 > best[method][rate].top1:
+            best[method][rate] = point
+    return {method: [points[rate] for rate in sorted(points)] for method, points in best.items()}
+
+
+def write_figures(outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
+    """accuracy_rate.png and accuracy_parameters.png, each in a dark form too; none while nothing has finished."""
+    found = series(outcomes)
+    if not found:
+        return []
+    files = {}
+    for name, draw in (("accuracy_rate", accuracy_rate), ("accuracy_parameters", accuracy_parameters)):
+        files[directory / f"{name}.png"] = draw(found, LIGHT)
+        files[directory / f"{name}_dark.png"] = draw(found, DARK)
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)
+
+
+def accuracy_rate(found: Series, theme: Theme) -> bytes:
+    """A line per method over the rate, on a logarithmic axis; its best rate is marked. A PNG.
+
+    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 9.
+    """
+    figure = new_figure(WIDTH, HEIGHT, theme, "Accuracy against the learning rate")
+    axes = figure.add_axes(_box())
+    _frame(axes, found, theme)
+    axes.set_xscale("log")
+    ends = []
+    for method, colour in _colours(found, theme).items():
+        points = found[method]
+        best = max(points, key=lambda point: point.top1)
+        axes.plot([p.rate for p in points], [p.top1 for p in points], "o-", color=colour, markersize=4, linewidth=1.8)
+        axes.plot(best.rate, best.top1, "o", color=colour, markersize=9)
+        ends.append((points[-1].top1, f"{method}: {best.top1:.1f} % at {show(best.rate)}", colour))
+    _name(axes, ends)
+    rates = sorted({point.rate for points in found.values() for point in points})
+    if len(rates) <= 8:
+        axes.set_xticks(rates, [show(rate) for rate in rates])
+        axes.minorticks_off()
+    axes.set_xlabel("learning rate", color=theme.muted, fontsize=9)
+    caption(axes, "The large point of each method is its best rate", theme)
+    return png(figure)
+
+
+def accuracy_parameters(found: Series, theme: Theme) -> bytes:
+    """Each method and rate over the parameters that are trained, on a logarithmic axis; the best rate is solid. A PNG.
+
+    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 3.
+    """
+    figure = new_figure(WIDTH, HEIGHT, theme, "Accuracy against trained parameters")
+    axes = figure.add_axes(_box())
+    _frame(axes, found, theme)
+    axes.set_xscale("log")
+    names = []
+    for method, colour in _colours(found, theme).items():
+        points = found[method]
+        best = max(points, key=lambda point: point.top1)
+        parameters, accuracies = zip(*((point.trained_parameters, point.top1) for point in points), strict=True)
+        axes.plot(parameters, accuracies, "o", color=colour, markersize=5, alpha=0.35)
+        axes.plot(best.trained_parameters, best.top1, "o", color=colour, markersize=9)
+        names.append((best.top1, f"{method}: {best.top1:.1f} %, {best.trained_parameters:,} parameters", colour))
+    _name(axes, names)
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    axes.minorticks_off()
+    axes.set_xlabel("parameters that are trained", color=theme.muted, fontsize=9)
+    caption(axes, "A faint point for each rate, a large one for the best", theme)
+    return png(figure)
+
+
+def _box() -> tuple[float, float, float, float]:
+    return 0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, (HEIGHT - 1.6) / HEIGHT
+
+
+def _frame(axes: Axes, found: Series, theme: Theme) -> None:
+    values = [point.top1 for points in found.values() for point in points]
+    bare(axes, theme, "y")
+    axes.set_ylim(*padded(min(values), max(values)))
+    axes.set_ylabel("validation top-1, %", color=theme.muted, fontsize=9)
+
+
+def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the right edge, (height, text, colour), as near to their heights as none hides another."""
+    low, high = axes.get_ylim()
+    gap = 13 * (high - low) / ((HEIGHT - 1.6) * POINTS_PER_INCH)
+    places = spread([height for height, _, _ in names], gap, low, high)
+    for (_, text, colour), place in zip(names, places, strict=True):
+        axes.annotate(
+            plain(text),
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            color=colour,
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _colours(found: Series, theme: Theme) -> dict[str, str]:
+    return {method: COLOURS[index % len(COLOURS)][theme.dark] for index, method in enumerate(found)}
