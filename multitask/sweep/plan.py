@@ -67,7 +67,8 @@ def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
             for key, value in values.items():
                 set_key(raw, key, value)
             raw |= {"name": f"{spec.name}_{number:04d}", "directory": str(directory / "trials" / f"{number:04d}")}
-            raw["tracking"] = {"uri": f"sqlite:///{directory.parent}/mlflow.db", **(raw.get("tracking") or {})}
+            tracking = raw.get("tracking") or {}
+            raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
             if repeat:
                 raw["seed"] = raw.get("seed", 0) + repeat
             if weights is not None:

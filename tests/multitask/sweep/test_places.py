@@ -30,7 +30,9 @@ def test_workers_share_what_their_driver_leaves(make_spec: MakeSpec, engine: str
     assert places.concurrent == 1
     assert needs(places.specs[0]) == [{"CPU": 0.01}, {"CPU": 0.99}, {"CPU": 0.99}]
     # Ray Train makes the reservation of its workers itself; with two of them a trial would wait for itself.
-    assert reserved(places.specs[0]) == (needs(places.specs[0])[:1] if engine == "allreduce" else needs(places.specs[0]))
+    assert reserved(places.specs[0]) == (
+        needs(places.specs[0])[:1] if engine == "allreduce" else needs(places.specs[0])
+    )
 
 
 def test_the_share_leaves_room_for_the_trials_that_were_asked_for(make_spec: MakeSpec) -> None:

@@ -1,0 +1,110 @@
+"""A trial, an evaluation at a time, without Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import multitask
+from multitask.job import Loaded
+from multitask.spec import JobSpec
+from multitask.sweep.actor import TrialRun
+from multitask.sweep.outcomes import failure_file, read_outcome
+from multitask.sweep.plan import TrialPlan
+
+MakeSpec = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def plan(make_spec: MakeSpec) -> TrialPlan:
+    spec = make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False)
+    return TrialPlan(0, 0, {"optimizer.rate": 0.01}, spec)
+
+
+def to_the_end(trial: TrialRun) -> list[dict[str, float]]:
+    news = []
+    while not news or "done" not in news[-1]:
+        news.append(trial.next())
+    return news
+
+
+def test_a_trial_trains_as_a_job_alone_does_and_changes_nothing_that_is_shared(
+    plan: TrialPlan, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    loaded = Loaded()
+    loaded.add(plan.spec)
+    (backbone,) = loaded.backbones.values()
+    before = backbone.content_hash()
+
+    news = to_the_end(TrialRun(plan, loaded, None))
+    alone = multitask.train(
+        make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False, directory=str(tmp_path / "alone"))
+    )
+
+    assert [told["round"] for told in news] == [2, 4, 6, 6]
+    assert news[2]["validation_top1"] == alone.result["last"]["tasks"]["pets"]["top1"]
+    found, expected = (load_file(folder / "last.safetensors") for folder in (plan.directory, alone.directory))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert backbone.content_hash() == before
+    assert alone.result["trained_parameters"] < alone.result["parameters"]
+
+
+def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_that_was_not_stopped(
+    plan: TrialPlan, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trial = TrialRun(plan, None, None)
+    first = trial.next()
+    trial.stop()
+    assert read_outcome(plan).state == "stopped"
+
+    news = to_the_end(TrialRun(plan, None, None))
+
+    assert news[0] == first
+    assert [told["round"] for told in news] == [2, 4, 6, 6]
+    assert read_outcome(plan).state == "finished"
+    alone = multitask.train(
+        make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False, directory=str(tmp_path / "alone"))
+    )
+    found, expected = (load_file(folder / "last.safetensors") for folder in (plan.directory, alone.directory))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_trial_that_is_stopped_at_what_it_did_before_trains_no_further(plan: TrialPlan) -> None:
+    trial = TrialRun(plan, None, None)
+    trial.next()
+    trial.stop()
+    checkpoints = sorted(plan.directory.glob("checkpoints/*"))
+
+    again = TrialRun(plan, None, None)
+    again.next()
+    again.stop()
+
+    assert read_outcome(plan).rounds == 2
+    assert sorted(plan.directory.glob("checkpoints/*")) == checkpoints
+
+
+def test_a_finished_trial_is_told_again_and_not_trained_again(plan: TrialPlan) -> None:
+    news = to_the_end(TrialRun(plan, None, None))
+    written = (plan.directory / "result.json").stat().st_mtime_ns
+
+    again = to_the_end(TrialRun(plan, None, None))
+
+    assert again == news
+    assert (plan.directory / "result.json").stat().st_mtime_ns == written
+
+
+def test_a_failed_trial_says_why_beside_its_directory(make_spec: MakeSpec) -> None:
+    # A rate at which the first step leaves no finite loss.
+    spec = make_spec(tasks={"pets": {}}, optimizer={"rate": 1e30}, steps=6)
+    plan = TrialPlan(0, 0, {}, spec)
+
+    with pytest.raises(multitask.TrainingError, match="pets"):
+        to_the_end(TrialRun(plan, None, None))
+
+    outcome = read_outcome(plan)
+    assert outcome.state == "failed"
+    assert outcome.error is not None
+    assert "pets" in outcome.error
+    assert failure_file(plan).is_file()
