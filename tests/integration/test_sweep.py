@@ -73,8 +73,6 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         "rates_0002": "FAILED",
     }
     assert [[run.info.run_name for run in tasks[name]] for name in trials] == [["pets"]] * 3
-        trials, ["pets"]
-    )
     assert trials["rates_0001"].data.params["setting.optimizer.rate"] == "1e-05"
     assert {file.path for file in client.list_artifacts(sweep.info.run_id)} >= {"trials.csv", "best.yaml", "spec.yaml"}
 
