@@ -35,13 +35,17 @@ class TrialActor(tune.Trainable):
         """
         self._plans = {plan.number: plan for plan in plans}
         self._loaded, self._parent_run_id = loaded, parent_run_id
-        self.reset_config(config)
+        self._begin(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        self._run.stop()  # the scheduler may have stopped it: then it waits in the middle of its training
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
         # Tune steps into a folder of its own; relative data paths start where the sweep began.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
-        self._run = TrialRun(self._plans[new_config["trial"]], self._loaded, self._parent_run_id)
-        return True
+        self._run = TrialRun(self._plans[config["trial"]], self._loaded, self._parent_run_id)
 
     def step(self) -> dict[str, Any]:
         return self._run.next()
@@ -96,13 +100,13 @@ class TrialRun:
 
     def _train(self) -> None:
         failure = failure_file(self._plan)
+        failure.unlink(missing_ok=True)
         last: dict[str, Any] = {}
         try:
             for round_, top1 in read_outcome(self._plan).curve:
                 last = {ROUND: round_, METRIC: top1}
                 self._tell(last)
             run = self._run()
-            failure.unlink(missing_ok=True)
             self._news.put({**_end_metrics(run), "done": True})
         except Stopped:
             self._news.put({**last, "done": True})

@@ -92,12 +92,11 @@ def _total(bundles: Sequence[Bundle], kind: str) -> float:
 def _no_room(spec: JobSpec, nodes: Sequence[Mapping[str, float]], concurrent: int, room: int) -> str:
     bundles = needs(spec)
     own, workers = bundles[0]["CPU"], bundles[1:]
-    sum_of_one = f"{own:g}"
-    if workers:
-        sum_of_one += f" for its own process + {len(workers)} workers x {workers[0]['CPU']:g}"
+    total = _total(bundles, "CPU")
+    sum_of_one = f"{own:g} for its own process + {len(workers)} workers x {workers[0]['CPU']:g} = " if workers else ""
     lines = [
         f"{concurrent} trial{'s' if concurrent > 1 else ''} at a time of engine {spec.engine.name}: one takes "
-        f"{sum_of_one} = {_total(bundles, 'CPU'):g} CPUs, together {concurrent * _total(bundles, 'CPU'):g}"
+        f"{sum_of_one}{total:g} CPUs, together {concurrent * total:g}"
     ]
     if gpus := _total(bundles, "GPU"):
         lines[0] += f", and {gpus:g} GPUs each"

@@ -50,7 +50,7 @@ def test_the_share_leaves_room_for_the_trials_that_were_asked_for(make_spec: Mak
             None,
             r"0.01 for its own process \+ 2 workers x 1 = 2.01 CPUs, together 2.01; the cluster has 2 CPUs \(1 node\)",
         ),
-        ({}, 3, r"3 trials at a time of engine local: one takes 1 = 1 CPUs, together 3; .*set concurrent: 2"),
+        ({}, 3, r"3 trials at a time of engine local: one takes 1 CPUs, together 3; .*set concurrent: 2"),
         ({"resources": {"gpus_per_worker": 1.0}}, None, r"and 1 GPUs each; the cluster has 2 CPUs"),
     ],
 )
