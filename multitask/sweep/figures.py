@@ -28,8 +28,8 @@ from multitask.sweep.outcomes import Outcome
 from multitask.sweep.plan import show
 from patches.files import write_atomic
 
-WIDTH, HEIGHT, LABELS = 10.6, 4.7, 2.9
-"""Inches; the last is the room at the right edge for the names of the methods."""
+WIDTH, HEIGHT, AXES, LABELS = 10.6, 4.7, 3.35, 2.6
+"""Inches; AXES is the height of the axes, LABELS the room at the right edge for the names of the methods."""
 COLOURS = (*KNOWN_COLOURS.values(), *SPARE_COLOURS)
 
 
@@ -94,7 +94,7 @@ def accuracy_rate(found: Series, theme: Theme) -> bytes:
         best = max(points, key=lambda point: point.top1)
         axes.plot([p.rate for p in points], [p.top1 for p in points], "o-", color=colour, markersize=4, linewidth=1.8)
         axes.plot(best.rate, best.top1, "o", color=colour, markersize=9)
-        ends.append((points[-1].top1, f"{method}: {best.top1:.1f} % at {show(best.rate)}", colour))
+        ends.append((points[-1].top1, f"{method}\n{best.top1:.1f} % at {show(best.rate)}", colour))
     _name(axes, ends)
     rates = sorted({point.rate for points in found.values() for point in points})
     if len(rates) <= 8:
@@ -121,7 +121,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
         parameters, accuracies = zip(*((point.trained_parameters, point.top1) for point in points), strict=True)
         axes.plot(parameters, accuracies, "o", color=colour, markersize=5, alpha=0.35)
         axes.plot(best.trained_parameters, best.top1, "o", color=colour, markersize=9)
-        names.append((best.top1, f"{method}: {best.top1:.1f} %, {best.trained_parameters:,} parameters", colour))
+        names.append((best.top1, f"{method}\n{best.top1:.1f} %, {best.trained_parameters:,} parameters", colour))
     _name(axes, names)
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     axes.minorticks_off()
@@ -131,7 +131,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
 
 
 def _box() -> tuple[float, float, float, float]:
-    return 0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, (HEIGHT - 1.6) / HEIGHT
+    return 0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, AXES / HEIGHT
 
 
 def _frame(axes: Axes, found: Series, theme: Theme) -> None:
@@ -144,7 +144,7 @@ def _frame(axes: Axes, found: Series, theme: Theme) -> None:
 def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:
     """Names at the right edge, (height, text, colour), as near to their heights as none hides another."""
     low, high = axes.get_ylim()
-    gap = 13 * (high - low) / ((HEIGHT - 1.6) * POINTS_PER_INCH)
+    gap = 25 * (high - low) / (AXES * POINTS_PER_INCH)  # two lines
     places = spread([height for height, _, _ in names], gap, low, high)
     for (_, text, colour), place in zip(names, places, strict=True):
         axes.annotate(

@@ -139,7 +139,7 @@ def test_a_ready_space_may_be_changed(make_sweep: Callable[..., SweepSpec]) -> N
         ({"space": {"steps": {"grid": [1], "choice": [2]}}}, "space.steps: give exactly one of"),
         ({"space": {"steps": {"grid": []}}}, "at least 1 item"),
         ({"space": {"steps": {"gird": [1]}}}, "space.steps.gird: unknown key; did you mean grid"),
-        ({"space": {"optimizer.rate": {"log_uniform": [0.1, 0.01]}}}, "the first number has to be the lower one"),
+        ({"space": {"optimizer.rate": {"log_uniform": [0.1, 0.01]}}}, "the first number has to be below the second"),
         ({"space": {"steps": {"grid": [1]}}, "samples": 2}, "nothing is drawn"),
         ({"space": {"seed": {"grid": [1]}}, "repeats": 2}, "leave one of them out"),
         ({"space": {"steps": {"grid": [1]}}, "sheduler": {}}, "did you mean scheduler"),
