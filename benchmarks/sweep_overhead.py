@@ -5,7 +5,6 @@ to its own end; of them, the seconds of `multitask.train` with the same job in a
 the training, and the rest is what the sweep costs: Tune, a process where none is used again, and MLflow's nesting.
 """
 
-import io
 import os
 import tempfile
 import time
@@ -15,11 +14,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 
 import multitask
 from benchmarks._common import at_most, environment, finish, make_parser
+from benchmarks._pictures import noise_png
 from multitask.data import write_table
 from multitask.engines.served import ray_session
 from multitask.sweep import run_sweep
@@ -29,9 +28,7 @@ CLASSES, SIZE = 10, 16
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--engines", nargs="+", default=["local", "async", "allreduce"], help="local is the one with a goal"
-    )
+    parser.add_argument("--engines", nargs="+", default=["local", "async", "allreduce"])
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
@@ -52,14 +49,8 @@ def main() -> None:
 
 def write_images(folder: Path) -> None:
     random = np.random.default_rng(0)
-
-    def png() -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(buffer, "png")
-        return buffer.getvalue()
-
     for split, count in (("train", 2000), ("validation", 200)):
-        images = ((png(), number % CLASSES) for number in range(count))
+        images = ((noise_png(random, SIZE), number % CLASSES) for number in range(count))
         write_table(folder / split, images, [str(label) for label in range(CLASSES)])
 
 
