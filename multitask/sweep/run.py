@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 from rich.console import Console
 
 import patches
@@ -200,7 +201,7 @@ def _run_trials(
                 storage_path=str(files.parent),
                 failure_config=tune.FailureConfig(max_failures=spec.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[board],
+                callbacks=[board, JsonLoggerCallback()],  # Tune misses its results without a file of them
                 verbose=0,
             ),
         )
@@ -222,7 +223,7 @@ def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Without Tune's own CSV, JSON and TensorBoard files of every result, which MLflow has."""
+    """Without Tune's own loggers: MLflow has every result."""
     name = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
     before = os.environ.get(name)
     os.environ[name] = "1"
