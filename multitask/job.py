@@ -397,8 +397,9 @@ class Job:
 
 
 def backbone_key(spec: JobSpec) -> str:
-    """Equal for jobs whose backbones start from equal values."""
-    return json.dumps([asdict(spec.backbone), spec.seed])
+    """Equal for jobs whose backbones start from equal values: a file gives all of them, otherwise some are drawn."""
+    from_file = (spec.backbone.weights or "").endswith((".safetensors", ".pth", ".pt"))
+    return json.dumps([asdict(spec.backbone), None if from_file else spec.seed])
 
 
 def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import patches
 from multitask.engines.served import ray_session
-from multitask.job import Loaded, attach_task, backbone_key, load_backbone
+from multitask.job import Loaded, attach_task, load_backbone
 from multitask.runs import Run, RunError, write_json
 from multitask.spec import SpecError, load_spec
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
@@ -86,12 +86,18 @@ def run_sweep(
             spec_text=yaml.safe_dump(dump_sweep(spec), sort_keys=False),
             resume_run_id=state.get("mlflow_run_id"),
         )
+        # Its trials may stand in other folders.
+        tracking = replace(tracking, uri=tracker.tracking_uri)
+        plans = [replace(plan, spec=replace(plan.spec, tracking=tracking)) for plan in plans]
         with tracker:
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
             if spec.source is not None:
                 _train_source(spec.source, directory / "source", tracker, tracking.experiment, console)
             complete = _run_trials(spec, plans, places.concurrent, tracker.run_id, console)
             outcomes = tuple(read_outcome(plan) for plan in plans)
+            for outcome in outcomes:
+                if outcome.state == "lost" and outcome.mlflow_run_id is not None:
+                    tracker.end_lost(outcome.mlflow_run_id)
             choice = choose(outcomes)
             _record(spec, directory, outcomes, choice, tracker)
             if not complete:
@@ -104,7 +110,7 @@ def _check_methods(plans: Sequence[TrialPlan]) -> None:
     backbones: dict[str, patches.Backbone] = {}
     seen = set()
     for plan in plans:
-        key = backbone_key(plan.spec)
+        key = json.dumps([plan.spec.backbone.name, plan.spec.backbone.num_classes, plan.spec.backbone.options])
         if key not in backbones:
             backbones[key] = load_backbone(plan.spec, weights=None)
         for task in plan.spec.tasks:
