@@ -15,9 +15,8 @@ from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 from rich.console import Console
 
-import patches
 from multitask.engines.served import ray_session
-from multitask.job import Loaded, attach_task, load_backbone
+from multitask.job import Job, Loaded
 from multitask.runs import Run, RunError, write_json
 from multitask.spec import SpecError, load_spec
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
@@ -32,6 +31,7 @@ from multitask.trainer import Stopped, Trial, resume, train
 from patches.files import write_atomic
 
 SPEC, STATE = "sweep.yaml", "sweep.json"
+SOURCE_BACKBONE = "source/export/backbone.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,24 @@ def run_sweep(
         spec = replace(spec, job={**spec.job, "tracking": {**(spec.job.get("tracking") or {}), "uri": mlflow_uri}})
     console = console or Console(stderr=True)
     directory = spec.run_directory
-    weights = str(directory / "source" / "export" / "backbone.safetensors") if spec.source else None
-    plans = plan_trials(spec, weights)
-    _check_methods(plans)
-    state = _take_up(spec, directory) if go_on else _begin(spec, directory)
+    _check_directory(spec, directory, go_on)
+    plans = plan_trials(spec, str(directory / SOURCE_BACKBONE) if spec.source else None)
+    loaded = _check_jobs(spec, plans)
     with ray_session():
         places = reserve([plan.spec for plan in plans], _nodes(), spec.concurrent)
-        plans = [replace(plan, spec=shared) for plan, shared in zip(plans, places.specs, strict=True)]
-        tracking = plans[0].spec.tracking
-        tracker = Tracker(
-            tracking.uri or "",  # `plan_trials` has set it
-            tracking.experiment,
-            spec.name,
-            params={"space": _space(spec), "trials": len(plans)},
-            tasks={},
-            spec_text=yaml.safe_dump(dump_sweep(spec), sort_keys=False),
-            resume_run_id=state.get("mlflow_run_id"),
-        )
-        # Its trials may stand in other folders.
-        tracking = replace(tracking, uri=tracker.tracking_uri)
-        plans = [replace(plan, spec=replace(plan.spec, tracking=tracking)) for plan in plans]
+        tracker = _make_tracker(spec, plans, directory)
+        tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
+        plans = [
+            replace(plan, spec=replace(placed, tracking=tracking))
+            for plan, placed in zip(plans, places.specs, strict=True)
+        ]
+        write_atomic(directory / SPEC, _text(spec))
         with tracker:
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
             if spec.source is not None:
                 _train_source(spec.source, directory / "source", tracker, tracking.experiment, console)
-            complete = _run_trials(spec, plans, places.concurrent, tracker.run_id, console)
+            complete = _run_trials(spec, plans, loaded, places.concurrent, tracker.run_id, console)
             outcomes = tuple(read_outcome(plan) for plan in plans)
-            for outcome in outcomes:
-                if outcome.state == "lost" and outcome.mlflow_run_id is not None:
-                    tracker.end_lost(outcome.mlflow_run_id)
             choice = choose(outcomes)
             _record(spec, directory, outcomes, choice, tracker)
             if not complete:
@@ -105,40 +94,56 @@ def run_sweep(
     return SweepResult(directory, outcomes, choice, tracker.run_id)
 
 
-def _check_methods(plans: Sequence[TrialPlan]) -> None:
-    """A method that does not fit its backbone is found before the first trial, on the structure alone."""
-    backbones: dict[str, patches.Backbone] = {}
-    seen = set()
-    for plan in plans:
-        key = json.dumps([plan.spec.backbone.name, plan.spec.backbone.num_classes, plan.spec.backbone.options])
-        if key not in backbones:
-            backbones[key] = load_backbone(plan.spec, weights=None)
-        for task in plan.spec.tasks:
-            if (wanted := (key, task.method, json.dumps(task.options), task.num_classes)) not in seen:
-                attach_task(backbones[key], task, plan.spec)
-                seen.add(wanted)
-
-
-def _begin(spec: SweepSpec, directory: Path) -> dict[str, Any]:
-    if directory.exists() and any(directory.iterdir()):
-        raise SpecError(
-            f"'{directory}' is not empty. Go on with the sweep in it (--resume), name another with `directory`, or "
-            "remove it."
-        )
-    write_atomic(directory / SPEC, _text(spec))
-    return {}
-
-
-def _take_up(spec: SweepSpec, directory: Path) -> dict[str, Any]:
-    if not (directory / SPEC).is_file():
+def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
+    """A sweep is taken up on request only, and only by the spec that it began with."""
+    if not go_on:
+        if directory.exists() and any(directory.iterdir()):
+            raise SpecError(
+                f"'{directory}' is not empty. Go on with the sweep in it (--resume), name another with `directory`, or "
+                "remove it."
+            )
+    elif not (directory / SPEC).is_file():
         raise RunError(f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume.")
-    if (directory / SPEC).read_bytes() != _text(spec):
+    elif (directory / SPEC).read_bytes() != _text(spec):
         raise SpecError(
             f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Go on with "
             "that one, or name another `directory`."
         )
-    state = directory / STATE
-    return json.loads(state.read_text()) if state.is_file() else {}
+
+
+def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
+    """Build each kind of job once, on random weights: what does not fit is found before the first trial.
+
+    Returns:
+        The tables of all trials.
+    """
+    if spec.source is not None:
+        load_spec(spec.source)
+    built = Loaded()
+    kinds = set()
+    for plan in plans:
+        job, backbone = plan.spec, plan.spec.backbone
+        tasks = [[task.data, task.method, task.options, task.num_classes] for task in job.tasks]
+        kind = json.dumps([backbone.name, backbone.num_classes, backbone.options, tasks])
+        if kind not in kinds:
+            kinds.add(kind)
+            Job(replace(job, backbone=replace(backbone, weights=None), seed=plans[0].spec.seed), loaded=built)
+    return Loaded(tables=built.tables)
+
+
+def _make_tracker(spec: SweepSpec, plans: Sequence[TrialPlan], directory: Path) -> Tracker:
+    """MLflow's run of the sweep, or the one of its earlier start."""
+    tracking, state = plans[0].spec.tracking, directory / STATE
+    assert tracking.uri is not None, "`plan_trials` has set it"
+    return Tracker(
+        tracking.uri,
+        tracking.experiment,
+        spec.name,
+        params={"space": _space(spec), "trials": len(plans)},
+        tasks={},
+        spec_text=_text(spec).decode(),
+        resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,
+    )
 
 
 def _space(spec: SweepSpec) -> dict[str, Any]:
@@ -174,7 +179,12 @@ def _train_source(source: str, directory: Path, tracker: Tracker, experiment: st
 
 
 def _run_trials(
-    spec: SweepSpec, plans: Sequence[TrialPlan], concurrent: int, parent_run_id: str, console: Console
+    spec: SweepSpec,
+    plans: Sequence[TrialPlan],
+    loaded: Loaded,
+    concurrent: int,
+    parent_run_id: str,
+    console: Console,
 ) -> bool:
     """Have Tune run every trial that has not ended; returns whether all came to their end."""
     asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None
@@ -183,7 +193,6 @@ def _run_trials(
     todo = [o.plan.number for o in outcomes if asha is not None or o.state != "finished"]
     if not todo:
         return True
-    loaded = Loaded()
     for plan in plans:
         loaded.add(plan.spec)
     bundles: dict[int, list[Bundle]] = {plan.number: reserved(plan.spec) for plan in plans}
@@ -251,3 +260,6 @@ def _record(
         tracker.log_metrics(None, {"best_validation_top1": choice.top1}, step=0)
     for file in files:
         tracker.log_artifact(file)
+    for outcome in outcomes:
+        if outcome.state == "lost" and outcome.mlflow_run_id is not None:
+            tracker.end_lost(outcome.mlflow_run_id)
