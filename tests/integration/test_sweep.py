@@ -89,6 +89,16 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(make_spec, tmp_path, {}, space={"optimizer.rate": {"grid": [0.1]}}, concurrent=3)
+
+    with pytest.raises(multitask.SpecError, match="together 3; the cluster has 2 CPUs"):
+        run_sweep(spec, console=Console(quiet=True))
+
+    assert not (tmp_path / "rates").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(
         make_spec,

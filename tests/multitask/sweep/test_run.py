@@ -1,0 +1,59 @@
+"""What a sweep refuses before it starts, without Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multitask.data import DataError
+from multitask.runs import RunError
+from multitask.spec import JobSpec, SpecError, dump_spec
+from multitask.sweep import run_sweep
+from patches import PatchError
+
+MakeSpec = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def content(make_spec: MakeSpec, tmp_path: Path) -> dict[str, Any]:
+    job = {key: value for key, value in dump_spec(make_spec()).items() if key not in ("name", "directory")}
+    return {
+        "name": "rates",
+        "job": job,
+        "space": {"optimizer.rate": {"grid": [0.1]}},
+        "directory": str(tmp_path / "rates"),
+    }
+
+
+def test_a_method_that_does_not_fit_the_backbone_is_refused_before_anything_is_written(
+    content: dict[str, Any],
+) -> None:
+    content["space"] = {"tasks.method": {"grid": ["last_layer", "mist"]}}
+
+    with pytest.raises(PatchError, match="mist"):
+        run_sweep(content)
+
+    assert not Path(content["directory"]).exists()
+
+
+def test_missing_data_is_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
+    content["space"] = {"tasks.pets.data": {"grid": [str(tmp_path / "nowhere")]}}
+
+    with pytest.raises(DataError, match="nowhere"):
+        run_sweep(content)
+
+    assert not Path(content["directory"]).exists()
+
+
+def test_a_directory_that_is_in_use_is_left_alone(content: dict[str, Any]) -> None:
+    folder = Path(content["directory"])
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    with pytest.raises(SpecError, match="is not empty"):
+        run_sweep(content)
+    with pytest.raises(RunError, match="holds no sweep"):
+        run_sweep(content, go_on=True)
+
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
