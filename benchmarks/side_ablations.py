@@ -256,34 +256,35 @@ def regression(features: Tensor, labels: Tensor, decay: float) -> nn.Linear:
 
 
 def run_variants(pool: ProcessPoolExecutor, study: Study) -> list[dict[str, Any]]:
-    """Every variant with every rate and the first seed, then the other seeds with the best rate."""
+    """A method's first variant with every rate and the first seed, then every variant and seed with the best rate."""
     variants = [(name, variant) for name, group in VARIANTS.items() for variant in group]
-    first: list[dict[float, Future[Accuracies]]] = [
-        {rate: pool.submit(run, name, variant, rate, SEEDS[0]) for rate in rates_of(variant)}
-        for name, variant in variants
-    ]
-    rows, others = [], []
-    for (name, variant), futures in zip(variants, first, strict=True):
+    first: dict[str, dict[float, Future[Accuracies]]] = {}
+    for name, variant in variants:
+        if variant.method not in first:
+            rates = RATES[variant.method.partition("_")[0]]
+            first[variant.method] = {rate: pool.submit(run, name, variant, rate, SEEDS[0]) for rate in rates}
+    best: dict[str, float] = {}
+    for method, futures in first.items():
         found = {rate: future.result() for rate, future in futures.items()}
-        best = max(found, key=lambda rate: found[rate]["validation"])
-        others.append((found[best], best, [pool.submit(run, name, variant, best, seed) for seed in SEEDS[1:]]))
-        print(f"{variant.method}, {variant.title}: rate {best} of {found}", flush=True)
-    for (name, variant), (accuracies, rate, futures_of_seeds) in zip(variants, others, strict=True):
+        best[method] = max(found, key=lambda rate: found[rate]["validation"])
+        print(f"{method}: rate {best[method]} of {found}", flush=True)
+    runs = [
+        [pool.submit(run, name, variant, best[variant.method], seed) for seed in SEEDS] for name, variant in variants
+    ]
+    rows = []
+    for (name, variant), of_seeds in zip(variants, runs, strict=True):
         model = patches.attach(study.backbones[name], variant.method, CLASSES, **variant.options)
         rows.append(
             {
                 "method": variant.method,
                 "variant": variant.title,
                 "trained": model.parameter_counts().trained,
-                "rate": rate,
-                **summary([accuracies, *(future.result() for future in futures_of_seeds)]),
+                "rate": best[variant.method],
+                **summary([future.result() for future in of_seeds]),
             }
         )
+        print(rows[-1], flush=True)
     return rows
-
-
-def rates_of(variant: Variant) -> tuple[float, ...]:
-    return RATES[variant.method.partition("_")[0]]
 
 
 _study: list[Study] = []

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.cascade_verbs import app as cascade_app
 from jobs.data_verbs import app as data_app
 from jobs.sweep_verbs import sweep
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
+app.add_typer(cascade_app, name="cascade")
 app.command()(sweep)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
@@ -162,6 +164,9 @@ def evaluate(
     run: RunDirectory,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which of the tables.")] = "test",
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
+    save_predictions: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Gets logits, label and row of every image: a Parquet a task.")
+    ] = None,
     json_output: AsJson = False,
 ) -> None:
     """Evaluate a run's exported bundles on one of their tasks' tables."""
@@ -174,7 +179,7 @@ def evaluate(
         if name not in models:
             raise RunError(unknown_name_message("task", name, models))
     models = {name: model for name, model in models.items() if not task or name in task}
-    metrics = evaluate_models(models, opened.spec, split)
+    metrics = evaluate_models(models, opened.spec, split, save_predictions)
     if json_output:
         print(json.dumps(metrics))
     else:

@@ -1,10 +1,10 @@
 """Accuracy on held-out images, and running statistics measured anew."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from multitask.data import Batch
@@ -23,18 +23,26 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device | None = None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | None = None,
+    keep: Callable[[Batch, Tensor], None] | None = None,
+) -> dict[str, float]:
     """Top-1, top-5 (percent) and mean cross-entropy over batches; leaves the model in eval mode.
 
     Args:
         model: images (B, 3, R, R) -> logits (B, C).
         batches: read once; a label has to lie below C.
+        keep: called with each batch and its logits.
     """
     model.eval()
     images = top1 = top5 = 0
     loss = 0.0
     for batch in batches:
         logits = model(batch.images(device).contiguous(memory_format=torch.channels_last))
+        if keep is not None:
+            keep(batch, logits)
         labels = batch.labels.to(device)
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         images += len(labels)

@@ -142,6 +142,7 @@ class Job:
             self._check_data(task)
         self._backbone = loaded.backbones[backbone_key(spec)]
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
+        _check_training(spec, models)
         tables = {task.name: self._tables[f"{task.data}/train"] for task in spec.tasks}
         self.caches = plan_caches(spec, self._backbone, models, tables)
         """Task -> where it stores what the frozen backbone gives, for the tasks that do."""
@@ -413,6 +414,15 @@ def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> pa
     model = patches.attach(backbone, task.method, task.num_classes, seed=spec.seed, **task.options)
     model.set_shared_trainable(spec.train_shared)
     return model.train()
+
+
+def _check_training(spec: JobSpec, models: Mapping[str, patches.PatchedModel]) -> None:
+    for task in spec.tasks:
+        if not any(parameter.requires_grad for parameter in models[task.name].parameters()):
+            raise SpecError(
+                f"Task '{task.name}': method '{task.method}' owns no parameter, and with train_shared: false nothing "
+                "else is trained. Set train_shared: true, or use a method that owns some."
+            )
 
 
 def applies_together(engine: EngineSpec) -> bool:

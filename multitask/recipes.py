@@ -62,6 +62,7 @@ RECIPES: dict[str, Recipe] = {
     "last_layer": K_FOR_1,
     "norm_statistics": K_FOR_1,
     "full": K_FOR_1_WHOLE_NETWORK,
+    "shared": K_FOR_1,
     "dtl": DTL,
     "dtl_plus": DTL,
     "dtl_plus_star": DTL,

@@ -109,7 +109,8 @@ def write_report(results: Results, directory: Path) -> Path:
     Args:
         results: what the run measured; `curve`, `engine`, `process_id`, `pushes` and `mean_staleness` of a task,
             `licence` and `examples` (a list of {"png": bytes or a path relative to `directory`, "label": text}) of its
-            data, `backbone` and `bundles` may be missing.
+            data, `backbone`, `bundles` and `cascade` (what
+            `multitask.cascade.figures.section` makes) may be missing.
         directory: made if it is missing.
     Returns:
         The path of `report.html`.
@@ -128,29 +129,58 @@ def write_report(results: Results, directory: Path) -> Path:
         figures[name] = {"light": _inline(light), "dark": _inline(dark), "alternative": alternative}
     rows = table_rows(results)
     colours = plots.mode_colours([row.key for row in rows])
-    loader = jinja2.PackageLoader("multitask", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["bytes"] = plots.human_bytes
-    html = environment.get_template("report.html").render(
-        results=results,
-        headline=headline(results),
-        header=header(results),
-        rows=rows,
-        ours=OURS,
-        colours=list(colours.values()),
-        figures=figures,
-        explanations=[
-            (index, row.title, EXPLANATIONS[row.key]) for index, row in enumerate(rows) if row.key in EXPLANATIONS
-        ],
-        pushes=_pushes(results),
-        examples=_examples(results, directory),
-        snippet=_snippet(results),
+    html = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            results=results,
+            headline=headline(results),
+            header=header(results),
+            rows=rows,
+            ours=OURS,
+            colours=list(colours.values()),
+            figures=figures,
+            explanations=[
+                (index, row.title, EXPLANATIONS[row.key]) for index, row in enumerate(rows) if row.key in EXPLANATIONS
+            ],
+            pushes=_pushes(results),
+            examples=_examples(results, directory),
+            snippet=_snippet(results),
+            cascade=results.get("cascade"),
+        )
     )
     path = directory / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def write_cascade_report(title: str, section: Mapping[str, Any], directory: Path) -> Path:
+    """Write the figures about one cascade and `cascade.html`, which holds them too and needs no other file.
+
+    Args:
+        section: what `multitask.cascade.figures.section` makes.
+        directory: made if it is missing.
+    Returns:
+        The path of `cascade.html`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for drawn in section["figures"]:
+        (directory / f"{drawn['name']}.png").write_bytes(drawn["light"])
+    if section["sheet"] is not None:
+        (directory / "stages.png").write_bytes(section["sheet"])
+    html = _environment().get_template("cascade.html").render(title=title, cascade=section, colours=[])
+    path = directory / "cascade.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("multitask", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"bytes": plots.human_bytes, "inline": _inline}
+    return environment
 
 
 def _against(ours: Row, other: Row, name: str) -> str:

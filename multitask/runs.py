@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 import patches
+from multitask.cascade.predictions import predictions_writer
+from multitask.data import Batch
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job import attach_task, load_backbone, open_split, table_batches
-from multitask.spec import JobSpec, dump_yaml, load_spec
+from multitask.spec import JobSpec, TaskSpec, dump_yaml, load_spec
 from patches.files import write_atomic
 
 Version = Literal["best", "last"]
@@ -102,19 +104,36 @@ def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.Patch
     return backbone, {path.stem: patches.load_bundle(path, backbone) for path in paths}
 
 
-def evaluate_models(models: Mapping[str, nn.Module], spec: JobSpec, split: str) -> dict[str, dict[str, float]]:
+def evaluate_models(
+    models: Mapping[str, patches.PatchedModel], spec: JobSpec, split: str, save_to: Path | None = None
+) -> dict[str, dict[str, float]]:
     """Task -> top1 and top5 (percent) and loss of its model on a whole table of its data.
 
     Args:
         models: task -> its model; a job's other tasks are left out.
         split: "train", "validation" or "test".
+        save_to: folder that gets each task's predictions, as `multitask.cascade.read_predictions` reads them; the row
+            of an image is its number in the table.
     """
     with torch_threads(spec.resources.threads_per_worker):
         return {
-            task.name: evaluate(models[task.name], table_batches(open_split(task, split), task))
+            task.name: _evaluate_task(models[task.name], task, split, save_to)
             for task in spec.tasks
             if task.name in models
         }
+
+
+def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:
+    batches = table_batches(open_split(task, split), task)
+    if save_to is None:
+        return evaluate(model, batches)
+    with predictions_writer(save_to / f"{task.name}.parquet", model.num_classes) as add:
+
+        def keep(batch: Batch, logits: Tensor) -> None:
+            assert batch.rows is not None
+            add(batch.rows, batch.labels.numpy(), logits.float().cpu().numpy())
+
+        return evaluate(model, batches, keep=keep)
 
 
 def write_version(

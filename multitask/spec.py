@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -11,11 +11,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from multitask.recipes import fill_in
+from multitask.resolutions import expand
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Unknown keys are errors; the strings under the fields are the schema's descriptions."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$")]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -41,7 +43,7 @@ class BackboneSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskSpec:
-    name: Name
+    name: TaskName
     """Names the task in metrics and in its bundle; unique in a job."""
     data: str
     """Folder (path or pyarrow filesystem URI) of the tables train, validation and test."""
@@ -52,7 +54,7 @@ class TaskSpec:
     num_classes: Count | None = None
     """Size of the task's own head; without it the task uses the backbone's."""
     resolution: Annotated[int, Field(ge=8)]
-    """Side of the square images, in pixels."""
+    """Side of the square images, in pixels; in a file, a list makes one task of each: NAME@96, NAME@128, ..."""
     batch_size: Count = 64
     """Images of one forward pass."""
     accumulate: Count = 1
@@ -345,8 +347,9 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
 
     Args:
         source: a YAML file, the same as a mapping, or a spec already built. In a file, `base: OTHER.yaml` names a spec
-            that this one changes, `task_defaults` holds keys for every task, and relative data and weight paths start
-            at the file's folder. Optimiser and schedule may be left to the recipe of the tasks' method.
+            that this one changes, `task_defaults` holds keys for every task, a list as a task's resolution makes one
+            task of each (multitask/resolutions.py), and relative data and weight paths start at the file's folder.
+            Optimiser and schedule may be left to the recipe of the tasks' method.
         overrides: keys that replace the source's, nested like the spec.
     Raises:
         SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
@@ -360,11 +363,14 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
     else:
         where, raw = str(source), _read_file(Path(source))
     raw = _with_task_defaults(_merge(raw, overrides or {}))
+    places: list[int] = []
     try:
+        if isinstance(raw.get("tasks"), list):
+            raw["tasks"], places = expand(raw["tasks"])
         raw = fill_in(raw)
     except ValueError as error:
         raise SpecError(f"{where}: {error}") from None
-    return validated(_ADAPTER, raw, where)
+    return validated(_ADAPTER, raw, where, places)
 
 
 def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -379,16 +385,19 @@ def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return _with_task_defaults(_with_base(copy.deepcopy(dict(content)), folder))
 
 
-def validated(adapter: TypeAdapter[Spec], raw: Any, where: str) -> Spec:
+def validated(adapter: TypeAdapter[Spec], raw: Any, where: str, places: Sequence[int] = ()) -> Spec:
     """Plain data as a spec.
 
+    Args:
+        where: what errors begin with.
+        places: of each task the number of the entry in the file that it comes from, where they differ.
     Raises:
         SpecError: unknown or missing keys, wrong types or values out of range.
     """
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        raise SpecError(_explain(where, error, schema=adapter.json_schema())) from None
+        raise SpecError(_explain(where, error, schema=adapter.json_schema(), places=places)) from None
 
 
 def load_task(path: Path) -> dict[str, Any]:
@@ -402,7 +411,8 @@ def load_task(path: Path) -> dict[str, Any]:
     try:
         task = TypeAdapter(TaskSpec).validate_python(raw["tasks"][0])
     except ValidationError as error:
-        raise SpecError(_explain(str(path), error, within=("tasks", 0)).replace("tasks[0].", "")) from None
+        message = _explain(str(path), error, schema=_ADAPTER.json_schema(), within=("tasks", 0))
+        raise SpecError(message.replace("tasks[0].", "")) from None
     return TypeAdapter(TaskSpec).dump_python(task, mode="json")
 
 
@@ -480,11 +490,26 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _explain(
-    where: str, error: ValidationError, within: tuple[str | int, ...] = (), schema: Mapping[str, Any] | None = None
+    where: str,
+    error: ValidationError,
+    *,
+    schema: Mapping[str, Any],
+    within: tuple[str | int, ...] = (),
+    places: Sequence[int] = (),
 ) -> str:
+    """One line for each problem.
+
+    Args:
+        schema: JSON schema of the spec.
+        within: where in the spec the checked part stands.
+        places: of each task the number of the entry in the file that it comes from, where they differ.
+    """
     lines = []
     for problem in error.errors(include_url=False):
-        key, allowed = _locate((*within, *problem["loc"]), schema or _ADAPTER.json_schema())
+        location = (*within, *problem["loc"])
+        if places and location[:1] == ("tasks",) and len(location) > 1:
+            location = ("tasks", places[int(location[1])], *location[2:])
+        key, allowed = _locate(location, schema)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), allowed)
@@ -495,7 +520,8 @@ def _explain(
         elif isinstance(problem.get("input"), str | int | float | bool):
             message += f", found {problem['input']!r}"
         lines.append(f"{where}: {key or 'spec'}: {message}")
-    return "\n".join(lines)
+    # What is wrong with an entry is wrong with each of its tasks.
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -84,9 +84,9 @@ class PatchedModel(nn.Module):
         head: who holds the head: "shared" (the backbone), "private" (the patch), or "fixed" (random, from `seed`).
         seed: of a fresh or fixed head.
         private_names, shared_names: state-dict names in `network`, every one in exactly one of the two.
-        first_private_block: index of the first step that uses a private tensor, or of the step after the last one that
-            a side network reads; `backbone.run(x, 0, this)` is the same for every task on a frozen backbone in eval
-            mode.
+        first_private_block: index of the first step that uses a private tensor (the head's where there is none), or of
+            the step after the last one that a side network reads; `backbone.run(x, 0, this)` is the same for every task
+            on a frozen backbone in eval mode.
         reads: indices of the steps whose outputs `condense` needs; none where it starts from the images.
     """
 
@@ -114,10 +114,12 @@ class PatchedModel(nn.Module):
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)
         side = side_of(network)
-        if side is None:
+        if side is not None:
+            self.first_private_block = max(side.reads) + 1
+        elif self.private_names:
             self.first_private_block = backbone.first_step_of(self.private_names)
         else:
-            self.first_private_block = max(side.reads) + 1
+            self.first_private_block = len(backbone.steps) - 1
         before = range(self.first_private_block)
         self.reads = tuple(before[-1:]) if side is None else side.reads
         self.set_shared_trainable(False)

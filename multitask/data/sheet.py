@@ -1,10 +1,12 @@
-"""A picture of a table's first images with their class names."""
+"""Pictures of a table's images with their class names."""
 
 import io
+from collections.abc import Sequence
 from itertools import chain, islice
 
 import matplotlib.figure
 import numpy as np
+from torch import Tensor
 
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
@@ -29,13 +31,24 @@ def contact_sheet(table: ImageTable, images: int, columns: int = 8) -> bytes:
             images,
         )
     )
-    columns = min(columns, len(rows))
-    lines = -(-len(rows) // columns)
+    return picture_grid([(encoded, table.classes[label]) for encoded, label in rows], min(columns, len(rows)))
+
+
+def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> bytes:
+    """PNG of encoded images under their titles, line by line; None leaves a place empty.
+
+    Args:
+        cells: one or more images, each encoded, shape (bytes,), uint8, with its title.
+    """
+    lines = -(-len(cells) // columns)
     figure = matplotlib.figure.Figure(figsize=(columns * CELL_INCHES, lines * (CELL_INCHES + 0.25)), dpi=120)
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, (encoded, label) in zip(figure.axes, rows, strict=False):
-        axes.set_title(_shortened(table.classes[label]), fontsize=7, pad=3)
+    for axes, cell in zip(figure.axes, cells, strict=False):
+        if cell is None:
+            continue
+        encoded, title = cell
+        axes.set_title(_shortened(title), fontsize=7, pad=3)
         try:
             axes.imshow(decode(encoded).permute(1, 2, 0).numpy())
         except RuntimeError:

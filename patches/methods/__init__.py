@@ -10,6 +10,7 @@ from patches.methods.mist import Mist
 from patches.methods.norm_statistics import NormStatistics
 from patches.methods.parasite import Parasite
 from patches.methods.scale_bias import ScaleBias
+from patches.methods.shared import Shared
 
 if TYPE_CHECKING:
     from patches.patch import Patch
@@ -20,6 +21,7 @@ METHODS: "dict[str, type[Patch]]" = {
     "last_layer": LastLayer,
     "norm_statistics": NormStatistics,
     "full": Full,
+    "shared": Shared,
     "dtl": DTL,
     "dtl_plus": DTLPlus,
     "dtl_plus_star": DTLPlusStar,

@@ -32,7 +32,9 @@ def test_the_papers_settings() -> None:
     transfer = load_spec(SPECS / "transfer.yaml")
 
     assert {task.name: task.resolution for task in places.tasks} == {"imagenet": 224, "places365": 256}
-    assert [task.resolution for task in resolutions.tasks] == [96, 128, 160, 192, 224]
+    assert {task.name: task.resolution for task in resolutions.tasks} == {
+        f"imagenet@{resolution}": resolution for resolution in (96, 128, 160, 192, 224)
+    }
     # The five share one head and one schedule; convolutions are trained by all.
     assert {(task.method, task.num_classes) for task in resolutions.tasks} == {("scale_bias", None)}
     assert transfer.backbone.name == "inception_v3"

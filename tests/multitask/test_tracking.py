@@ -364,6 +364,7 @@ def test_a_start_that_is_killed_leaves_no_half_made_file(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_together_on_no_file_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "mlflow.db"
     uri = f"sqlite:///{path}"

@@ -37,6 +37,7 @@ TASKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("depthwise+last_layer", {}),
         ("last_layer", {}),
         ("scale_bias", {}),
+        ("shared", {}),
     ],
 }
 

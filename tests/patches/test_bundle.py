@@ -40,7 +40,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("scale_bias", {"statistics": "source"}), ("scale_bias+last_layer", {}), ("norm_statistics", {}), ("full", {})],
+    [
+        ("scale_bias", {"statistics": "source"}),
+        ("scale_bias+last_layer", {}),
+        ("norm_statistics", {}),
+        ("full", {}),
+        ("shared", {}),
+    ],
 )
 def test_a_round_trip_is_bit_exact(tmp_path: Path, method: str, options: dict) -> None:
     model, x = trained(method, **options), images(4, 16)

@@ -12,10 +12,11 @@ import patches
 from patches import Backbone, PatchedModel, PatchError
 from tests.patches.helpers import bits, changed, images, network, small_backbone, train
 
-SELECTION = ("scale_bias", "depthwise", "last_layer", "norm_statistics", "full")
+OWNERS = ("scale_bias", "depthwise", "last_layer", "norm_statistics", "full")
+SELECTION = (*OWNERS, "shared")
 SIDE = ("dtl", "dtl_plus", "dtl_plus_star", "mist", "parasite")
 COMBINATIONS = [
-    *(("mobilenet_v2", method) for method in SELECTION),
+    *(("mobilenet_v2", method) for method in OWNERS),
     ("mobilenet_v2", "scale_bias+depthwise+last_layer"),
     ("mobilenet_v2", "norm_statistics+last_layer"),
     ("resnet18", "scale_bias"),
@@ -278,3 +279,28 @@ def test_an_option_goes_to_the_one_method_that_declares_it(monkeypatch: pytest.M
     monkeypatch.setitem(patches.patch.METHODS, "second", patches.patch.METHODS["scale_bias"])
     with pytest.raises(PatchError, match="declared by scale_bias and second"):
         patches.attach(small_backbone(), "scale_bias+second", statistics="batch")
+
+
+def test_shared_is_the_backbone_itself_and_learns_with_it() -> None:
+    backbone, x = small_backbone(), images(4, 16)
+    model, other = patches.attach(backbone, "shared"), patches.attach(backbone, "shared")
+    assert model.private_names == ()
+    assert set(model.shared_names) == set(backbone.network.state_dict())
+    assert model.head == "shared"
+    model.set_shared_trainable(True)
+    before = state_bits(backbone.network)
+    train(model)
+    assert changed(before, state_bits(backbone.network)) >= {"classifier.1.weight", "features.0.1.running_mean"}
+    with torch.no_grad():
+        expected = backbone.network.eval()(x)
+        assert torch.equal(model(x), expected)
+        assert torch.equal(other(x), expected)
+        assert torch.equal(model.own_part(None, model.shared_part(x)), expected)
+        torch.testing.assert_close(patches.fold(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_with_classes_of_its_own_has_a_fixed_head() -> None:
+    backbone, x = small_backbone(), images(4, 16)
+    model = patches.attach(backbone, "shared", 3, seed=2)
+    assert (model.head, model.private_names) == ("fixed", ())
+    assert torch.equal(model.own_part(None, model.shared_part(x)), model(x))

@@ -24,6 +24,7 @@ from tests.patches.helpers import bits, changed, images, network, small_backbone
         ("mobilenet_v2", "last_layer", 1_281_000, 1_281_000),
         ("mobilenet_v2", "scale_bias+last_layer", 34_112 + 1_281_000, 68_224 + 1_281_000),
         ("mobilenet_v2", "full", 3_504_872, 3_504_872 + 34_112),
+        ("mobilenet_v2", "shared", 0, 0),
         ("inception_v3", "scale_bias", 36_224, 72_448),
         ("resnet50", "scale_bias", 53_120, 106_240),
         ("vit_b_16", "scale_bias", 25 * 2 * 768, 25 * 2 * 768),

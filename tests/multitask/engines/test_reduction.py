@@ -73,6 +73,7 @@ def rank(number: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_four_processes_drift_from_the_mean_of_sync_by_less_than_a_millionth(tmp_path: Path) -> None:
     """In float64, by SGD, with four weights: what is summed in another order differs in the last bits alone.
 

@@ -1,0 +1,290 @@
+"""`multitask cascade`: fit cascades to predictions, check them on others, run and draw them."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from multitask.cascade import Cascade, Check, Costs, OperatingPoint
+    from multitask.data import ImageTable
+
+app = typer.Typer(help="Chain models: the first that is sure enough answers.", no_args_is_help=True)
+
+PredictionsFolder = Annotated[
+    Path, typer.Argument(metavar="PREDICTIONS", help="What `multitask evaluate --save-predictions` wrote.")
+]
+CascadeFile = Annotated[Path, typer.Argument(metavar="CASCADE", help="What `multitask cascade fit` wrote.")]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Mean cost of an image: the most accurate operating point within it.")
+]
+MaxLatency = Annotated[float | None, typer.Option(help="The same, in milliseconds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+SHEET_IMAGES = 8
+"""Of each stage in the contact sheet."""
+
+
+@app.command()
+def fit(
+    predictions: PredictionsFolder,
+    to: Annotated[Path, typer.Option(help="The file to write: NAME.cascade with its bundles, or NAME.json alone.")],
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Folder with backbone.safetensors and the models' bundles, for costs and package."),
+    ] = None,
+    cost: Annotated[
+        Literal["macs", "latency"], typer.Option(help="What a model costs: counted, or measured here.")
+    ] = "macs",
+    cost_table: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Instead, a column of this file; one column is named model.")
+    ] = None,
+    cost_column: Annotated[str | None, typer.Option(help="Which column of --cost-table.")] = None,
+    min_relative_accuracy: Annotated[float, typer.Option(help="Accuracy over the reference's, at most 1.")] = 1.0,
+    min_accuracy: Annotated[float | None, typer.Option(help="Instead, a share of right answers (0 to 1).")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Instead, the best cascade for this mean cost.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The most accurate model by default.")] = None,
+    slack: Annotated[
+        float, typer.Option(min=0, help="Share of its answers a stage must be right on beyond the target.")
+    ] = 0.0025,
+    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
+    points: Annotated[int, typer.Option(min=0, help="Accuracy targets to build operating points for.")] = 9,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure it here, for budgets in milliseconds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves.")] = 0,
+    json_output: AsJson = False,
+) -> None:
+    """Fit a cascade on a random half of validation predictions, and check it on the other half."""
+    from multitask.cascade import CascadeError, fit_and_check, read_predictions, save_cascade, save_package
+
+    if to.suffix not in (".cascade", ".json"):
+        raise CascadeError(f"--to is {to}, expected a name that ends in .cascade (with its bundles) or .json (alone).")
+    if to.suffix == ".cascade" and export is None:
+        raise CascadeError("A .cascade file holds bundles. Name their folder: --export FOLDER, or write a .json file.")
+    pool = read_predictions(predictions, model)
+    names = list(pool.logits)
+    cascade, checked = fit_and_check(
+        pool,
+        _costs(names, export, cost, cost_table, cost_column),
+        seed=seed,
+        min_relative_accuracy=min_relative_accuracy,
+        min_accuracy=min_accuracy,
+        max_mean_cost=max_cost,
+        reference=reference,
+        slack=slack,
+        operating_points=points,
+        latency=_measured("latency", names, export) if latency else None,
+    )
+    if to.suffix == ".json":
+        save_cascade(cascade, to)
+    else:
+        assert export is not None
+        save_package(cascade, to, export)
+    _show(cascade, checked, json_output)
+    if json_output:
+        return
+    if [stage.model for stage in cascade.point().stages] == [cascade.reference]:
+        print("No stage is accurate enough before the reference: try a smaller --slack or --min-relative-accuracy.")
+    print(to)
+
+
+@app.command()
+def evaluate(
+    cascade: CascadeFile,
+    predictions: PredictionsFolder,
+    max_cost: MaxCost = None,
+    max_latency_ms: MaxLatency = None,
+    json_output: AsJson = False,
+) -> None:
+    """Check a cascade on predictions that it was not fitted on: the test images."""
+    from multitask.cascade import check, load_cascade, read_predictions
+
+    loaded = load_cascade(cascade)
+    point = loaded.point(max_cost, max_latency_ms)
+    _show(loaded, check(loaded, read_predictions(predictions), point), json_output)
+
+
+@app.command()
+def run(
+    cascade: CascadeFile,
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="An image table: a path or a URI.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="PARQUET", help="Gets row, label, answer, stage and cost of every image.")
+    ] = None,
+    max_cost: MaxCost = None,
+    max_latency_ms: MaxLatency = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    json_output: AsJson = False,
+) -> None:
+    """Answer the images of a table with a package; each goes on only as far as it must."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from multitask.cascade import CascadeModel
+    from multitask.data import open_table
+    from patches.files import atomic_file
+
+    model = CascadeModel.load(cascade, device)
+    point = model.cascade.point(max_cost, max_latency_ms)
+    opened = open_table(table)
+    parts, seconds = [], 0.0
+    for images in _pictures(opened, batch_size):
+        start = time.perf_counter()
+        parts.append(model(images, max_cost=max_cost, max_latency_ms=max_latency_ms))
+        seconds += time.perf_counter() - start
+    labels, stages, costs = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "stages", "costs")
+    )
+    truth = opened.labels()
+    if to is not None:
+        columns = {"row": np.arange(len(labels)), "label": truth, "answer": labels, "stage": stages, "cost": costs}
+        with atomic_file(to) as file:
+            pq.write_table(pa.table(columns), file)
+    found: dict[str, Any] = {
+        "images": len(labels),
+        "accuracy": float((labels == truth).mean()),
+        "mean_cost": float(costs.mean()),
+        "unit": model.cascade.costs.unit,
+        "images_per_s": len(labels) / seconds,
+        "shares": [float((stages == number).mean()) for number in range(len(point.stages))],
+        "models": [stage.model for stage in point.stages],
+    }
+    if json_output:
+        print(json.dumps(found))
+        return
+    shares = ", ".join(f"{share:.1%} at {name}" for share, name in zip(found["shares"], found["models"], strict=True))
+    print(
+        f"{len(labels):,} images: {found['accuracy']:.2%} right, {found['mean_cost']:,.4g} {found['unit']} an image on "
+        f"average, {found['images_per_s']:,.0f} images/s (resize included, decoding not)\nanswered: {shares}"
+    )
+
+
+@app.command()
+def plot(
+    cascade: CascadeFile,
+    predictions: PredictionsFolder,
+    to: Annotated[Path, typer.Option(help="Folder for the figures and cascade.html.")],
+    table: Annotated[
+        str | None, typer.Option(help="The image table of these predictions, for examples of each stage.")
+    ] = None,
+    max_cost: MaxCost = None,
+    max_latency_ms: MaxLatency = None,
+) -> None:
+    """Draw accuracy against cost, the images of each stage, and a page with both."""
+    from multitask.cascade import check, load_cascade, read_predictions
+    from multitask.cascade.cascade import answers_of
+    from multitask.cascade.figures import section
+    from multitask.data import open_table
+    from multitask.report import write_cascade_report
+
+    loaded, pool = load_cascade(cascade), read_predictions(predictions)
+    point = loaded.point(max_cost, max_latency_ms)
+    checked = check(loaded, pool, point)
+    sheet = None
+    if table is not None:
+        answers = answers_of(point, pool)
+        sheet = _sheet(open_table(table, verify=False), pool.rows, answers.labels, answers.stages, len(point.stages))
+    print(write_cascade_report(f"Cascade {cascade.stem}", section(checked, sheet), to))
+
+
+def _costs(models: list[str], export: Path | None, cost: str, table: Path | None, column: str | None) -> "Costs":
+    from multitask.cascade import CascadeError, read_costs
+
+    if (table is None) != (column is None):
+        raise CascadeError("--cost-table and --cost-column go together: a CSV file, and one of its columns.")
+    if table is not None and column is not None:
+        return read_costs(table, column)
+    return _measured(cost, models, export)
+
+
+def _measured(cost: str, models: list[str], export: Path | None) -> "Costs":
+    """The cost of exported models."""
+    import patches
+    from multitask.cascade import CascadeError, View, count_macs, measure_latency
+    from multitask.runs import open_export
+
+    if export is None:
+        raise CascadeError(
+            "Costs are counted or measured on models. Name their folder: --export FOLDER, or --cost-table."
+        )
+    _, opened = open_export(export)
+    for name in models:
+        if name not in opened:
+            raise CascadeError(patches.unknown_name_message(f"bundle in '{export}'", name, opened))
+    views = {name: View.of(patches.inspect_bundle(export / f"{name}.patch").preprocessing) for name in models}
+    measure = count_macs if cost == "macs" else measure_latency
+    return measure({name: opened[name].eval() for name in models}, views)
+
+
+def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
+    from multitask.cascade.figures import headline, model_rows, stage_rows
+
+    if json_output:
+        print(json.dumps(asdict(checked)))
+        return
+    stages = Table("stage", "model", "answers where", "images", "right of those", title="Stages", title_justify="left")
+    for line in stage_rows(checked):
+        stages.add_row(*line)
+    models = Table("model", "top-1", f"{checked.unit} of an image", title="Against single models", title_justify="left")
+    for line in model_rows(checked):
+        models.add_row(*line)
+    points = Table(f"mean {checked.unit}", "top-1", "stages", title="Operating points", title_justify="left")
+    for (cost, accuracy), point in zip(checked.curve, cascade.points, strict=True):
+        points.add_row(f"{cost:,.4g}", f"{accuracy:.2%}", _path(point))
+    for shown in (stages, models, points):
+        Console().print(shown)
+    print(headline(checked))
+
+
+def _path(point: "OperatingPoint") -> str:
+    return " > ".join(stage.model for stage in point.stages)
+
+
+def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
+    """A table's decoded images in order, so many at once."""
+    from multitask.data import DataError
+    from multitask.data.transforms import decode
+
+    batch: list[Tensor] = []
+    for number, group in enumerate(table.groups()):
+        for place in range(len(group)):
+            try:
+                batch.append(decode(group.encoded(place)))
+            except RuntimeError as error:
+                source = table.source(table.first_row(number) + place)
+                raise DataError(
+                    f"{source}: found an image that cannot be decoded ({str(error).splitlines()[0]}), expected a whole "
+                    "PNG or JPEG. Replace it in the table."
+                ) from error
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _sheet(table: "ImageTable", rows: Any, answers: Any, stages: Any, count: int) -> bytes:
+    """PNG with a line of a table's images for each stage: the first that it answers."""
+    import numpy as np
+    import torch
+
+    from multitask.data.sheet import picture_grid
+
+    cells: list[tuple[torch.Tensor, str] | None] = []
+    for number in range(count):
+        chosen = np.flatnonzero(stages == number)[:SHEET_IMAGES]
+        for place in chosen:
+            row = table.row(int(rows[place]))
+            name, answer = table.classes[row.label], table.classes[answers[place]]
+            title = f"{number + 1}: {name}" if name == answer else f"{number + 1}: {name} ≠ {answer}"
+            cells.append((torch.frombuffer(bytearray(row.image), dtype=torch.uint8), title))
+        cells += [None] * (SHEET_IMAGES - len(chosen))
+    return picture_grid(cells, SHEET_IMAGES)

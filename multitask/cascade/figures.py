@@ -1,0 +1,151 @@
+"""Figures and the report's section about a cascade."""
+
+from typing import Any
+
+from multitask.cascade.checking import Check
+from multitask.plots import (
+    DARK,
+    KNOWN_COLOURS,
+    LIGHT,
+    POINTS_PER_INCH,
+    Theme,
+    bare,
+    caption,
+    human_count,
+    new_figure,
+    padded,
+    plain,
+    png,
+    spread,
+)
+
+CASCADE, SINGLE = KNOWN_COLOURS["private_scale_bias"], KNOWN_COLOURS["independent"]
+WIDTH = 10.6
+"""Inches."""
+
+
+def headline(check: Check) -> str:
+    """The result in one or two sentences, with 95 % intervals."""
+    gain, saving, against = check.accuracy_gain, check.saving, check.saving_against_equal
+    text = (
+        f"The cascade answers {100 * check.accuracy.mean:.1f} % of {check.images:,} images rightly, "
+        f"{100 * gain.mean:+.2f} points ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}) against model "
+        f"'{check.reference.model}', for {100 * saving.mean:.1f} % fewer {check.unit} "
+        f"({100 * saving.low:.1f} to {100 * saving.high:.1f})."
+    )
+    if check.equal.model != check.reference.model:
+        text += f" Against '{check.equal.model}', the cheapest single model about as accurate, the saving is "
+        text += f"{100 * against.mean:.1f} % ({100 * against.low:.1f} to {100 * against.high:.1f})."
+    return text
+
+
+def stage_rows(check: Check) -> list[tuple[str, ...]]:
+    """A line for each stage: number, model, when it answers, share of the images, accuracy on them."""
+    return [
+        (
+            str(number + 1),
+            stage.model,
+            stage.rule,
+            f"{100 * stage.share:.1f} %",
+            "–" if stage.accuracy is None else f"{100 * stage.accuracy:.1f} %",
+        )
+        for number, stage in enumerate(check.stages)
+    ]
+
+
+def model_rows(check: Check) -> list[tuple[str, ...]]:
+    """A line for the cascade and for each single model: name, accuracy, mean cost."""
+    singles = [
+        (
+            f"{single.model} (reference)" if single.model == check.reference.model else single.model,
+            f"{100 * single.accuracy:.2f} %",
+            f"{single.cost:,.4g}",
+        )
+        for single in check.singles
+    ]
+    return [("cascade", f"{100 * check.accuracy.mean:.2f} %", f"{check.mean_cost.mean:,.4g}"), *singles]
+
+
+def accuracy_cost(check: Check, theme: Theme) -> bytes:
+    """Single models, the reference among them, and the curve of the cascade's operating points; a PNG."""
+    of_cascade, of_single = CASCADE[theme.dark], SINGLE[theme.dark]
+    height = 4.7
+    figure = new_figure(WIDTH, height, theme, "Accuracy against mean cost: cascades and single models")
+    axes = figure.add_axes((0.07, 0.62 / height, 0.9, (height - 1.6) / height))
+    bare(axes, theme, "y")
+    costs, accuracies = zip(*((cost, 100 * accuracy) for cost, accuracy in sorted(check.curve)), strict=True)
+    values = [*accuracies, *(100 * single.accuracy for single in check.singles)]
+    low, high = padded(min(values), max(values))
+    dearest = max(single.cost for single in check.singles)
+    axes.set_xlim(0, dearest * 1.22)
+    axes.set_ylim(low, high)
+    axes.plot(costs, accuracies, "o-", color=of_cascade, markersize=5, linewidth=1.8, zorder=3)
+    asked = (check.mean_cost.mean, 100 * check.accuracy.mean)
+    axes.plot(*asked, "o", color=of_cascade, markersize=11, zorder=4)
+    labels = [(*asked, f"cascade {asked[1]:.1f} %", of_cascade)]
+    for single in check.singles:
+        name = f"{plain(single.model)}{' (reference)' if single.model == check.reference.model else ''}"
+        labels.append((single.cost, 100 * single.accuracy, f"{name} {100 * single.accuracy:.1f} %", of_single))
+        axes.plot(single.cost, 100 * single.accuracy, "s", color=of_single, markersize=7, zorder=2)
+    gap = 12 * (high - low) / ((height - 1.6) * POINTS_PER_INCH)
+    places = spread([label[1] for label in labels], gap, low, high)
+    for (x, y, text, colour), place in zip(labels, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkB": 5}
+        axes.annotate(
+            text, (x, y), xytext=(x + dearest * 0.03, place), color=colour, fontsize=9, va="center", arrowprops=line
+        )
+    axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    axes.set_xlabel(f"mean {plain(check.unit)} of an image", color=theme.muted, fontsize=9)
+    axes.set_ylabel("top-1, %", color=theme.muted, fontsize=9)
+    caption(axes, f"On {check.images:,} images that were not fitted on", theme)
+    return png(figure)
+
+
+def stage_shares(check: Check, theme: Theme) -> bytes:
+    """How many images each stage answers; a PNG."""
+    height = 1.2 + 0.42 * len(check.stages)
+    figure = new_figure(WIDTH, height, theme, "Where images stop")
+    axes = figure.add_axes((0.2, 0.15 / height, 0.62, (height - 0.75) / height))
+    bare(axes, theme, None)
+    for number, stage in enumerate(check.stages):
+        axes.barh(number, 100 * stage.share, color=CASCADE[theme.dark], height=0.55)
+        right = "" if stage.accuracy is None else f", {100 * stage.accuracy:.1f} % right"
+        text = f" {100 * stage.share:.1f} % of the images{right}"
+        axes.text(100 * stage.share, number, text, color=theme.text, fontsize=9, va="center")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(check.stages) - 0.5, -0.5)
+    axes.set_xticks([])
+    names = [f"{number + 1}: {plain(stage.model)}" for number, stage in enumerate(check.stages)]
+    axes.set_yticks(range(len(names)), names, fontsize=9.5, color=theme.text)
+    return png(figure)
+
+
+def section(check: Check, sheet: bytes | None = None) -> dict[str, Any]:
+    """What the report's section about a cascade shows; `write_report` takes it as `results["cascade"]`.
+
+    Args:
+        sheet: PNG of images that stop at each stage.
+    """
+    curve = "Accuracy against mean cost of single models and of the cascade's operating points."
+    shares = "Share of the images that each stage answers."
+    return {
+        "headline": headline(check),
+        "unit": check.unit,
+        "stages": stage_rows(check),
+        "models": model_rows(check),
+        "figures": [
+            {
+                "light": accuracy_cost(check, LIGHT),
+                "dark": accuracy_cost(check, DARK),
+                "name": "accuracy_cost",
+                "words": curve,
+            },
+            {
+                "light": stage_shares(check, LIGHT),
+                "dark": stage_shares(check, DARK),
+                "name": "stage_shares",
+                "words": shares,
+            },
+        ],
+        "sheet": sheet,
+    }

@@ -1,0 +1,134 @@
+"""Abstaining rules: how sure a model is of its answer, read from its logits.
+
+Every score is on a logarithmic scale, where images that are all answered with a probability near 1 still differ. A
+score is high where the model is sure; a model answers at its threshold and above, and abstains below it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Score = Literal["top_probability", "top2_gap", "entropy", "predictor"]
+SCORES: tuple[Score, ...] = get_args(Score)
+FEATURES: tuple[Score, ...] = SCORES[:3]
+"""What the predictor reads, in this order."""
+CHUNK_VALUES = 1 << 18
+"""Logits worked on at once: they stay in the processor's cache."""
+SMALLEST = 1e-300
+"""Stands for a probability of zero, whose logarithm there is none of."""
+TEMPERATURE_IMAGES = 10_000
+"""One number needs no more images."""
+TEMPERATURES = (0.05, 20.0)
+NEWTON_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A score of one model's answers."""
+
+    score: Score
+    """top_probability: log-odds of the most probable class. top2_gap: the gap between the two largest logits.
+    entropy: minus the logarithm of the entropy (nats). predictor: log-odds that the answer is right, by a logistic
+    regression on the other three."""
+    temperature: float = 1.0
+    """Logits are divided by it first."""
+    weights: tuple[float, ...] = ()
+    """Of the predictor, one for each of `FEATURES`."""
+    bias: float = 0.0
+    """Of the predictor."""
+
+    def scores(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Shape (n,), from logits of shape (n, classes)."""
+        return self.of_features(features(logits, self.temperature))
+
+    def of_features(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As `scores`, from what `features` gave."""
+        if self.score == "predictor":
+            return np.asarray(features @ np.array(self.weights) + self.bias)
+        return features[:, FEATURES.index(self.score)]
+
+    def threshold_text(self, threshold: float) -> str:
+        """A threshold in the words of its rule."""
+        if self.score in ("top_probability", "predictor"):
+            name = "top probability" if self.score == "top_probability" else "chance of being right"
+            return f"{name} ≥ {1 / (1 + math.exp(-threshold)):.4f}"
+        return f"top-2 gap ≥ {threshold:.3f}" if self.score == "top2_gap" else f"entropy ≤ {math.exp(-threshold):.4f}"
+
+
+def features(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
+    """The three scores that need no fitting, in the order of `FEATURES`.
+
+    Args:
+        logits: shape (n, classes), two classes or more.
+    Returns:
+        Shape (n, 3), float64.
+    """
+    found = np.empty((len(logits), len(FEATURES)))
+    step = max(1, CHUNK_VALUES // logits.shape[1])
+    for start in range(0, len(logits), step):
+        found[start : start + step] = _features(logits[start : start + step].astype(np.float64) / temperature)
+    return found
+
+
+def _features(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    top = logits.argmax(axis=1)[:, None]
+    below = logits - np.take_along_axis(logits, top, axis=1)
+    # The top class is left out of the sums: 1 - p would round to 0 where p is near 1.
+    np.put_along_axis(below, top, -np.inf, axis=1)
+    gap = -below.max(axis=1)
+    odds_against = np.exp(below)
+    others = odds_against.sum(axis=1)
+    np.put_along_axis(below, top, 0.0, axis=1)
+    entropy = np.log1p(others) - (odds_against * below).sum(axis=1) / (1 + others)
+    return np.stack([-np.log(np.maximum(others, SMALLEST)), gap, -np.log(np.maximum(entropy, SMALLEST))], axis=1)
+
+
+def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
+    """The temperature at which the probabilities fit the labels best (smallest mean cross-entropy).
+
+    Newton's method on the inverse temperature, in which the cross-entropy is convex; bounded by `TEMPERATURES`, which a
+    model that is always right would leave.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
+    """
+    places = np.arange(min(len(labels), TEMPERATURE_IMAGES)) * len(labels) // min(len(labels), TEMPERATURE_IMAGES)
+    chosen = logits[places].astype(np.float64)
+    chosen -= chosen.max(axis=1, keepdims=True)
+    of_label = chosen[np.arange(len(places)), labels[places]].mean()
+    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
+    inverse = 1.0
+    for _ in range(NEWTON_STEPS):
+        weights = np.exp(inverse * chosen)
+        weights /= weights.sum(axis=1, keepdims=True)
+        mean = (weights * chosen).sum(axis=1)
+        slope = mean.mean() - of_label
+        curvature = ((weights * chosen**2).sum(axis=1) - mean**2).mean()
+        # Half or twice at most: far from the optimum the curvature says little.
+        wanted = inverse - slope / max(curvature, SMALLEST)
+        after = float(np.clip(wanted, max(low, inverse / 2), min(high, inverse * 2)))
+        if abs(after - inverse) < 1e-9 * inverse:
+            break
+        inverse = after
+    return 1 / inverse
+
+
+def fit_predictor(features: NDArray[np.float64], right: NDArray[np.bool_], temperature: float = 1.0) -> Rule | None:
+    """A logistic regression of being right on the three features.
+
+    Args:
+        features: shape (n, 3), of logits divided by `temperature`.
+        right: shape (n,).
+    Returns:
+        The rule, which holds the coefficients; None where all answers are right or all wrong: nothing can be learned.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if right.all() or not right.any():
+        return None
+    mean, spread = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-12)
+    fitted = LogisticRegression().fit((features - mean) / spread, right)
+    weights = fitted.coef_[0] / spread
+    return Rule("predictor", temperature, tuple(weights.tolist()), float(fitted.intercept_[0] - weights @ mean))

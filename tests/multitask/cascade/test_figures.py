@@ -1,0 +1,62 @@
+"""The words and the pages about a cascade: the numbers of its check."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multitask.cascade import Check, fit_and_check
+from multitask.cascade.checking import Interval
+from multitask.cascade.figures import accuracy_cost, headline, model_rows, section, stage_rows
+from multitask.plots import DARK, LIGHT
+from multitask.report import write_report
+from tests.conftest import png
+from tests.multitask.cascade.pools import costs_of_pool, make_predictions
+from tests.multitask.test_report import make_results
+
+
+@pytest.fixture(scope="module")
+def checked() -> Check:
+    return fit_and_check(make_predictions(2000), costs_of_pool(), operating_points=5)[1]
+
+
+def test_the_headline_states_gain_and_saving_with_their_intervals(checked: Check) -> None:
+    told = replace(
+        checked,
+        accuracy=Interval(0.905, 0.9, 0.91),
+        accuracy_gain=Interval(-0.0012, -0.003, 0.0006),
+        saving=Interval(0.4, 0.39, 0.41),
+        saving_against_equal=Interval(0.1, 0.08, 0.12),
+        equal=checked.singles[1],
+    )
+    assert headline(told) == (
+        "The cascade answers 90.5 % of 1,000 images rightly, -0.12 points (-0.30 to +0.06) against model 'large', for "
+        "40.0 % fewer MACs (39.0 to 41.0). Against 'middle', the cheapest single model about as accurate, the saving "
+        "is 10.0 % (8.0 to 12.0)."
+    )
+
+
+def test_the_tables_have_a_line_for_each_stage_and_each_model(checked: Check) -> None:
+    assert [line[1] for line in stage_rows(checked)] == [stage.model for stage in checked.stages]
+    assert stage_rows(checked)[-1][2] == "always answers"
+    assert [line[0] for line in model_rows(checked)] == ["cascade", "small", "middle", "large (reference)"]
+
+
+def test_the_curve_is_drawn_in_both_themes(checked: Check) -> None:
+    light, dark = (np.asarray(Image.open(io.BytesIO(accuracy_cost(checked, theme)))) for theme in (LIGHT, DARK))
+    assert light.shape == dark.shape
+    assert light[0, 0, :3].mean() > 200 > 60 > dark[0, 0, :3].mean()
+    assert len(np.unique(light.reshape(-1, light.shape[-1]), axis=0)) > 50
+
+
+def test_the_report_of_a_run_takes_a_section_about_its_cascade(checked: Check, tmp_path: Path) -> None:
+    without = write_report(make_results(), tmp_path / "without").read_text()
+    page = write_report(make_results(cascade=section(checked, png(0, 1))), tmp_path / "with").read_text()
+
+    assert "cascade_stages" not in without
+    assert "cascade_stages" in page
+    assert headline(checked).replace("'", "&#39;") in page
+    assert page.count("data:image/png;base64,") == without.count("data:image/png;base64,") + 5
