@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ def sweep(
     from multitask import Stopped
     from multitask.sweep import run_sweep
     from multitask.sweep.outcomes import rows
+    from multitask.sweep.summary import headline
 
     try:
         result = run_sweep(spec, go_on=resume, mlflow_uri=mlflow_uri)
@@ -35,18 +36,24 @@ def sweep(
     found = rows(result.outcomes)
     best = None if result.choice is None else result.choice.trial.number
     if json_output:
-        print(json.dumps({"best": best, "trials": found}))
+        test = None if result.verdict is None else result.verdict.tasks
+        print(json.dumps({"best": best, "test": test, "trials": found}))
     else:
-        _show(found, result.directory)
+        _show(found)
+        settings = len({outcome.plan.setting for outcome in result.outcomes})
+        print(headline(settings, result.choice, result.verdict))
+        print(f"report:     {result.directory}/report.html\nall trials: {result.directory}/trials.csv, trials.parquet")
     failed = [row for row in found if row["state"] in ("failed", "lost")]
     for row in failed:
         print(f"trial {row['trial']} {row['state']}: {row['error'] or 'its process is gone'}", file=sys.stderr)
     if result.choice is None:
         raise RuntimeError(f"No setting's trials have all finished; {result.directory}/trials.csv says what happened.")
+    if not json_output:
+        print(f"Next: multitask train {result.directory}/best.yaml")
 
 
-def _show(rows: list[dict[str, object]], directory: Path) -> None:
-    """The best trials, and where the rest is."""
+def _show(rows: list[dict[str, Any]]) -> None:
+    """The best trials."""
     keys = [key for key in rows[0] if key.startswith("setting_")]
     table = Table(title="Best trials by validation", title_justify="left")
     for name in ("trial", *(key.removeprefix("setting_") for key in keys), "seed", "state", "top-1 %", "trained"):
@@ -57,12 +64,7 @@ def _show(rows: list[dict[str, object]], directory: Path) -> None:
         values = [str(row[key]) for key in ("trial", *keys, "seed", "state")]
         table.add_row(*values, f"{row['validation_top1']:.2f}", trained)
     Console().print(table)
-    print(
-        f"all trials: {directory}/trials.csv, trials.parquet\nfigures:    {directory}/accuracy_rate.png, "
-        f"accuracy_parameters.png\nNext: multitask train {directory}/best.yaml"
-    )
 
 
-def _rank(row: dict[str, object]) -> tuple[bool, float]:
-    assert isinstance(row["validation_top1"], float)
+def _rank(row: dict[str, Any]) -> tuple[bool, float]:
     return row["state"] != "finished", -row["validation_top1"]

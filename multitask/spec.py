@@ -83,6 +83,9 @@ class TaskSpec:
     """What a missing or differing shard does: end the job before it starts, or be left out with a warning."""
     shuffle_window: Count = 4096
     """Training rows that are shuffled together; a worker holds up to two windows of encoded images."""
+    train_on: Literal["train", "train+validation"] = "train"
+    """Tables that training reads. With both, validation measures images that were trained on, so that nothing can be
+    chosen by it any more: for a setting that was chosen before."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
 

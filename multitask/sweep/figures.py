@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 from matplotlib.axes import Axes
 
@@ -24,7 +23,7 @@ from multitask.plots import (
     png,
     spread,
 )
-from multitask.sweep.outcomes import Outcome
+from multitask.sweep.outcomes import Choice
 from multitask.sweep.plan import show
 from patches.files import write_atomic
 
@@ -43,37 +42,52 @@ class Point:
     """Percent on validation data."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure: PNGs for light and dark pages."""
+
+    name: str
+    words: str
+    """For readers who cannot see it."""
+    light: bytes
+    dark: bytes
+
+
 Series = Mapping[str, Sequence[Point]]
 """Method -> its points by rising rate."""
 
 
-def series(outcomes: Sequence[Outcome]) -> Series:
-    """The settings whose trials have all finished, method by method in the order of the sweep."""
-    by_setting: dict[int, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_setting[outcome.plan.setting].append(outcome)
+def series(choices: Sequence[Choice]) -> Series:
+    """Method by method, in the order of the sweep."""
     best: dict[str, dict[float, Point]] = defaultdict(dict)
-    for trials in by_setting.values():
-        accuracies = [trial.top1 for trial in trials if trial.state == "finished" and trial.top1 is not None]
-        if len(accuracies) < len(trials):
-            continue
-        spec = trials[0].plan.spec
+    for choice in choices:
+        spec = choice.trial.spec
         method, rate = " / ".join(dict.fromkeys(task.method for task in spec.tasks)), spec.optimizer.rate
-        point = Point(rate=rate, trained_parameters=trials[0].trained_parameters or 0, top1=mean(accuracies))
+        point = Point(rate=rate, trained_parameters=choice.trained_parameters, top1=choice.top1)
         if rate not in best[method] or point.top1 > best[method][rate].top1:
             best[method][rate] = point
     return {method: [points[rate] for rate in sorted(points)] for method, points in best.items()}
 
 
-def write_figures(outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
-    """accuracy_rate.png and accuracy_parameters.png, each in a dark form too; none while nothing has finished."""
-    found = series(outcomes)
+def draw(found: Series) -> list[Drawn]:
+    """Both figures; none while nothing has finished."""
     if not found:
         return []
+    return [
+        Drawn(name=make.__name__, words=words, light=make(found, LIGHT), dark=make(found, DARK))
+        for make, words in (
+            (accuracy_rate, "Validation accuracy against the learning rate, a line for each method."),
+            (accuracy_parameters, "Validation accuracy against trained parameters, a point for each method and rate."),
+        )
+    ]
+
+
+def write_figures(figures: Sequence[Drawn], directory: Path) -> list[Path]:
+    """NAME.png and NAME_dark.png of each."""
     files = {}
-    for name, draw in (("accuracy_rate", accuracy_rate), ("accuracy_parameters", accuracy_parameters)):
-        files[directory / f"{name}.png"] = draw(found, LIGHT)
-        files[directory / f"{name}_dark.png"] = draw(found, DARK)
+    for figure in figures:
+        files[directory / f"{figure.name}.png"] = figure.light
+        files[directory / f"{figure.name}_dark.png"] = figure.dark
     for path, content in files.items():
         write_atomic(path, content)
     return list(files)
@@ -89,7 +103,7 @@ def accuracy_rate(found: Series, theme: Theme) -> bytes:
     _frame(axes, found, theme)
     axes.set_xscale("log")
     ends = []
-    for method, colour in _colours(found, theme).items():
+    for method, colour in _theme_colours(found, theme).items():
         points = found[method]
         best = max(points, key=lambda point: point.top1)
         axes.plot([p.rate for p in points], [p.top1 for p in points], "o-", color=colour, markersize=4, linewidth=1.8)
@@ -115,7 +129,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
     _frame(axes, found, theme)
     axes.set_xscale("log")
     names = []
-    for method, colour in _colours(found, theme).items():
+    for method, colour in _theme_colours(found, theme).items():
         points = found[method]
         best = max(points, key=lambda point: point.top1)
         parameters, accuracies = zip(*((point.trained_parameters, point.top1) for point in points), strict=True)
@@ -158,5 +172,10 @@ def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _colours(found: Series, theme: Theme) -> dict[str, str]:
-    return {method: COLOURS[index % len(COLOURS)][theme.dark] for index, method in enumerate(found)}
+def method_colours(found: Series) -> dict[str, tuple[str, str]]:
+    """Method -> its colour on light and on dark pages."""
+    return {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(found)}
+
+
+def _theme_colours(found: Series, theme: Theme) -> dict[str, str]:
+    return {method: pair[theme.dark] for method, pair in method_colours(found).items()}

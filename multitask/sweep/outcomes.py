@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from multitask.live import STATUS, read_status
 from multitask.runs import write_spec
 from multitask.spec import JobSpec
-from multitask.sweep.plan import TrialPlan, describe, short_names
+from multitask.sweep.plan import TrialPlan, short_names
 from patches.files import write_atomic
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "lost"]
@@ -48,15 +48,16 @@ class Outcome:
         return max((number for number, _ in self.curve), default=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The best setting."""
+    """A setting whose trials have all finished, so that it may be chosen."""
 
     trial: TrialPlan
     """Its first one."""
     top1: float
     """Percent on validation data, mean over the setting's trials."""
     trials: int
+    trained_parameters: int
 
 
 def read_outcome(plan: TrialPlan) -> Outcome:
@@ -86,30 +87,39 @@ def failure_file(plan: TrialPlan) -> Path:
     return plan.directory.with_suffix(".error")
 
 
+def choices(outcomes: Sequence[Outcome]) -> list[Choice]:
+    """The settings whose trials have all finished, in the order of the sweep."""
+    by_setting: dict[int, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_setting[outcome.plan.setting].append(outcome)
+    found = []
+    for trials in by_setting.values():
+        accuracies = [trial.top1 for trial in trials if trial.state == "finished" and trial.top1 is not None]
+        if len(accuracies) == len(trials):
+            about = {"trials": len(trials), "trained_parameters": trials[0].trained_parameters or 0}
+            found.append(Choice(trial=trials[0].plan, top1=mean(accuracies), **about))
+    return found
+
+
 def choose(outcomes: Sequence[Outcome]) -> Choice | None:
     """The setting with the highest validation accuracy, mean over its trials, of those whose trials have all finished.
 
     Of equal ones that with the fewest trained parameters, then the first.
     """
-    by_setting: dict[int, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_setting[outcome.plan.setting].append(outcome)
-    choices = []
-    for trials in by_setting.values():
-        accuracies = [trial.top1 for trial in trials if trial.state == "finished" and trial.top1 is not None]
-        if len(accuracies) == len(trials):
-            parameters = trials[0].trained_parameters or 0
-            choices.append((-mean(accuracies), parameters, Choice(trials[0].plan, mean(accuracies), len(trials))))
-    return min(choices, key=lambda choice: choice[:2])[2] if choices else None
+    return min(choices(outcomes), key=lambda choice: (-choice.top1, choice.trained_parameters), default=None)
 
 
-def winning_spec(choice: Choice, sweep: str, directory: Path) -> JobSpec:
-    """The chosen trial's job, to run again: other name and directory, else the same, so the same bits."""
+def winning_spec(choice: Choice, sweep: str, directory: Path, name: str = "best") -> JobSpec:
+    """The chosen trial's job, to run again: other name and directory, else the same, so the same bits.
+
+    Args:
+        name: of its folder in the sweep's directory.
+    """
     spec = choice.trial.spec
     checkpoints = spec.checkpoints
     if checkpoints.uri is not None:
-        checkpoints = replace(checkpoints, uri=f"{checkpoints.uri.rpartition('/')[0]}/best")
-    return replace(spec, name=f"{sweep}_best", directory=str(directory / "best"), checkpoints=checkpoints)
+        checkpoints = replace(checkpoints, uri=f"{checkpoints.uri.rpartition('/')[0]}/{name}")
+    return replace(spec, name=f"{sweep}_{name}", directory=str(directory / name), checkpoints=checkpoints)
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -155,10 +165,6 @@ def write_winner(choice: Choice, sweep: str, directory: Path) -> Path:
     path = directory / "best.yaml"
     write_spec(path, winning_spec(choice, sweep, directory))
     return path
-
-
-def label(choice: Choice) -> str:
-    return describe(choice.trial.values)
 
 
 def _column(values: Sequence[Any]) -> pa.Array:

@@ -25,10 +25,6 @@ class TrialPlan:
     spec: JobSpec
 
     @property
-    def label(self) -> str:
-        return describe(self.values)
-
-    @property
     def directory(self) -> Path:
         return self.spec.run_directory
 

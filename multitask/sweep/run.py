@@ -1,33 +1,29 @@
-"""Start a sweep, or go on with one: Ray Tune runs the trials, the run directories keep what they did."""
+"""Start a sweep, or go on with one, from its spec to the choice and what comes after it."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
-from ray import tune
-from ray.tune.logger import JsonLoggerCallback
 from rich.console import Console
 
 from multitask.engines.served import ray_session
-from multitask.job import Job, Loaded
-from multitask.runs import Run, RunError, write_json
+from multitask.job import Job, Loaded, open_split
+from multitask.report import write_sweep_report
+from multitask.runs import RunError, write_json
 from multitask.spec import SpecError, load_spec
-from multitask.sweep.actor import METRIC, ROUND, TrialActor
-from multitask.sweep.board import Board
-from multitask.sweep.figures import write_figures
-from multitask.sweep.outcomes import Choice, Outcome, choose, read_outcome, write_tables, write_winner
-from multitask.sweep.places import Bundle, reserve, reserved
+from multitask.sweep.figures import draw, series, write_figures
+from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
+from multitask.sweep.outcomes import Choice, Outcome, choices, choose, read_outcome, write_tables, write_winner
+from multitask.sweep.places import reserve
 from multitask.sweep.plan import TrialPlan, plan_trials
 from multitask.sweep.spec import AshaScheduler, SweepSpec, dump_sweep, load_sweep
+from multitask.sweep.summary import section
+from multitask.sweep.tuning import run_trials
 from multitask.tracking import Tracker
-from multitask.trainer import Stopped, Trial, resume, train
 from patches.files import write_atomic
 
 SPEC, STATE = "sweep.yaml", "sweep.json"
@@ -42,6 +38,8 @@ class SweepResult:
     outcomes: tuple[Outcome, ...]
     choice: Choice | None
     """The best setting; None if no setting's trials have all finished."""
+    verdict: Verdict | None
+    """Where the spec asks for it."""
     mlflow_run_id: str
 
 
@@ -85,13 +83,19 @@ def run_sweep(
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
             if spec.source is not None:
                 _train_source(spec.source, directory / "source", tracker, tracking.experiment, console)
-            complete = _run_trials(spec, plans, loaded, places.concurrent, tracker.run_id, console)
+            verdict = read_verdict(directory)
+            # After a look at the test tables nothing is chosen any more.
+            complete = verdict is not None or run_trials(
+                spec, plans, loaded, places.concurrent, tracker.run_id, console
+            )
             outcomes = tuple(read_outcome(plan) for plan in plans)
             choice = choose(outcomes)
-            _record(spec, directory, outcomes, choice, tracker)
+            if complete and choice is not None and verdict is None:
+                verdict = _finish(spec, choice, directory, tracker, console)
+            _record(spec, directory, outcomes, choice, verdict, tracker)
             if not complete:
-                raise Stopped(f"Stopped. Go on with the same command and --resume; everything is in {directory}")
-    return SweepResult(directory, outcomes, choice, tracker.run_id)
+                raise stopped(directory)
+    return SweepResult(directory, outcomes, choice, verdict, tracker.run_id)
 
 
 def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
@@ -119,16 +123,36 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
     """
     if spec.source is not None:
         load_spec(spec.source)
+    _check_milestone(spec, plans)
+    tasks = [task for plan in plans for task in plan.spec.tasks]
+    if any(task.train_on != "train" for task in tasks):
+        raise SpecError(
+            "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set retrain: "
+            "true to have the chosen setting trained on both"
+        )
+    if spec.test:
+        for task in {task.data: task for task in tasks}.values():
+            open_split(task, "test", verify=False)
     built = Loaded()
     kinds = set()
     for plan in plans:
         job, backbone = plan.spec, plan.spec.backbone
-        tasks = [[task.data, task.method, task.options, task.num_classes] for task in job.tasks]
-        kind = json.dumps([backbone.name, backbone.num_classes, backbone.options, tasks])
+        parts = [[task.data, task.method, task.options, task.num_classes] for task in job.tasks]
+        kind = json.dumps([backbone.name, backbone.num_classes, backbone.options, job.train_shared, parts])
         if kind not in kinds:
             kinds.add(kind)
             Job(replace(job, backbone=replace(backbone, weights=None), seed=plans[0].spec.seed), loaded=built)
     return Loaded(tables=built.tables)
+
+
+def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
+    """A scheduler whose first milestone no trial meets would stop nobody."""
+    steps = max(plan.spec.steps for plan in plans)
+    if isinstance(spec.scheduler, AshaScheduler) and spec.scheduler.grace_rounds >= steps:
+        raise SpecError(
+            f"scheduler.grace_rounds is {spec.scheduler.grace_rounds}, but the trials have {steps} steps, so that none "
+            "would be stopped early; set fewer rounds, or leave the scheduler out"
+        )
 
 
 def _make_tracker(spec: SweepSpec, plans: Sequence[TrialPlan], directory: Path) -> Tracker:
@@ -168,96 +192,36 @@ def _nodes() -> list[dict[str, float]]:
 def _train_source(source: str, directory: Path, tracker: Tracker, experiment: str, console: Console) -> None:
     """Train and export what the trials' backbone comes from, once."""
     changes = {"directory": str(directory), "tracking": {"uri": tracker.tracking_uri, "experiment": experiment}}
-    nested = Trial(parent_run_id=tracker.run_id)
-    if (directory / "result.json").is_file():
-        run = Run(directory)
-    elif (directory / "spec.yaml").is_file():
-        run = resume(directory, console=console, trial=nested)
-    else:
-        run = train(load_spec(source, changes), console=console, trial=nested)
-    run.export("best")
+    run_to_its_end(load_spec(source, changes), tracker, console).export("best")
 
 
-def _run_trials(
-    spec: SweepSpec,
-    plans: Sequence[TrialPlan],
-    loaded: Loaded,
-    concurrent: int,
-    parent_run_id: str,
-    console: Console,
-) -> bool:
-    """Have Tune run every trial that has not ended; returns whether all came to their end."""
-    asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None
-    outcomes = [read_outcome(plan) for plan in plans]
-    # A scheduler compares with trials that have ended, so those tell it again what they did.
-    todo = [o.plan.number for o in outcomes if asha is not None or o.state != "finished"]
-    if not todo:
-        return True
-    for plan in plans:
-        loaded.add(plan.spec)
-    bundles: dict[int, list[Bundle]] = {plan.number: reserved(plan.spec) for plan in plans}
-    trainable = tune.with_parameters(TrialActor, plans=tuple(plans), loaded=loaded, parent_run_id=parent_run_id)
-    trainable = tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory(bundles[config["trial"]]))
-    files = spec.run_directory / "tune"
-    shutil.rmtree(files, ignore_errors=True)
-    with Board(spec.name, outcomes, console) as board, _quiet_tune():
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"trial": tune.grid_search(todo)},
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                scheduler=_scheduler(asha, max(plan.spec.steps for plan in plans)),
-                max_concurrent_trials=concurrent,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=files.name,
-                storage_path=str(files.parent),
-                failure_config=tune.FailureConfig(max_failures=spec.retries),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[board, JsonLoggerCallback()],  # Tune misses its results without a file of them
-                verbose=0,
-            ),
-        )
-        tuner.fit()
-    return board.ended == set(todo)
-
-
-def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
-    if asha is None:
-        return None
-    return tune.schedulers.ASHAScheduler(
-        time_attr=ROUND,
-        max_t=max(steps, asha.grace_rounds),
-        grace_period=asha.grace_rounds,
-        reduction_factor=asha.reduction,
-        stop_last_trials=False,  # a trial ends by itself, and writes its result
-    )
-
-
-@contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Without Tune's own loggers: MLflow has every result."""
-    name = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+def _finish(spec: SweepSpec, choice: Choice, directory: Path, tracker: Tracker, console: Console) -> Verdict | None:
+    """Retrain and test as far as the spec asks for it."""
+    retrained = None
+    if spec.retrain:
+        retrained = run_to_its_end(retrained_spec(choice, spec.name, directory), tracker, console)
+    return measure(directory, choice, retrained) if spec.test else None
 
 
 def _record(
-    spec: SweepSpec, directory: Path, outcomes: Sequence[Outcome], choice: Choice | None, tracker: Tracker
+    spec: SweepSpec,
+    directory: Path,
+    outcomes: Sequence[Outcome],
+    choice: Choice | None,
+    verdict: Verdict | None,
+    tracker: Tracker,
 ) -> None:
-    """Tables, figures and the winner's spec, in the directory and in MLflow."""
-    files = [*write_tables(outcomes, directory), *write_figures(outcomes, directory)]
+    """Tables, figures, the report and the winner's spec, in the directory and in MLflow."""
+    found = series(choices(outcomes))
+    figures = draw(found)
+    report = write_sweep_report(spec.name, section(outcomes, found, figures, choice, verdict), directory)
+    files = [*write_tables(outcomes, directory), *write_figures(figures, directory), report]
     if choice is not None:
         files.append(write_winner(choice, spec.name, directory))
         tracker.log_metrics(None, {"best_validation_top1": choice.top1}, step=0)
+    if verdict is not None:
+        files.append(directory / TEST)
+        tracker.log_metrics(None, {"test_top1": verdict.top1}, step=0)
     for file in files:
         tracker.log_artifact(file)
     for outcome in outcomes:

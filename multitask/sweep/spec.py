@@ -100,6 +100,10 @@ class SweepSpec:
     """Trials at a time; by default as many as find room, with CPUs left to nobody."""
     retries: Annotated[int, Field(ge=0)] = 1
     """Times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
+    retrain: bool = False
+    """Train the chosen setting anew on train and validation tables together, when the choice stands."""
+    test: bool = False
+    """Measure the result on the test tables, once: the retrained models, or else the chosen trial's."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the draws."""
     directory: str | None = None

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 import multitask
+from multitask.runs import evaluate_models
 from multitask.spec import JobSpec, dump_spec
 from multitask.sweep import SweepResult, run_sweep
 
@@ -118,6 +119,40 @@ def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> No
     # Told again what it knew, the scheduler decides the same.
     resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
     assert [outcome.rounds for outcome in resumed.outcomes] == [60, 20, 20]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_chosen_setting_is_trained_on_all_that_is_not_test_and_tested_once(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 4, "evaluate_every": 2},
+        space={"optimizer.rate": {"grid": [0.02, 1e-7]}},
+        concurrent=1,
+        retrain=True,
+        test=True,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert result.choice is not None
+    assert result.verdict is not None
+    retrained = multitask.Run(result.directory / f"retrained_{result.choice.trial.number:04d}")
+    assert [task.train_on for task in retrained.spec.tasks] == ["train+validation"]
+    assert retrained.spec.optimizer == result.choice.trial.spec.optimizer
+    assert (result.verdict.directory, result.verdict.version) == (str(retrained.directory), "last")
+    _, models = retrained.models("last")
+    assert result.verdict.tasks == evaluate_models(models, retrained.spec, "test")
+    _, sweep, trials, _ = runs(result, tmp_path)
+    assert set(trials) == {"rates_0000", "rates_0001", retrained.spec.name}
+    assert sweep.data.metrics["test_top1"] == result.verdict.top1
+
+    written = (result.directory / "test.json").stat().st_mtime_ns
+    again = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert again.verdict == result.verdict
+    assert (result.directory / "test.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.usefixtures("ray_cluster")

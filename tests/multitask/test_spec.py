@@ -62,6 +62,7 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
         ),
         ({"optimizer": {"name": "sgd", "rate": -1.0}}, ["optimizer.rate", "greater than 0"]),
         ({"optimizer": {"name": "sgd", "rate": float("nan")}}, ["optimizer.rate", "finite"]),
+        ({"tasks": [{**TASK, "train_on": "both"}]}, ["tasks[0].train_on", "'train' or 'train+validation'"]),
         ({"tasks": []}, ["tasks", "at least 1"]),
         ({"tasks": [TASK, TASK]}, ["'pets'", "more than once"]),
         ({"tasks": [{**TASK, "name": "a b"}]}, ["tasks[0].name", "pattern"]),

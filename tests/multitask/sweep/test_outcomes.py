@@ -3,20 +3,19 @@
 import csv
 import json
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from multitask.runs import write_json
-from multitask.spec import JobSpec, load_spec
-from multitask.sweep.figures import Point, series, write_figures
+from multitask.spec import load_spec
+from multitask.sweep.figures import Point, draw, series, write_figures
 from multitask.sweep.outcomes import (
     Outcome,
+    choices,
     choose,
     failure_file,
     read_outcome,
@@ -24,29 +23,7 @@ from multitask.sweep.outcomes import (
     write_tables,
     write_winner,
 )
-from multitask.sweep.plan import TrialPlan
-
-MakeSpec = Callable[..., JobSpec]
-MakeOutcome = Callable[..., Outcome]
-
-
-@pytest.fixture
-def make_outcome(make_spec: MakeSpec, tmp_path: Path) -> MakeOutcome:
-    def make(
-        number: int, top1: float, *, setting: int | None = None, method: str = "full", rate: float = 0.1, **changes: Any
-    ) -> Outcome:
-        spec = make_spec(
-            tasks={"pets": {"method": method}},
-            name=f"s_{number:04d}",
-            optimizer={"rate": rate},
-            directory=str(tmp_path / "trials" / f"{number:04d}"),
-        )
-        values = {"tasks.method": method, "optimizer.rate": rate}
-        plan = TrialPlan(number, number if setting is None else setting, values, spec)
-        known: dict[str, Any] = {"state": "finished", "trained_parameters": 100, "seconds": 1.5}
-        return Outcome(plan=plan, curve=((2, top1 - 5), (4, top1)), **{**known, **changes})
-
-    return make
+from tests.multitask.sweep.conftest import MakeOutcome
 
 
 def test_the_best_evaluation_counts_not_the_last(make_outcome: MakeOutcome) -> None:
@@ -164,7 +141,7 @@ def test_figures_show_each_methods_best_setting_at_each_rate(make_outcome: MakeO
         make_outcome(4, 50.0, method="last_layer", trained_parameters=10),
     ]
 
-    found = series(outcomes)
+    found = series(choices(outcomes))
 
     assert found == {
         "full": [
@@ -173,11 +150,11 @@ def test_figures_show_each_methods_best_setting_at_each_rate(make_outcome: MakeO
         ],
         "last_layer": [Point(rate=0.1, trained_parameters=10, top1=50.0)],
     }
-    files = write_figures(outcomes, tmp_path)
+    files = write_figures(draw(found), tmp_path)
     assert {path.name for path in files} == {
         f"accuracy_{what}{theme}.png" for what in ("rate", "parameters") for theme in ("", "_dark")
     }
     for path in files:
         with Image.open(path) as image:
             assert image.width > 1000
-    assert write_figures(outcomes[3:4], tmp_path) == []
+    assert draw(series(choices(outcomes[3:4]))) == []

@@ -1,5 +1,6 @@
 """What a sweep refuses before it starts, without Ray."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,32 @@ def test_missing_data_is_refused_before_anything_is_written(content: dict[str, A
 
     with pytest.raises(DataError, match="nowhere"):
         run_sweep(content)
+
+    assert not Path(content["directory"]).exists()
+
+
+def test_missing_test_images_are_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(content["job"]["tasks"][0]["data"], data)
+    shutil.rmtree(data / "test")
+    content["space"] = {"tasks.data": {"grid": [str(data)]}}
+
+    with pytest.raises(DataError, match="test"):
+        run_sweep({**content, "test": True})
+
+    assert not Path(content["directory"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheduler": {"name": "asha", "grace_rounds": 4}}, "grace_rounds is 4, but the trials have 4 steps"),
+        ({"space": {"tasks.train_on": {"grid": ["train", "train+validation"]}}}, "a sweep chooses by validation"),
+    ],
+)
+def test_what_could_choose_nothing_is_refused(content: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        run_sweep({**content, **changes})
 
     assert not Path(content["directory"]).exists()
 
