@@ -105,7 +105,7 @@ class SweepSpec:
     test: bool = False
     """Measure the result on the test tables, once: the retrained models, or else the chosen trial's."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws."""
+    """Of the draws, and of the order in which trials start under a scheduler."""
     directory: str | None = None
     """Where everything goes; runs/NAME by default."""
 

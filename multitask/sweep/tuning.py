@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import threading
@@ -15,7 +16,7 @@ from rich.console import Console
 from multitask.job import Loaded
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
 from multitask.sweep.board import Board
-from multitask.sweep.outcomes import read_outcome
+from multitask.sweep.outcomes import Outcome, read_outcome
 from multitask.sweep.places import Bundle, reserved
 from multitask.sweep.plan import TrialPlan
 from multitask.sweep.spec import AshaScheduler, SweepSpec
@@ -32,8 +33,7 @@ def run_trials(
     """Have Tune run every trial that has not ended; returns whether all came to their end."""
     asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None
     outcomes = [read_outcome(plan) for plan in plans]
-    # A scheduler compares with trials that have ended, so those tell it again what they did.
-    todo = [o.plan.number for o in outcomes if asha is not None or o.state != "finished"]
+    todo = start_order(outcomes, None if asha is None else spec.seed)
     if not todo:
         return True
     for plan in plans:
@@ -65,6 +65,20 @@ def run_trials(
         )
         tuner.fit()
     return board.ended == set(todo)
+
+
+def start_order(outcomes: Sequence[Outcome], scheduler_seed: int | None) -> list[int]:
+    """The trials that Tune has to run, by their numbers.
+
+    Args:
+        scheduler_seed: with a scheduler, which compares trials: those that have ended tell it again what they did, and
+            all come in random order, as in a grid's order whole methods may each be better than those before them,
+            and pass every milestone.
+    """
+    if scheduler_seed is None:
+        return [outcome.plan.number for outcome in outcomes if outcome.state != "finished"]
+    numbers = [outcome.plan.number for outcome in outcomes]
+    return random.Random(scheduler_seed).sample(numbers, len(numbers))
 
 
 def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
