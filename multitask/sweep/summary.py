@@ -60,9 +60,9 @@ def method_rows(found: Series) -> list[tuple[str, ...]]:
     """For each method: its best rate, the accuracy there and at its worst rate, and what it trains."""
     lines = []
     for method, points in found.items():
-        best, worst = (pick(points, key=lambda point: point.top1) for pick in (max, min))
-        rate, lowest = f"{best.top1:.1f}", f"{worst.top1:.1f}"
-        lines.append((method, show(best.rate), rate, lowest, str(len(points)), f"{best.trained_parameters:,}"))
+        best, lowest = max(points, key=lambda point: point.top1), min(point.top1 for point in points)
+        accuracies = f"{best.top1:.1f}", f"{lowest:.1f}"
+        lines.append((method, show(best.rate), *accuracies, str(len(points)), f"{best.trained_parameters:,}"))
     return lines
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
+from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
 
 from multitask.job import Loaded
@@ -84,7 +85,7 @@ def start_order(outcomes: Sequence[Outcome], scheduler_seed: int | None) -> list
 def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
     if asha is None:
         return None
-    return tune.schedulers.ASHAScheduler(
+    return ASHAScheduler(
         time_attr=ROUND,
         max_t=steps,
         grace_period=asha.grace_rounds,

@@ -155,12 +155,13 @@ def test_the_chosen_setting_is_trained_on_all_that_is_not_test_and_tested_once(
     assert (result.directory / "test.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("engine", ["async", pytest.param("allreduce", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path, engine: str) -> None:
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 2, "evaluate_every": 2, "engine": {"name": "async"}},
+        {"steps": 2, "evaluate_every": 2, "engine": {"name": engine}},
         space={"optimizer.rate": {"grid": [0.01]}},
     )
 
