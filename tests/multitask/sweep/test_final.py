@@ -41,9 +41,7 @@ def test_the_verdict_is_of_the_test_tables_and_is_kept(
     make_outcome: MakeOutcome, tmp_path: Path, again: bool, version: str
 ) -> None:
     choice = chosen(make_outcome)
-    run = multitask.train(choice.trial.spec)
-    if again:
-        run = multitask.train(retrained_spec(choice, "rates", tmp_path))
+    run = multitask.train(retrained_spec(choice, "rates", tmp_path) if again else choice.trial.spec)
     assert read_verdict(tmp_path) is None
 
     verdict = measure(tmp_path, choice, run if again else None)
