@@ -55,7 +55,7 @@ def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
         SpecError: a setting's job is wrong; names the setting and the key.
     """
     directory = spec.run_directory
-    plans = []
+    plans: list[TrialPlan] = []
     for index, values in enumerate(settings(spec)):
         for repeat in range(spec.repeats):
             number = len(plans)

@@ -5,7 +5,9 @@ import yaml
 
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 
-SPECS = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+SPECS = [path for path in FILES if not path.stem.startswith("sweep_")]
+"""Sweeps have specs of their own: tests/multitask/sweep/test_plan.py."""
 
 TASK = {"name": "pets", "data": "somewhere", "method": "scale_bias", "resolution": 16}
 SPEC = {
