@@ -96,11 +96,12 @@ def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Without Tune's own loggers, as MLflow has every result, and its traces, as a sweep tells of failures at its end.
+    """Without Tune's own loggers, as MLflow has every result, its traces, as a sweep tells of failures at its end, and
+    its tables.
 
     Tune leaves its handlers of signals behind; they would swallow the next Ctrl-C.
     """
-    quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_AIR_NEW_OUTPUT": "0"}
     before = {name: os.environ.get(name) for name in quiet}
     numbers = (signal.SIGINT, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
     handlers = {number: signal.getsignal(number) for number in numbers}

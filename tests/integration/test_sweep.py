@@ -104,21 +104,22 @@ def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> No
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 60, "evaluate_every": 20},
-        space={"optimizer.rate": {"grid": [0.03, 1e-7, 1e-8]}},
-        scheduler={"name": "asha", "grace_rounds": 20, "reduction": 2},
+        {"steps": 80, "evaluate_every": 20},
+        # The second one starts first; a scheduler lets what comes first pass.
+        space={"optimizer.rate": {"grid": [1e-7, 0.03, 1e-8]}},
+        scheduler={"name": "asha", "grace_rounds": 40, "reduction": 2},
         concurrent=1,
     )
 
     result = run_sweep(spec, console=Console(quiet=True))
 
-    assert [outcome.state for outcome in result.outcomes] == ["finished", "stopped", "stopped"]
-    assert [outcome.rounds for outcome in result.outcomes] == [60, 20, 20]
+    assert [outcome.state for outcome in result.outcomes] == ["stopped", "finished", "stopped"]
+    assert [outcome.rounds for outcome in result.outcomes] == [40, 80, 40]
     assert result.choice is not None
-    assert result.choice.trial.number == 0
+    assert result.choice.trial.number == 1
     # Told again what it knew, the scheduler decides the same.
     resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
-    assert [outcome.rounds for outcome in resumed.outcomes] == [60, 20, 20]
+    assert [outcome.rounds for outcome in resumed.outcomes] == [40, 80, 40]
 
 
 @pytest.mark.usefixtures("ray_cluster")
