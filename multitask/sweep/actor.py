@@ -26,7 +26,9 @@ class TrialActor(tune.Trainable):
     A process imports torch and reads data and backbone once, and serves many trials.
     """
 
-    def setup(self, config: Mapping[str, Any], plans: Sequence[TrialPlan], loaded: Loaded, parent_run_id: str) -> None:
+    def setup(  # type: ignore[override] # `tune.with_parameters` gives the others
+        self, config: Mapping[str, Any], plans: Sequence[TrialPlan], loaded: Loaded, parent_run_id: str
+    ) -> None:
         """Args:
         config: `trial` is the number of the trial.
         plans: all trials of the sweep.

@@ -58,7 +58,7 @@ def facts(outcomes: Sequence[Outcome]) -> list[str]:
 
 def method_rows(found: Series) -> list[tuple[str, ...]]:
     """For each method: its best rate, the accuracy there and at its worst rate, and what it trains."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for method, points in found.items():
         best, lowest = max(points, key=lambda point: point.top1), min(point.top1 for point in points)
         accuracies = f"{best.top1:.1f}", f"{lowest:.1f}"
