@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from multitask.plots import (
     DARK,
@@ -137,6 +138,9 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
         axes.plot(best.trained_parameters, best.top1, "o", color=colour, markersize=9)
         names.append((best.top1, f"{method}\n{best.top1:.1f} %, {best.trained_parameters:,} parameters", colour))
     _name(axes, names)
+    counts = [point.trained_parameters for points in found.values() for point in points]
+    axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # methods may all lie within one power of ten
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     axes.minorticks_off()
     axes.set_xlabel("parameters that are trained", color=theme.muted, fontsize=9)
