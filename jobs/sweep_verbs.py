@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-BEST_SHOWN = 10
+if TYPE_CHECKING:
+    from multitask.sweep import Outcome
 
 
 def sweep(
@@ -39,11 +41,11 @@ def sweep(
         test = None if result.verdict is None else result.verdict.tasks
         print(json.dumps({"best": best, "test": test, "trials": found}))
     else:
-        _show(found)
+        _show(result.outcomes)
         settings = len({outcome.plan.setting for outcome in result.outcomes})
         print(headline(settings, result.choice, result.verdict))
         print(f"report:     {result.directory}/report.html\nall trials: {result.directory}/trials.csv, trials.parquet")
-    failed = [row for row in found if row["state"] in ("failed", "lost")]
+    failed = [row for row in found if row["state"] not in ("finished", "stopped")]
     for row in failed:
         print(f"trial {row['trial']} {row['state']}: {row['error'] or 'its process is gone'}", file=sys.stderr)
     if result.choice is None:
@@ -52,19 +54,12 @@ def sweep(
         print(f"Next: multitask train {result.directory}/best.yaml")
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _show(outcomes: "Sequence[Outcome]") -> None:
     """The best trials."""
-    keys = [key for key in rows[0] if key.startswith("setting_")]
-    table = Table(title="Best trials by validation", title_justify="left")
-    for name in ("trial", *(key.removeprefix("setting_") for key in keys), "seed", "state", "top-1 %", "trained"):
-        table.add_column(name)
-    known = sorted((row for row in rows if row["validation_top1"] is not None), key=_rank)
-    for row in known[:BEST_SHOWN]:
-        trained = "" if row["trained_parameters"] is None else f"{row['trained_parameters']:,}"
-        values = [str(row[key]) for key in ("trial", *keys, "seed", "state")]
-        table.add_row(*values, f"{row['validation_top1']:.2f}", trained)
+    from multitask.sweep.board import BEST_SHOWN
+    from multitask.sweep.summary import trial_header, trial_rows
+
+    table = Table(*trial_header(outcomes), title="Best trials by validation", title_justify="left")
+    for line in trial_rows(outcomes)[:BEST_SHOWN]:
+        table.add_row(*line)
     Console().print(table)
-
-
-def _rank(row: dict[str, Any]) -> tuple[bool, float]:
-    return row["state"] != "finished", -row["validation_top1"]

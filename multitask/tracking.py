@@ -369,7 +369,7 @@ def _check_parent(client: "MlflowClient", parent_run_id: str, experiment_id: str
     from mlflow.exceptions import MlflowException
 
     try:
-        found = client.get_run(parent_run_id).info.experiment_id
+        found = _patiently(lambda: client.get_run(parent_run_id)).info.experiment_id
     except MlflowException as error:
         raise ValueError(
             f"Parent run '{parent_run_id}' is not in {uri}: {error.message}. "

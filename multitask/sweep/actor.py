@@ -3,14 +3,17 @@
 import os
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.console import Console
 
 from multitask.job import Loaded
-from multitask.runs import Run
+from multitask.live import POLL_S, SILENT_S, STATUS, read_status
+from multitask.runs import Run, write_spec
 from multitask.server.messages import Evaluation
 from multitask.sweep.outcomes import failure_file, read_outcome
 from multitask.sweep.plan import TrialPlan
@@ -125,6 +128,9 @@ class TrialRun:
         if (directory / "result.json").is_file():
             return Run(directory)
         if (directory / "spec.yaml").is_file():
+            _await_end(directory)
+            # On a cluster of another size its workers have other shares.
+            write_spec(directory / "spec.yaml", self._plan.spec)
             return resume(directory, console=console, trial=self._trial)
         return train(self._plan.spec, console=console, trial=self._trial)
 
@@ -133,6 +139,15 @@ class TrialRun:
             return
         self._news.put(metrics)
         self._may_go_on.acquire()
+
+
+def _await_end(directory: Path) -> None:
+    """Wait until a trial's earlier process counts as gone, which takes a minute where it was on another machine."""
+    deadline = time.monotonic() + 2 * SILENT_S
+    while (directory / STATUS).is_file() and time.monotonic() < deadline:
+        if read_status(directory)["state"] != "running":
+            return
+        time.sleep(POLL_S)
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def read_outcome(plan: TrialPlan) -> Outcome:
     status = read_status(plan.directory)
     outcome = Outcome(
         plan=plan,
-        state=status["state"],
+        # Its result comes last.
+        state="lost" if status["state"] == "finished" else status["state"],
         curve=_mean_curve(status["tasks"]),
         mlflow_run_id=status["mlflow_run_id"],
         error=error or status["error"],

@@ -33,11 +33,13 @@ def reserve(specs: Sequence[JobSpec], nodes: Sequence[Mapping[str, float]], conc
         SpecError: they find no room; has the arithmetic, and what to change.
     """
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    shared = tuple(_with_share(spec, cpus, concurrent or 1) for spec in specs)
-    largest = max(shared, key=lambda spec: (_total(needs(spec), "GPU"), _total(needs(spec), "CPU")))
-    room = _trials_that_fit(needs(largest), nodes, concurrent or len(specs))
-    if room < (concurrent or 1):
-        raise SpecError(_no_room(largest, nodes, concurrent or 1, room))
+    asked = min(concurrent or 1, len(specs))
+    shared = tuple(_with_share(spec, cpus, asked) for spec in specs)
+    most = len(specs) if concurrent is None else asked
+    rooms = [_trials_that_fit(needs(spec), nodes, most) for spec in shared]
+    room = min(rooms)
+    if room < asked:
+        raise SpecError(_no_room(shared[rooms.index(room)], nodes, asked, room))
     return Places(room, shared)
 
 

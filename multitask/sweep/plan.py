@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitask.spec import JobSpec, SpecError, load_spec
+from multitask.spec import JobSpec, SpecError, dump_spec, load_spec
 from multitask.sweep.spec import Dimension, SweepSpec
+
+SET_BY_SWEEP = ("name", "directory", "tracking")
+"""Keys of a job in which trials may differ without being other jobs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
                 plans.append(TrialPlan(number, index, values, load_spec(raw)))
             except SpecError as error:
                 raise SpecError(f"sweep '{spec.name}', setting {describe(values)}: {error}") from None
+    _check_differences(spec.name, plans)
     return plans
 
 
@@ -111,6 +116,21 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Key -> its last part, where no other key ends in the same."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def _check_differences(sweep: str, plans: Sequence[TrialPlan]) -> None:
+    """Settings that make one and the same job have a key without effect: the sweep's table would tell untruths."""
+    made: dict[str, TrialPlan] = {}
+    for plan in plans:
+        job = dump_spec(plan.spec)
+        job["checkpoints"]["uri"] = None
+        other = made.setdefault(json.dumps([value for key, value in job.items() if key not in SET_BY_SWEEP]), plan)
+        if other.values != plan.values:
+            raise SpecError(
+                f"sweep '{sweep}': the settings {describe(other.values)} and {describe(plan.values)} are one and the "
+                "same job. A key of space has no effect there, as the sweep sets it for all trials (name, directory, "
+                "tracking, with a source backbone.weights), or as another key or the job's tasks replace it."
+            )
 
 
 def _draw(dimension: Dimension, generator: random.Random) -> Any:

@@ -1,7 +1,8 @@
 """Start a sweep, or go on with one, from its spec to the choice and what comes after it."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import yaml
 from rich.console import Console
 
 from multitask.engines.served import ray_session
-from multitask.job import Job, Loaded, open_split
+from multitask.job import Job, Loaded, load_backbone, open_split
 from multitask.report import write_sweep_report
 from multitask.runs import RunError, write_json
-from multitask.spec import SpecError, load_spec
+from multitask.spec import JobSpec, SpecError, dump_spec, load_spec
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
 from multitask.sweep.outcomes import Choice, Outcome, choices, choose, read_outcome, write_tables, write_winner
@@ -24,6 +25,7 @@ from multitask.sweep.spec import AshaScheduler, SweepSpec, dump_sweep, load_swee
 from multitask.sweep.summary import section
 from multitask.sweep.tuning import run_trials
 from multitask.tracking import Tracker
+from patches import Backbone
 from patches.files import write_atomic
 
 SPEC, STATE = "sweep.yaml", "sweep.json"
@@ -111,18 +113,16 @@ def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
     elif (directory / SPEC).read_bytes() != _text(spec):
         raise SpecError(
             f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Go on with "
-            "that one, or name another `directory`."
+            "that one, and with the --mlflow-uri that it began with, or name another `directory`."
         )
 
 
 def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
-    """Build each kind of job once, on random weights: what does not fit is found before the first trial.
+    """Build each kind of job once: what does not fit is found before the first trial.
 
     Returns:
-        The tables of all trials.
+        What the trials share; without the backbones, where these have to be trained first.
     """
-    if spec.source is not None:
-        load_spec(spec.source)
     _check_milestone(spec, plans)
     tasks = [task for plan in plans for task in plan.spec.tasks]
     if any(task.train_on != "train" for task in tasks):
@@ -133,25 +133,50 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
     if spec.test:
         for task in {task.data: task for task in tasks}.values():
             open_split(task, "test", verify=False)
-    built = Loaded()
-    kinds = set()
-    for plan in plans:
-        job, backbone = plan.spec, plan.spec.backbone
-        parts = [[task.data, task.method, task.options, task.num_classes] for task in job.tasks]
-        kind = json.dumps([backbone.name, backbone.num_classes, backbone.options, job.train_shared, parts])
-        if kind not in kinds:
-            kinds.add(kind)
-            Job(replace(job, backbone=replace(backbone, weights=None), seed=plans[0].spec.seed), loaded=built)
-    return Loaded(tables=built.tables)
+    loaded = Loaded()
+    kinds = {_kind(plan.spec): plan.spec for plan in plans}
+    if spec.source is None:
+        for job in kinds.values():
+            Job(job, loaded=loaded)
+        return loaded
+    for job in kinds.values():
+        Job(replace(job, backbone=replace(job.backbone, weights=None)), loaded=loaded)
+    _check_source(load_spec(spec.source), loaded.backbones.values())
+    return Loaded(tables=loaded.tables)
+
+
+def _kind(spec: JobSpec) -> str:
+    """Equal for jobs that fit their backbones and data alike."""
+    content = dump_spec(spec)
+    return json.dumps([content[key] for key in ("backbone", "train_shared", "tasks")])
+
+
+def _check_source(source: JobSpec, backbones: Iterable[Backbone]) -> None:
+    """What it trains has to fit: found afterwards, its training would have been for nothing."""
+
+    def shapes(backbone: Backbone) -> dict[str, Any]:
+        return {name: tensor.shape for name, tensor in backbone.network.state_dict().items()}
+
+    trained = load_backbone(source, weights=None)
+    for backbone in backbones:
+        if shapes(backbone) != shapes(trained):
+            raise SpecError(
+                f"source '{source.name}' trains backbone {trained.name} {trained.options}, which does not fit the "
+                f"trials' {backbone.name} {backbone.options}; give both the same backbone"
+            )
 
 
 def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
-    """A scheduler whose first milestone no trial meets would stop nobody."""
-    steps = max(plan.spec.steps for plan in plans)
-    if isinstance(spec.scheduler, AshaScheduler) and spec.scheduler.grace_rounds >= steps:
+    """A scheduler that meets no trial before its end would stop nobody."""
+    if not isinstance(spec.scheduler, AshaScheduler):
+        return
+    grace, jobs = spec.scheduler.grace_rounds, [plan.spec for plan in plans]
+    # It decides at evaluations: at the first one that is not before its milestone.
+    if all(math.ceil(grace / job.evaluate_every) * job.evaluate_every >= job.steps for job in jobs):
         raise SpecError(
-            f"scheduler.grace_rounds is {spec.scheduler.grace_rounds}, but the trials have {steps} steps, so that none "
-            "would be stopped early; set fewer rounds, or leave the scheduler out"
+            f"scheduler.grace_rounds is {grace}, but the trials have {jobs[0].steps} steps and are evaluated every "
+            f"{jobs[0].evaluate_every}, so that none would be stopped early; set fewer rounds, evaluate more often, or "
+            "leave the scheduler out"
         )
 
 

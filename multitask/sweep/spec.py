@@ -33,6 +33,9 @@ class Dimension:
             raise ValueError(
                 f"log_uniform is {list(self.log_uniform)}, but the first number has to be below the second"
             )
+        twice = next((value for value in self.grid or () if (self.grid or ()).count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"grid has {twice!r} twice; for trials with other seeds set repeats")
         return self
 
     @property
@@ -128,6 +131,14 @@ class SweepSpec:
     def _seeds_have_one_origin(self) -> Self:
         if self.repeats > 1 and "seed" in self.dimensions:
             raise ValueError(f"repeats is {self.repeats} and space has seed; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _no_key_lies_within_another(self) -> Self:
+        for key in self.dimensions:
+            outer = next((other for other in self.dimensions if key.startswith(f"{other}.")), None)
+            if outer is not None:
+                raise ValueError(f"space has {outer} and its part {key}; write the part into the values of {outer}")
         return self
 
     @property

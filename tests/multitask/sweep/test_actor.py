@@ -1,6 +1,9 @@
 """A trial, an evaluation at a time, without Ray."""
 
+import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from safetensors.torch import load_file
 
 import multitask
 from multitask.job import Loaded
+from multitask.live import SILENT_S, STATUS
+from multitask.runs import write_json
 from multitask.spec import JobSpec
 from multitask.sweep.actor import TrialRun
 from multitask.sweep.outcomes import failure_file, read_outcome
@@ -56,6 +61,8 @@ def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_t
 ) -> None:
     trial = TrialRun(plan, None, None)
     first = trial.next()
+    # Written when it is told: a trial that is killed now tells it again.
+    assert read_outcome(plan).curve == ((first["round"], first["validation_top1"]),)
     trial.stop()
     assert read_outcome(plan).state == "stopped"
 
@@ -69,6 +76,31 @@ def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_t
     )
     found, expected = (load_file(folder / "last.safetensors") for folder in (plan.directory, alone.directory))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_trial_goes_on_once_its_process_on_another_machine_counts_as_gone(plan: TrialPlan) -> None:
+    trial = TrialRun(plan, None, None)
+    trial.next()
+    trial.stop()
+    path = plan.directory / STATUS
+    silent = {"state": "running", "host": "elsewhere", "updated": time.time() - SILENT_S + 0.5}
+    write_json(path, json.loads(path.read_text()) | silent)
+    assert read_outcome(plan).state == "running"
+
+    news = to_the_end(TrialRun(plan, None, None))
+
+    assert [told["round"] for told in news] == [2, 4, 6, 6]
+
+
+def test_a_trial_goes_on_with_the_share_that_it_has_now(plan: TrialPlan) -> None:
+    trial = TrialRun(plan, None, None)
+    trial.next()
+    trial.stop()
+    share = replace(plan.spec, resources=replace(plan.spec.resources, cpus_per_worker=0.5))
+
+    to_the_end(TrialRun(replace(plan, spec=share), None, None))
+
+    assert multitask.Run(plan.directory).spec == share
 
 
 def test_a_trial_that_is_stopped_at_what_it_did_before_trains_no_further(plan: TrialPlan) -> None:

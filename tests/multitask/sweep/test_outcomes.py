@@ -114,19 +114,20 @@ def write_status(outcome: Outcome, state: str) -> None:
 
 
 def test_a_trials_state_is_read_from_its_files(make_outcome: MakeOutcome) -> None:
-    waiting, lost, failed, finished, stopped = (make_outcome(number, 0.0) for number in range(5))
+    waiting, lost, failed, finished, stopped, cut = (make_outcome(number, 0.0) for number in range(6))
     write_status(lost, "running")
     write_status(finished, "finished")
     write_status(stopped, "stopped")
+    write_status(cut, "finished")  # killed before it could write its result
     failure_file(failed.plan).parent.mkdir(parents=True, exist_ok=True)
     failure_file(failed.plan).write_text("no such table")
     failure_file(finished.plan).write_text("at its first try")
     (finished.plan.directory / "result.json").write_text(json.dumps({"trained_parameters": 7, "seconds": 2.5}))
 
-    found = [read_outcome(outcome.plan) for outcome in (waiting, lost, failed, finished, stopped)]
+    found = [read_outcome(outcome.plan) for outcome in (waiting, lost, failed, finished, stopped, cut)]
 
-    assert [outcome.state for outcome in found] == ["waiting", "lost", "failed", "finished", "stopped"]
-    assert [outcome.error for outcome in found] == [None, None, "no such table", None, None]
+    assert [outcome.state for outcome in found] == ["waiting", "lost", "failed", "finished", "stopped", "lost"]
+    assert [outcome.error for outcome in found] == [None, None, "no such table", None, None, None]
     # One evaluation is not complete: the driver was killed while it wrote.
     assert found[1].curve == ((2, 45.0),)
     assert (found[3].trained_parameters, found[3].seconds, found[3].mlflow_run_id) == (7, 2.5, "f00d")

@@ -21,6 +21,8 @@ def test_local_trials_take_a_cpu_each(make_spec: MakeSpec) -> None:
 
 def test_no_more_trials_at_a_time_than_there_are(make_spec: MakeSpec) -> None:
     assert reserve([make_spec()], [{"CPU": 64.0}], None).concurrent == 1
+    # Two cores are too few for eight trials, but there are two.
+    assert reserve([make_spec()] * 2, TWO_CPUS, 8).concurrent == 2
 
 
 @pytest.mark.parametrize("engine", ["async", "sync", "allreduce"])
@@ -68,6 +70,17 @@ def test_a_worker_has_to_fit_on_one_node(make_spec: MakeSpec) -> None:
     # As many CPUs, but the third worker finds only halves.
     with pytest.raises(SpecError, match=r"the cluster has 1.75 CPUs, 1.75 CPUs \(2 nodes\)"):
         reserve([spec], [{"CPU": 1.75}, {"CPU": 1.75}], None)
+
+
+def test_every_trial_has_to_find_room(make_spec: MakeSpec) -> None:
+    wide = make_spec(tasks={"pets": {"workers": 3}}, engine={"name": "async"}, resources={"cpus_per_worker": 1.0})
+    tall = make_spec(resources={"cpus_per_worker": 2.0})
+    nodes = [{"CPU": 1.5}] * 3
+
+    assert reserve([wide], nodes, None).concurrent == 1
+    # It takes fewer CPUs, but all on one node.
+    with pytest.raises(SpecError, match="one takes 2 CPUs"):
+        reserve([wide, tall], nodes, None)
 
 
 def test_the_largest_trial_sets_how_many_run_at_a_time(make_spec: MakeSpec) -> None:

@@ -138,6 +138,11 @@ def test_a_ready_space_may_be_changed(make_sweep: Callable[..., SweepSpec]) -> N
         ({}, "a sweep needs a key in space"),
         ({"space": {"steps": {"grid": [1], "choice": [2]}}}, "space.steps: give exactly one of"),
         ({"space": {"steps": {"grid": []}}}, "at least 1 item"),
+        ({"space": {"optimizer.rate": {"grid": [0.1, 0.2, 0.1]}}}, "grid has 0.1 twice"),
+        (
+            {"space": {"optimizer.rate": {"grid": [0.1]}, "optimizer": {"grid": [{"name": "sgd", "rate": 0.2}]}}},
+            "space has optimizer and its part optimizer.rate",
+        ),
         ({"space": {"steps": {"gird": [1]}}}, "space.steps.gird: unknown key; did you mean grid"),
         ({"space": {"optimizer.rate": {"log_uniform": [0.1, 0.01]}}}, "the first number has to be below the second"),
         ({"space": {"steps": {"grid": [1]}}, "samples": 2}, "nothing is drawn"),
@@ -166,6 +171,26 @@ def test_a_setting_that_fits_no_job_is_named(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         plan_trials(make_sweep(space=space))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"directory": {"grid": ["a", "b"]}},
+        {"tracking.experiment": {"grid": ["a", "b"]}},
+        {"task_defaults.method": {"grid": ["full", "last_layer"]}},  # the tasks have one each
+        {"tasks.pets.batch_size": {"grid": [2, 4]}, "tasks.batch_size": {"grid": [8]}},
+    ],
+)
+def test_a_key_without_effect_is_refused(make_sweep: Callable[..., SweepSpec], space: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="are one and the same job"):
+        plan_trials(make_sweep(space=space))
+
+
+def test_a_value_that_is_drawn_twice_is_two_trials(make_sweep: Callable[..., SweepSpec]) -> None:
+    plans = plan_trials(make_sweep(space={"steps": {"choice": [2]}}, samples=2))
+
+    assert [plan.values for plan in plans] == [{"steps": 2}] * 2
 
 
 def test_relative_paths_start_at_the_sweeps_file(make_spec: MakeSpec, tmp_path: Path) -> None:

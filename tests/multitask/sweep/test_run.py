@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from multitask.data import DataError
 from multitask.runs import RunError
@@ -59,10 +60,36 @@ def test_missing_test_images_are_refused_before_anything_is_written(content: dic
     assert not Path(content["directory"]).exists()
 
 
+def test_missing_weights_are_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
+    content["space"] = {"backbone.weights": {"grid": [str(tmp_path / "none.safetensors")]}}
+
+    with pytest.raises(PatchError, match="does not exist"):
+        run_sweep(content)
+
+    assert not Path(content["directory"]).exists()
+
+
+def test_a_source_that_does_not_fit_is_refused_before_it_is_trained(
+    content: dict[str, Any], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    wider = dump_spec(make_spec())
+    wider["backbone"]["options"]["last_channel"] = 32
+    (tmp_path / "source.yaml").write_text(yaml.safe_dump(wider))
+
+    with pytest.raises(SpecError, match="does not fit the trials' mobilenet_v2"):
+        run_sweep({**content, "source": str(tmp_path / "source.yaml")})
+
+    assert not Path(content["directory"]).exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scheduler": {"name": "asha", "grace_rounds": 4}}, "grace_rounds is 4, but the trials have 4 steps"),
+        (
+            {"scheduler": {"name": "asha", "grace_rounds": 1}, "space": {"evaluate_every": {"grid": [4]}}},
+            "are evaluated every 4",
+        ),
         ({"space": {"tasks.train_on": {"grid": ["train", "train+validation"]}}}, "a sweep chooses by validation"),
     ],
 )
