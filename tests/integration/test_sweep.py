@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 
 import multitask
+from multitask.live import read_status
 from multitask.runs import evaluate_models
 from multitask.spec import JobSpec, dump_spec
 from multitask.sweep import SweepResult, run_sweep
@@ -51,15 +53,18 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         tmp_path,
         {"steps": 6, "evaluate_every": 3},
         # At the last rate the first step leaves no finite loss.
-        space={"tasks.method": {"grid": ["scale_bias+last_layer"]}, "optimizer.rate": {"grid": [0.01, 1e-5, 1e30]}},
+        space={"tasks.method": {"grid": ["scale_bias+last_layer"]}, "optimizer.rate": {"grid": [1e-5, 0.01, 1e30]}},
         concurrent=1,
+        retries=0,
     )
 
     result = run_sweep(spec, console=Console(quiet=True))
 
     assert [outcome.state for outcome in result.outcomes] == ["finished", "finished", "failed"]
     assert result.choice is not None
-    winner = result.outcomes[result.choice.trial.number]
+    # Its process had trained another trial before.
+    assert result.choice.trial.number == 1
+    winner = result.outcomes[1]
     again = multitask.train(result.directory / "best.yaml", console=Console(quiet=True))
     assert again.result["best"]["tasks"]["pets"]["top1"] == winner.top1
     assert (
@@ -74,7 +79,7 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         "rates_0002": "FAILED",
     }
     assert [[run.info.run_name for run in tasks[name]] for name in trials] == [["pets"]] * 3
-    assert trials["rates_0001"].data.params["setting.optimizer.rate"] == "1e-05"
+    assert trials["rates_0000"].data.params["setting.optimizer.rate"] == "1e-05"
     assert {file.path for file in client.list_artifacts(sweep.info.run_id)} >= {"trials.csv", "best.yaml", "spec.yaml"}
 
     written = {o.plan.number: (o.plan.directory / "last.safetensors").stat().st_mtime_ns for o in result.outcomes[:2]}
@@ -91,12 +96,42 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = content(make_spec, tmp_path, {}, space={"optimizer.rate": {"grid": [0.1]}}, concurrent=3)
+    spec = content(make_spec, tmp_path, {}, space={"optimizer.rate": {"grid": [0.1, 0.2, 0.3]}}, concurrent=3)
 
     with pytest.raises(multitask.SpecError, match="together 3; the cluster has 2 CPUs"):
         run_sweep(spec, console=Console(quiet=True))
 
     assert not (tmp_path / "rates").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoint(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 200, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
+        space={"optimizer.rate": {"grid": [0.01]}},
+    )
+    directory = tmp_path / "rates" / "trials" / "0000"
+    lost = []
+
+    def kill_after_an_evaluation() -> None:
+        while not (directory / "status.json").is_file() or not read_status(directory)["tasks"]["pets"]["curve"]:
+            time.sleep(0.01)
+        lost.append(read_status(directory)["process"])
+        os.kill(lost[0], signal.SIGKILL)
+
+    threading.Thread(target=kill_after_an_evaluation, daemon=True).start()
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished"]
+    assert read_status(directory)["process"] not in [os.getpid(), *lost]
+    client, _, _, tasks = runs(result, tmp_path)
+    steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
+    assert set(steps) == set(range(1, 201))
+    assert steps.count(1) == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -178,7 +213,7 @@ def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec,
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 40, "evaluate_every": 10, "resources": {"cpus_per_worker": 0.25}},
+        {"steps": 20, "evaluate_every": 5, "resources": {"cpus_per_worker": 0.25}},
         space={"optimizer.rate": {"grid": rates}},
         concurrent=8,
     )
@@ -191,7 +226,7 @@ def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec,
         (task,) = tasks[f"rates_{number:04d}"]
         for name in ("loss", "rate", "staleness", "samples_per_s"):
             history = client.get_metric_history(task.info.run_id, name)
-            assert sorted(metric.step for metric in history) == list(range(1, 41)), (number, name)
+            assert sorted(metric.step for metric in history) == list(range(1, 21)), (number, name)
         assert {metric.value for metric in client.get_metric_history(task.info.run_id, "rate")} == {rate}
         assert len(client.get_metric_history(task.info.run_id, "validation_top1")) == 4
 
@@ -201,8 +236,8 @@ def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: M
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 150, "evaluate_every": 50, "checkpoints": {"every_rounds": 10}},
-        space={"optimizer.rate": {"grid": [0.01, 0.02, 0.03, 0.04]}},
+        {"steps": 100, "evaluate_every": 50, "checkpoints": {"every_rounds": 10}},
+        space={"optimizer.rate": {"grid": [0.01, 0.02, 0.03]}},
         concurrent=1,
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
@@ -223,4 +258,4 @@ def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: M
     assert done.returncode == 0, done.stderr
     assert first.stat().st_mtime_ns == written
     results = sorted((tmp_path / "rates" / "trials").glob("*/result.json"))
-    assert len(results) == 4
+    assert len(results) == 3
