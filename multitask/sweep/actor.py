@@ -14,7 +14,7 @@ from rich.console import Console
 from multitask.job import Loaded
 from multitask.live import POLL_S, SILENT_S, STATUS, read_status
 from multitask.runs import Run, write_spec
-from multitask.server.messages import Evaluation
+from multitask.server.messages import Evaluation, mean_top1
 from multitask.sweep.outcomes import failure_file, read_outcome
 from multitask.sweep.plan import TrialPlan
 from multitask.trainer import Stopped, Trial, resume, train
@@ -155,5 +155,5 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _end_metrics(run: Run) -> dict[str, Any]:
-    top1 = [task["top1"] for task in run.result["last"]["tasks"].values()]
-    return {ROUND: run.result["last"]["round"], METRIC: sum(top1) / len(top1)}
+    last = run.result["last"]
+    return {ROUND: last["round"], METRIC: mean_top1(last["tasks"].values())}

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from multitask.runs import Run, Version, evaluate_models, write_json
+from multitask.server.messages import mean_top1
 from multitask.spec import JobSpec
 from multitask.sweep.outcomes import Choice, winning_spec
 from multitask.tracking import Tracker
@@ -31,7 +32,7 @@ class Verdict:
     @property
     def top1(self) -> float:
         """Percent, mean over tasks."""
-        return sum(task["top1"] for task in self.tasks.values()) / len(self.tasks)
+        return mean_top1(self.tasks.values())
 
 
 def stopped(directory: Path) -> Stopped:
