@@ -22,9 +22,19 @@ from multitask.sweep.plan import TrialPlan
 MakeSpec = Callable[..., JobSpec]
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all, because its first use takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
 @pytest.fixture
-def plan(make_spec: MakeSpec) -> TrialPlan:
-    spec = make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False)
+def spec(make_spec: MakeSpec, store: str) -> JobSpec:
+    return make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False, tracking={"uri": store})
+
+
+@pytest.fixture
+def plan(spec: JobSpec) -> TrialPlan:
     return TrialPlan(0, 0, {"optimizer.rate": 0.01}, spec)
 
 
@@ -35,18 +45,14 @@ def to_the_end(trial: TrialRun) -> list[dict[str, float]]:
     return news
 
 
-def test_a_trial_trains_as_a_job_alone_does_and_changes_nothing_that_is_shared(
-    plan: TrialPlan, make_spec: MakeSpec, tmp_path: Path
-) -> None:
+def test_a_trial_trains_as_a_job_alone_does_and_changes_nothing_that_is_shared(plan: TrialPlan, tmp_path: Path) -> None:
     loaded = Loaded()
     loaded.add(plan.spec)
     (backbone,) = loaded.backbones.values()
     before = backbone.content_hash()
 
     news = to_the_end(TrialRun(plan, loaded, None))
-    alone = multitask.train(
-        make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False, directory=str(tmp_path / "alone"))
-    )
+    alone = multitask.train(replace(plan.spec, directory=str(tmp_path / "alone")))
 
     assert [told["round"] for told in news] == [2, 4, 6, 6]
     assert news[2]["validation_top1"] == alone.result["last"]["tasks"]["pets"]["top1"]
@@ -57,7 +63,7 @@ def test_a_trial_trains_as_a_job_alone_does_and_changes_nothing_that_is_shared(
 
 
 def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_that_was_not_stopped(
-    plan: TrialPlan, make_spec: MakeSpec, tmp_path: Path
+    plan: TrialPlan, tmp_path: Path
 ) -> None:
     trial = TrialRun(plan, None, None)
     first = trial.next()
@@ -71,9 +77,7 @@ def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_t
     assert news[0] == first
     assert [told["round"] for told in news] == [2, 4, 6, 6]
     assert read_outcome(plan).state == "finished"
-    alone = multitask.train(
-        make_spec(tasks={"pets": {}}, steps=6, evaluate_every=2, train_shared=False, directory=str(tmp_path / "alone"))
-    )
+    alone = multitask.train(replace(plan.spec, directory=str(tmp_path / "alone")))
     found, expected = (load_file(folder / "last.safetensors") for folder in (plan.directory, alone.directory))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -127,10 +131,9 @@ def test_a_finished_trial_is_told_again_and_not_trained_again(plan: TrialPlan) -
     assert (plan.directory / "result.json").stat().st_mtime_ns == written
 
 
-def test_a_failed_trial_says_why_beside_its_directory(make_spec: MakeSpec) -> None:
+def test_a_failed_trial_says_why_beside_its_directory(spec: JobSpec) -> None:
     # A rate at which the first step leaves no finite loss.
-    spec = make_spec(tasks={"pets": {}}, optimizer={"rate": 1e30}, steps=6)
-    plan = TrialPlan(0, 0, {}, spec)
+    plan = TrialPlan(0, 0, {}, replace(spec, optimizer=replace(spec.optimizer, rate=1e30)))
 
     with pytest.raises(multitask.TrainingError, match="pets"):
         to_the_end(TrialRun(plan, None, None))

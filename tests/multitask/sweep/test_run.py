@@ -12,7 +12,7 @@ from multitask.data import DataError
 from multitask.runs import RunError
 from multitask.spec import JobSpec, SpecError, dump_spec
 from multitask.sweep import run_sweep
-from patches import PatchError
+from patches import BackboneError, PatchError
 
 MakeSpec = Callable[..., JobSpec]
 
@@ -63,7 +63,7 @@ def test_missing_test_images_are_refused_before_anything_is_written(content: dic
 def test_missing_weights_are_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
     content["space"] = {"backbone.weights": {"grid": [str(tmp_path / "none.safetensors")]}}
 
-    with pytest.raises(PatchError, match="does not exist"):
+    with pytest.raises(BackboneError, match="does not exist"):
         run_sweep(content)
 
     assert not Path(content["directory"]).exists()
