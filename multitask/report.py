@@ -182,6 +182,20 @@ def _write_pictures(section: Mapping[str, Any], directory: Path) -> None:
         (directory / "stages.png").write_bytes(section["sheet"])
 
 
+def write_sweep_report(title: str, section: Mapping[str, Any], directory: Path) -> Path:
+    """Write `report.html` about a sweep, which holds its figures and needs no other file.
+
+    Args:
+        section: what `multitask.sweep.summary.section` makes.
+    Returns:
+        The path of `report.html`.
+    """
+    html = _environment().get_template("sweep.html").render(title=title, sweep=section)
+    path = directory / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
 def _environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("multitask", "templates")
     environment = jinja2.Environment(
