@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cascade_verbs import app as cascade_app
+from jobs.cluster_verbs import jobs_app, submit
 from jobs.data_verbs import app as data_app
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
+app.add_typer(jobs_app, name="jobs")
+# What `submit` does not know belongs to the verb that it submits.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
