@@ -52,7 +52,7 @@ def test_ray_accepts_the_cluster_file(path: Path) -> None:
         (AWS, lambda config: config["available_node_types"]["gpu_worker"].pop("node_config")),
         (AWS, lambda config: config["available_node_types"]["gpu_worker"].update(min_workers=13)),
         (AWS, lambda config: config["auth"].update(ssh_usr="ubuntu")),
-        (AWS, lambda config: config.update(setup_commands="pip install .")),
+        (AWS, lambda config: config.update(setup_commands=[{"run": "pip install ."}])),
         (ON_PREMISE, lambda config: config["provider"].pop("head_ip")),
         (ON_PREMISE, lambda config: config.update(worker_ips=["10.0.0.2"])),
     ],
