@@ -11,8 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from jobs import cli
 from jobs.package import TOKENS
+from multitask.engines.served import ray_session
 
 LOOK_TIMEOUT_S = 1800.0
 """A node's first look waits for the job's packages there."""
@@ -20,13 +24,17 @@ LOOK_TIMEOUT_S = 1800.0
 
 def main() -> None:
     storage, *arguments = sys.argv[1:]
-    try:
-        take_tokens(Path(TOKENS))
-        check_storage(Path(storage))
-    except Exception as error:
-        sys.exit(f"error: {error}")
-    sys.argv = ["multitask", *arguments]
-    cli.main()
+    here = Path.cwd()
+    take_tokens(Path(TOKENS))
+    with ray_session():
+        try:
+            check_storage(Path(storage))
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+        # Nodes with one disk, as in a simulated cluster, unpack the job's folder over each other's: enter it again.
+        os.chdir(here)
+        sys.argv = ["multitask", *arguments]
+        cli.main()
 
 
 def take_tokens(file: Path) -> None:
@@ -56,19 +64,13 @@ def check_storage(storage: Path) -> None:
 
 def nodes_without(file: Path) -> list[str]:
     """Addresses of the cluster's nodes that do not see a file."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from multitask.engines.served import ray_session
-
-    with ray_session():
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        look: Any = ray.remote(num_cpus=0)(_sees)
-        looks = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(file)
-            for node in nodes
-        ]
-        seen = ray.get(looks, timeout=LOOK_TIMEOUT_S)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    look: Any = ray.remote(num_cpus=0)(_sees)
+    looks = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(file)
+        for node in nodes
+    ]
+    seen = ray.get(looks, timeout=LOOK_TIMEOUT_S)
     return [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]
 
 

@@ -1,5 +1,6 @@
 """What a job does on its cluster before its verb."""
 
+import contextlib
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ def test_a_storage_that_some_nodes_do_not_see_ends_the_job(
         seen.append(file)
         return ["10.0.0.2", "10.0.0.3"]
 
+    monkeypatch.setattr(submitted, "ray_session", contextlib.nullcontext)
     monkeypatch.setattr(submitted, "nodes_without", nodes_without)
     monkeypatch.setattr(sys, "argv", ["submitted", str(tmp_path / "storage"), "train", "spec.yaml"])
     monkeypatch.setattr(submitted.cli, "main", lambda: pytest.fail("the verb must not start"))
@@ -50,6 +52,7 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_verb_gets_its_own_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitted, "ray_session", contextlib.nullcontext)
     monkeypatch.setattr(submitted, "nodes_without", lambda _: [])
     monkeypatch.setattr(sys, "argv", ["submitted", str(tmp_path), "export", "/shared/job", "--version", "last"])
     given: list[str] = []
