@@ -32,8 +32,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     VIT: {"image_size": RESOLUTION, "patch_size": 4, "num_layers": 4, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128},
     RESNET: {},
 }
-PRETRAINING = {VIT: (8, 2e-3), RESNET: (3, 1e-3)}
-"""Backbone -> epochs and rate."""
+PRETRAINING = {VIT: (8, 2e-3, 2), RESNET: (3, 1e-3, 5)}
+"""Backbone -> epochs, rate, and every how-manieth image it sees."""
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
 SEEDS = (0, 1, 2)
 BATCH = 64
@@ -50,7 +50,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-RATES = {"dtl": (1e-3, 3e-3, 1e-2), "mist": (1e-3, 3e-3, 1e-2), "parasite": (3e-4, 1e-3, 3e-3)}
+RATES = {"dtl": (3e-3, 1e-2, 3e-2), "mist": (3e-3, 1e-2, 3e-2), "parasite": (3e-4, 1e-3, 3e-3)}
 BEST_RATIO = 0.2
 VARIANTS = {
     VIT: (
@@ -99,15 +99,16 @@ class Study:
     backbones: Mapping[str, patches.Backbone]
     splits: Mapping[str, Split]
     train_images: int
-    epochs: int
+    epochs: Mapping[str, int]
+    """Backbone -> epochs of a variant on it."""
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="with one thread each")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, nargs=2, default=(15, 6), metavar=("VIT", "RESNET"))
     parser.add_argument("--train-images", type=int, default=2000)
-    parser.add_argument("--shrink", type=int, default=1, help="train backbones on every so-many-th image only")
+    parser.add_argument("--shrink", type=int, default=1, help="divides the backbones' images, to try this file")
     arguments = parser.parse_args()
     around, start = environment(), time.perf_counter()
     context = torch.multiprocessing.get_context("spawn")
@@ -117,7 +118,8 @@ def main() -> None:
     print(f"Backbones trained after {time.perf_counter() - start:.0f} s", flush=True)
     torch.set_num_threads(arguments.processes)
     splits = {split: frozen_split(split, backbones) for split in ("train", "validation", "test")}
-    study = Study(backbones, splits, arguments.train_images, arguments.epochs)
+    epochs = dict(zip(BACKBONES, arguments.epochs, strict=True))
+    study = Study(backbones, splits, arguments.train_images, epochs)
     probes = {title: summary([probe(study, title, seed) for seed in SEEDS]) for title in PROBES}
     with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=set_up, initargs=(study,)) as pool:
         rows = run_variants(pool, study)
@@ -134,10 +136,10 @@ def main() -> None:
             "sources": SOURCES,
             "target": TARGET,
             "backbones": BACKBONES,
-            "pretraining_epochs_and_rate": PRETRAINING,
+            "pretraining": PRETRAINING,
             "shrink": arguments.shrink,
             "train_images": arguments.train_images,
-            "epochs": arguments.epochs,
+            "epochs": epochs,
             "batch": BATCH,
             "seeds": SEEDS,
             "rates": RATES,
@@ -153,11 +155,11 @@ def main() -> None:
 
 def pretrain(name: str, shrink: int) -> patches.Backbone:
     """A backbone that tells the classes of all sources apart."""
+    epochs, rate, every = PRETRAINING[name]
     parts = [read(source, "train") for source in SOURCES]
-    images = torch.cat([images for images, _ in parts])[::shrink]
-    labels = torch.cat([labels + CLASSES * number for number, (_, labels) in enumerate(parts)])[::shrink]
+    images = torch.cat([images for images, _ in parts])[:: every * shrink]
+    labels = torch.cat([labels + CLASSES * number for number, (_, labels) in enumerate(parts)])[:: every * shrink]
     backbone = patches.load_backbone(name, num_classes=CLASSES * len(SOURCES), **BACKBONES[name])
-    epochs, rate = PRETRAINING[name]
     network = backbone.network.train()
     fit(lambda rows: network(images[rows]), labels, list(network.parameters()), epochs=epochs, rate=rate, seed=0)
     network.eval()
@@ -313,7 +315,7 @@ def run(name: str, variant: Variant, rate: float, seed: int) -> Accuracies:
         lambda rows: logits("train", chosen[rows]),
         study.splits["train"].labels[chosen],
         [tensor for tensor in model.private_state().values() if tensor.requires_grad],
-        epochs=study.epochs,
+        epochs=study.epochs[name],
         rate=rate,
         seed=seed,
     )

@@ -187,7 +187,8 @@ class DTLNetwork(SideNetwork):
         """
         x = collected @ c
         if self.beta is not None:
-            x = functional.silu(x)  # silu(βh) = β · h · sigmoid(βh)
+            # silu(βh) = β · h · sigmoid(βh); where no gradient is needed, in the place of βh.
+            x = functional.silu(x, inplace=not torch.is_grad_enabled())
         if not self.convolutions:
             return x
         convolution = self.convolutions[str(self._stage(block))]
