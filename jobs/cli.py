@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cascade_verbs import app as cascade_app
-from jobs.cluster_verbs import jobs_app, submit
+from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 
 app = typer.Typer(
@@ -102,12 +102,16 @@ def train(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")], json_output: AsJson = False
+    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")],
+    address: Annotated[
+        str | None, typer.Option(help="Look there: a cluster's dashboard, such as http://127.0.0.1:8265.")
+    ] = None,
+    json_output: AsJson = False,
 ) -> None:
     """Show how a run stands: state, steps, losses, speed, staleness and faults of each task."""
     from multitask.live import read_status
 
-    found = read_status(run)
+    found = read_status(run) if address is None else read_status_there(run, address)
     if json_output:
         print(json.dumps(found))
         return

@@ -132,6 +132,22 @@ def stop(job: Job, address: Address = None) -> None:
     print(f"{job}: {details.status}" + ("" if stopped else "; it had ended before"))
 
 
+def read_status_there(run: Path, address: str) -> dict[str, Any]:
+    """What `multitask.live.read_status` says on a cluster whose head has the run's directory.
+
+    Raises:
+        RunError: nothing was started in this directory.
+    """
+    from jobs.submission import read_file
+    from multitask.live import STATUS, judge_status
+    from multitask.runs import RunError
+
+    text = read_file(connect(address), run / STATUS)
+    if text is None:
+        raise RunError(f"'{run}' holds no run on the cluster's head. Name STORAGE/NAME as `multitask submit` used it.")
+    return judge_status(text)
+
+
 def connect(address: str | None) -> "JobSubmissionClient":
     """Raises ConnectionError where no cluster answers, and what Ray says of a missing or wrong token."""
     from ray.job_submission import JobSubmissionClient

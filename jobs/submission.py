@@ -70,6 +70,25 @@ def start(
     )
 
 
+def read_file(client: "JobSubmissionClient", path: Path) -> str | None:
+    """A text file as the cluster's head sees it, read by a job of which nothing stays; None where there is none.
+
+    Raises:
+        RuntimeError: the job did not run.
+    """
+    job = client.submit_job(entrypoint=shlex.join(["cat", str(path)]))
+    while not (details := client.get_job_info(job)).status.is_terminal():
+        time.sleep(PAUSE_S)
+    log = client.get_job_logs(job)
+    client.delete_job(job)
+    if details.status == "SUCCEEDED":
+        # Ray begins each log with the command.
+        return log[log.index("\n") + 1 :]
+    if details.driver_exit_code == 1:
+        return None
+    raise RuntimeError(f"The cluster could not read {path}: {details.message}")
+
+
 class JobLog:
     """A job's log, shown as it grows; what was shown stays so when the connection breaks and Ray begins anew."""
 

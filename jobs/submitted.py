@@ -24,15 +24,12 @@ LOOK_TIMEOUT_S = 1800.0
 
 def main() -> None:
     storage, *arguments = sys.argv[1:]
-    here = Path.cwd()
     take_tokens(Path(TOKENS))
     with ray_session():
         try:
             check_storage(Path(storage))
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-        # Nodes with one disk, as in a simulated cluster, unpack the job's folder over each other's: enter it again.
-        os.chdir(here)
         sys.argv = ["multitask", *arguments]
         cli.main()
 

@@ -36,10 +36,7 @@ class LiveStatus:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """What the driver wrote last, with `silent_s`, the seconds since then.
-
-    A state that only a living driver has ("running") becomes "lost" where its process is gone, or, on another machine,
-    was not heard of for a minute.
+    """What the driver wrote last, as `judge_status` sees it.
 
     Raises:
         RunError: nothing was started in this directory.
@@ -49,7 +46,16 @@ def read_status(directory: Path) -> dict[str, Any]:
         raise RunError(
             f"'{directory}' holds no run ({STATUS} is missing). Name a directory that `multitask train` uses."
         )
-    status: dict[str, Any] = json.loads(path.read_text())
+    return judge_status(path.read_text())
+
+
+def judge_status(text: str) -> dict[str, Any]:
+    """The content of a status file, with `silent_s`, the seconds since it was written.
+
+    A state that only a living driver has ("running") becomes "lost" where its process is gone, or, on another machine,
+    was not heard of for a minute.
+    """
+    status: dict[str, Any] = json.loads(text)
     status["silent_s"] = max(0.0, time.time() - status["updated"])
     if status["state"] == "running" and not _is_alive(status):
         status["state"] = "lost"

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -21,11 +22,20 @@ from jobs.package import PROJECT
 from multitask.data import write_table
 from multitask.live import read_status
 from multitask.runs import write_spec
-from multitask.spec import load_spec
+from multitask.spec import JobSpec, load_spec
 from multitask.tracking import PARENT_TAG
 from tests.conftest import png
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+MEASURED = {
+    "ray_multitask_pushes_total",
+    "ray_multitask_images_total",
+    "ray_multitask_pushed_bytes_total",
+    "ray_multitask_staleness",
+    "ray_multitask_queue",
+    "ray_multitask_step_seconds_bucket",
+}
+"""Metrics that docs/cluster.md names, apart from those that count what goes wrong."""
 
 
 @dataclass
@@ -35,7 +45,8 @@ class Cluster:
     address: str
     environment: dict[str, str]
     process: "subprocess.Popen[str]"
-    logs: Path
+    session: Path
+    """Folder of its logs, among other things."""
 
     def multitask(self, folder: Path, *arguments: object, **variables: str) -> "subprocess.CompletedProcess[str]":
         """What `multitask ARGUMENTS --address ...` does in a folder."""
@@ -48,12 +59,26 @@ class Cluster:
             timeout=300,
         )
 
-    def replace_a_node(self) -> None:
-        """Kill one and start another."""
+    def submit(self, spec: Path, storage: Path, *options: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        """Submit a training job from its spec's folder; the nodes have the packages."""
+        where = ("--storage", storage, "--installed", *options)
+        return self.multitask(spec.parent, "submit", "train", spec.name, *where, **variables)
+
+    def nodes(self, wish: Literal["add", "kill"]) -> None:
+        """Start a node, or kill one."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print("another", file=self.process.stdin, flush=True)
-        assert self.process.stdout.readline() == "replaced\n"
+        print(wish, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def measured(self) -> set[str]:
+        """Names of the metrics that Prometheus would find."""
+        discovered = json.loads((self.session / "prom_metrics_service_discovery.json").read_text())
+        pages = []
+        for target in discovered[0]["targets"]:
+            with urlopen(f"http://{target}/metrics", timeout=30) as page:
+                pages.append(page.read().decode())
+        return {line.partition("{")[0] for page in pages for line in page.splitlines()}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +100,9 @@ def cluster() -> Iterator[Cluster]:
         text=True,
     )
     assert nodes.stdout is not None
-    logs = nodes.stdout.readline().strip()
-    assert logs, "the cluster did not start"
-    yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(logs))
+    session = nodes.stdout.readline().strip()
+    assert session, "the cluster did not start"
+    yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(session))
     nodes.communicate(timeout=60)
 
 
@@ -90,6 +115,18 @@ def write_job(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def write_chaos(folder: Path, run: Path, engine: str, steps: int, **changes: Any) -> JobSpec:
+    """A job of three small workers, with its tables beside it."""
+    write_tables(folder / "data")
+    spec = load_spec(make_spec(folder / "data", run, {"name": engine}, steps), changes)
+    write_spec(folder / "job.yaml", spec)
+    return spec
+
+
+def steps_made(run: Path) -> int:
+    return read_status(run)["tasks"]["one"]["made"] if (run / "status.json").is_file() else 0
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -99,11 +136,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_demo_runs_to_its_end_and_its_results_are_in_the_storage(cluster: Cluster, tmp_path: Path) -> None:
-    spec, storage = write_job(tmp_path / "clean", steps=100, evaluate_every=50), tmp_path / "storage"
+    spec, storage = write_job(tmp_path / "clean", steps=100, evaluate_every=100), tmp_path / "storage"
     secret = secrets.token_hex(16)
 
-    options = ("--storage", storage, "--installed", "--token", "A_TOKEN")
-    done = cluster.multitask(spec.parent, "submit", "train", "job.yaml", *options, A_TOKEN=secret)
+    done = cluster.submit(spec, storage, "--token", "A_TOKEN", A_TOKEN=secret)
 
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((storage / "job" / "result.json").read_text())
@@ -115,7 +151,7 @@ def test_the_demo_runs_to_its_end_and_its_results_are_in_the_storage(cluster: Cl
     runs = client.search_runs([client.get_run(result["mlflow_run_id"]).info.experiment_id])
     assert sorted(run.data.tags.get(PARENT_TAG, "") for run in runs) == ["", *[result["mlflow_run_id"]] * 3]
 
-    logged = [path for path in cluster.logs.rglob("*") if path.is_file()]
+    logged = [path for path in (cluster.session / "logs").rglob("*") if path.is_file()]
     assert logged
     for hidden in (secret, cluster.environment["RAY_AUTH_TOKEN"]):
         assert hidden not in done.stdout + done.stderr
@@ -136,9 +172,7 @@ def test_a_failing_job_ends_with_its_workers_own_error(cluster: Cluster, tmp_pat
     task = {"name": "pets", "data": str(data), "num_classes": 2, "batch_size": 8}
     spec = write_job(tmp_path / "clean", tasks=[task])
 
-    failed = cluster.multitask(
-        spec.parent, "submit", "train", "job.yaml", "--storage", tmp_path / "storage", "--installed"
-    )
+    failed = cluster.submit(spec, tmp_path / "storage")
 
     assert failed.returncode == 1
     said = failed.stderr[failed.stderr.index("error: ") :]
@@ -148,43 +182,46 @@ def test_a_failing_job_ends_with_its_workers_own_error(cluster: Cluster, tmp_pat
 
 
 @pytest.mark.timeout(300)
-def test_a_detached_job_is_listed_and_stops_with_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    spec, storage = write_job(tmp_path / "clean", steps=100_000, evaluate_every=100_000), tmp_path / "storage"
-    started = cluster.multitask(
-        spec.parent, "submit", "train", "job.yaml", "--storage", storage, "--installed", "--detach"
-    )
+def test_a_detached_job_is_listed_and_measured_and_stops_with_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    run = tmp_path / "storage" / "run"
+    spec = write_chaos(tmp_path, run, "async", steps=100_000, checkpoints={"every_rounds": None})
+    started = cluster.submit(tmp_path / "job.yaml", run.parent, "--detach")
     assert started.returncode == 0, started.stderr
-    job, run = started.stdout.strip(), storage / "job"
-    wait_until(lambda: (run / "status.json").is_file() and read_status(run)["tasks"]["digits"]["made"] > 5)
+    job = started.stdout.strip()
+    wait_until(lambda: steps_made(run) > 5)
 
-    listed = json.loads(cluster.multitask(spec.parent, "jobs", "list", "--json").stdout)
+    listed = json.loads(cluster.multitask(tmp_path, "jobs", "list", "--json").stdout)
     assert [row["status"] for row in listed if row["job"] == job] == ["RUNNING"]
-    stopped = cluster.multitask(spec.parent, "jobs", "stop", job)
+    wait_until(lambda: cluster.measured() >= MEASURED)
+    stopped = cluster.multitask(tmp_path, "jobs", "stop", job)
 
     assert (stopped.returncode, stopped.stdout) == (0, f"{job}: STOPPED\n")
     assert read_status(run)["state"] == "stopped"
-    assert list((run / "checkpoints").iterdir())
-    assert "--resume" in cluster.multitask(spec.parent, "jobs", "logs", job).stdout
+    (checkpoint,) = Path(spec.checkpoint_folder).iterdir()
+    assert str(checkpoint) in cluster.multitask(tmp_path, "jobs", "logs", job).stdout
 
 
 @pytest.mark.timeout(600)
-def test_a_node_that_is_lost_and_replaced_changes_no_bit(cluster: Cluster, tmp_path: Path) -> None:
-    write_tables(tmp_path / "data")
+def test_a_run_begins_on_a_node_that_comes_later_and_goes_on_when_one_is_replaced(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Each of its three workers takes a whole node; the cluster has two, then three, then two, then three."""
     run = tmp_path / "storage" / "run"
-    chaos = make_spec(tmp_path / "data", run, {"name": "sync"}, steps=400)
-    # Three workers, of which a node has room for two: each node has one, and the new one is needed.
-    spec = load_spec(chaos, {"resources": {"cpus_per_worker": 0.8}})
-    write_spec(tmp_path / "job.yaml", spec)
+    spec = write_chaos(tmp_path, run, "sync", steps=600, resources={"cpus_per_worker": 2})
+    job = cluster.submit(tmp_path / "job.yaml", run.parent, "--detach").stdout.strip()
+    wait_until((run / "status.json").is_file)
 
-    options = ("--storage", run.parent, "--installed", "--detach")
-    job = cluster.multitask(tmp_path, "submit", "train", "job.yaml", *options).stdout.strip()
-    wait_until(lambda: (run / "status.json").is_file() and read_status(run)["tasks"]["one"]["made"] > 60)
-    cluster.replace_a_node()
+    waiting = json.loads(cluster.multitask(tmp_path, "status", run, "--json").stdout)
+    assert (waiting["state"], steps_made(run)) == ("running", 0)
+    cluster.nodes("add")
+    wait_until(lambda: steps_made(run) > 60)
+    cluster.nodes("kill")
+    cluster.nodes("add")
     ended = cluster.multitask(tmp_path, "jobs", "logs", job, "--follow")
 
     assert ended.returncode == 0, ended.stdout
     assert len(json.loads((run / "result.json").read_text())["recovery_seconds"]) == 1
-    assert final_bytes(run) == undisturbed(spec)
+    assert final_bytes(run) == undisturbed(spec), "the bits of a run that nobody disturbed"
 
 
 def test_who_has_no_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,12 @@ class Cluster:
     told: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
 
     def submit_job(self, **told: Any) -> str:
         self.told = told
+        if "runtime_env" not in told:
+            return "raysubmit_1"
         with ZipFile(told["runtime_env"]["working_dir"]) as packed:
             self.files = {name: packed.read(name) for name in packed.namelist()}
         return "raysubmit_1"
@@ -52,6 +56,10 @@ class Cluster:
 
     def stop_job(self, job: str) -> bool:
         self.stopped.append(job)
+        return True
+
+    def delete_job(self, job: str) -> bool:
+        self.deleted.append(job)
         return True
 
     def list_jobs(self) -> list[Any]:
@@ -225,3 +233,27 @@ def test_no_cluster_is_an_error_that_names_the_address(spec_file: Path, monkeypa
     failed = multitask("submit", "train", spec_file, "--storage", "/shared", "--address", "http://127.0.0.1:1")
     assert failed.returncode == 1
     assert "http://127.0.0.1:1" in failed.stderr
+
+
+def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cluster) -> None:
+    where = {"process": 1, "host": "another", "updated": time.time() - 5}
+    status = {"name": "run", "state": "running", "engine": "async", "error": None, "tasks": {}, **where}
+    cluster.log = f"Running entrypoint for job raysubmit_1: cat\n{json.dumps(status, indent=2)}\n"
+
+    shown = multitask("status", "/shared/a run", "--address", "http://head:8265", "--json")
+
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["state"], found["engine"]) == ("running", "async")
+    assert 5 <= found["silent_s"] < 60
+    assert cluster.told == {"entrypoint": "cat '/shared/a run/status.json'"}
+    assert cluster.deleted == ["raysubmit_1"]
+
+
+@pytest.mark.parametrize(("exit_code", "said"), [(1, "holds no run on the cluster's head"), (None, "Ray's account")])
+def test_a_status_that_cannot_be_read_there_is_an_error(cluster: Cluster, exit_code: int | None, said: str) -> None:
+    cluster.status, cluster.exit_code = JobStatus.FAILED, exit_code
+    shown = multitask("status", "/shared/run", "--address", "http://head:8265")
+    assert shown.returncode == 1
+    assert said in shown.stderr
+    assert cluster.deleted == ["raysubmit_1"]
