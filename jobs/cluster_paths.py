@@ -44,6 +44,8 @@ class ClusterPaths:
         job["tasks"] = [
             {**task, "data": self._read(f"data of task '{task['name']}'", task["data"])} for task in job["tasks"]
         ]
+        for task in job["tasks"]:
+            self._check_cache(task)
         weights = job["backbone"].get("weights")
         if weights is not None and weights.endswith(WEIGHT_FILES):
             job["backbone"] = {**job["backbone"], "weights": self._read("backbone.weights", weights)}
@@ -56,6 +58,20 @@ class ClusterPaths:
                     f"these come and go. Name a path in {self.storage}, or a URI that every node reaches."
                 )
         return job
+
+    def sweep(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """A sweep spec as plain data, for the cluster: its job as `job` has it, STORAGE/NAME unless in the storage.
+
+        Raises:
+            PathError: a path stays on this machine.
+        """
+        # A sweep names its trials and their directories itself.
+        job = self.job({**content["job"], "name": content["name"]})
+        del job["name"], job["directory"]
+        sweep = {**content, "job": job, "directory": self.directory(content)}
+        if content.get("source") is not None:
+            sweep["source"] = self.argument("source", content["source"])
+        return sweep
 
     def directory(self, content: Mapping[str, Any]) -> str:
         """Where a run, or a sweep, writes: its own directory if that is in the storage."""
@@ -88,6 +104,14 @@ class ClusterPaths:
             f"{what} is '{path}', which git does not track, so it does not travel. Put it where every node reads it, "
             f"and name that URI (s3://bucket/table) or path ({self.storage}/...)."
         )
+
+    def _check_cache(self, task: Mapping[str, Any]) -> None:
+        path = task.get("cache_features")
+        if path is not None and (not Path(path).is_absolute() or Path(path).is_relative_to(self.project)):
+            raise PathError(
+                f"cache_features of task '{task['name']}' is '{path}', in the job's copy of the project, which goes with "
+                "the job. Name an absolute path on the nodes' own disks, such as /tmp/features."
+            )
 
     def _within_project(self, path: str) -> str | None:
         """The path as the project's copy has it, if git tracks it or something in it."""

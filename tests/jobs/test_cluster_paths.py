@@ -105,6 +105,27 @@ def test_what_all_nodes_reach_is_written_as_the_spec_says(
     assert paths.job(content(**changes))[section]["uri"] == values["uri"]
 
 
+def test_stored_features_lie_on_the_nodes_own_disks(paths: ClusterPaths, content: Any) -> None:
+    frozen = content(train_shared=False)
+    for folder in ("features", str(paths.project / "features")):
+        frozen["tasks"][0]["cache_features"] = folder
+        with pytest.raises(PathError, match=r"cache_features of task 'pets'.*such as /tmp/features"):
+            paths.job(frozen)
+    frozen["tasks"][0]["cache_features"] = "/tmp/features"
+    assert paths.job(frozen)["tasks"][0]["cache_features"] == "/tmp/features"
+
+
+def test_a_sweep_travels_as_its_job_does(paths: ClusterPaths, content: Any) -> None:
+    job = {key: value for key, value in content().items() if key not in ("name", "directory")}
+    sweep = {"name": "rates", "job": job, "space": {"optimizer.rate": {"grid": [0.1, 0.2]}}, "source": "data/pets"}
+    assert paths.sweep(sweep) == {**sweep, "directory": f"{STORAGE}/rates"}
+    assert paths.sweep({**sweep, "directory": f"{STORAGE}/mine"})["directory"] == f"{STORAGE}/mine"
+    with pytest.raises(PathError, match="source is 'elsewhere.yaml'"):
+        paths.sweep({**sweep, "source": "elsewhere.yaml"})
+    with pytest.raises(PathError, match="data of task 'pets'"):
+        paths.sweep({**sweep, "job": {**job, "tasks": [{**job["tasks"][0], "data": "data/cars"}]}})
+
+
 def test_an_argument_is_tracked_or_in_the_storage(paths: ClusterPaths) -> None:
     assert paths.argument("run", f"{STORAGE}/job") == f"{STORAGE}/job"
     assert paths.argument("run", "data/pets") == "data/pets"
