@@ -109,8 +109,8 @@ class ClusterPaths:
         path = task.get("cache_features")
         if path is not None and (not Path(path).is_absolute() or Path(path).is_relative_to(self.project)):
             raise PathError(
-                f"cache_features of task '{task['name']}' is '{path}', in the job's copy of the project, which goes with "
-                "the job. Name an absolute path on the nodes' own disks, such as /tmp/features."
+                f"cache_features of task '{task['name']}' is '{path}', in the job's copy of the project, which goes "
+                "with the job. Name an absolute path on the nodes' own disks, such as /tmp/features."
             )
 
     def _within_project(self, path: str) -> str | None:

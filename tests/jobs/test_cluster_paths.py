@@ -120,7 +120,7 @@ def test_a_sweep_travels_as_its_job_does(paths: ClusterPaths, content: Any) -> N
     sweep = {"name": "rates", "job": job, "space": {"optimizer.rate": {"grid": [0.1, 0.2]}}, "source": "data/pets"}
     assert paths.sweep(sweep) == {**sweep, "directory": f"{STORAGE}/rates"}
     assert paths.sweep({**sweep, "directory": f"{STORAGE}/mine"})["directory"] == f"{STORAGE}/mine"
-    with pytest.raises(PathError, match="source is 'elsewhere.yaml'"):
+    with pytest.raises(PathError, match=r"source is 'elsewhere\.yaml'"):
         paths.sweep({**sweep, "source": "elsewhere.yaml"})
     with pytest.raises(PathError, match="data of task 'pets'"):
         paths.sweep({**sweep, "job": {**job, "tasks": [{**job["tasks"][0], "data": "data/cars"}]}})
