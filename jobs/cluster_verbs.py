@@ -138,14 +138,14 @@ def read_status_there(run: Path, address: str) -> dict[str, Any]:
     Raises:
         RunError: nothing was started in this directory.
     """
-    from jobs.submission import read_file
+    from jobs.submission import read_json
     from multitask.live import STATUS, judge_status
     from multitask.runs import RunError
 
-    text = read_file(connect(address), run / STATUS)
-    if text is None:
+    status = read_json(connect(address), run / STATUS)
+    if status is None:
         raise RunError(f"'{run}' holds no run on the cluster's head. Name STORAGE/NAME as `multitask submit` used it.")
-    return judge_status(text)
+    return judge_status(status)
 
 
 def connect(address: str | None) -> "JobSubmissionClient":

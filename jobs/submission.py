@@ -70,9 +70,11 @@ def start(
     )
 
 
-def read_file(client: "JobSubmissionClient", path: Path) -> str | None:
-    """A text file as the cluster's head sees it, read by a job of which nothing stays; None where there is none.
+def read_json(client: "JobSubmissionClient", path: Path) -> Any:
+    """A JSON file as the cluster's head sees it, read by a job of which nothing stays; None where there is none.
 
+    Args:
+        path: of an object, whose first line is an opening brace alone.
     Raises:
         RuntimeError: the job did not run.
     """
@@ -82,8 +84,8 @@ def read_file(client: "JobSubmissionClient", path: Path) -> str | None:
     log = client.get_job_logs(job)
     client.delete_job(job)
     if details.status == "SUCCEEDED":
-        # Ray begins each log with the command.
-        return log[log.index("\n") + 1 :]
+        # Ray writes lines of its own before and behind, the command among them.
+        return json.JSONDecoder().raw_decode(log, log.index("{\n"))[0]
     if details.driver_exit_code == 1:
         return None
     raise RuntimeError(f"The cluster could not read {path}: {details.message}")

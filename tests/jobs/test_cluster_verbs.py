@@ -238,7 +238,9 @@ def test_no_cluster_is_an_error_that_names_the_address(spec_file: Path, monkeypa
 def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cluster) -> None:
     where = {"process": 1, "host": "another", "updated": time.time() - 5}
     status = {"name": "run", "state": "running", "engine": "async", "error": None, "tasks": {}, **where}
-    cluster.log = f"Running entrypoint for job raysubmit_1: cat\n{json.dumps(status, indent=2)}\n"
+    # Ray's lines come before the job's and, as the two write to one file, behind them.
+    around = ("Runtime env is setting up.\n", "Running entrypoint for job raysubmit_1: cat\n{'an': 'event'}\n")
+    cluster.log = json.dumps(status, indent=2).join(around)
 
     shown = multitask("status", "/shared/a run", "--address", "http://head:8265", "--json")
 
