@@ -157,12 +157,6 @@ def test_the_demo_runs_to_its_end_and_its_results_are_in_the_storage(cluster: Cl
         assert hidden not in done.stdout + done.stderr
         assert not [path for path in logged if hidden.encode() in path.read_bytes()]
 
-    exported = cluster.multitask(
-        spec.parent, "submit", "export", storage / "job", "--storage", storage, "--installed", "--json"
-    )
-    assert exported.returncode == 0, exported.stderr + exported.stdout
-    assert (storage / "job" / "export" / "digits.patch").is_file()
-
 
 @pytest.mark.timeout(300)
 def test_a_failing_job_ends_with_its_workers_own_error(cluster: Cluster, tmp_path: Path) -> None:
