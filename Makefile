@@ -7,7 +7,7 @@ ENVIRONMENT := .venv/installed
 
 .PHONY: demo test test-slow lint bench chaos clean
 
-demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, write runs/demo/report.html
+demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, fit a cascade, write runs/demo/report.html
 	$(BIN)/multitask demo
 
 test: $(ENVIRONMENT)  ## everything that needs no minutes of training

@@ -243,6 +243,13 @@ def disturb(folder: Path, engine: Mapping[str, Any], kinds: Sequence[str], seed:
         return spec, Chaos(nodes, spec, seed).run(kinds)
 
 
+def draw(kills: int, seed: int) -> list[str]:
+    """What is killed, in a random order; every kind about as often as the others."""
+    kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
+    random.Random(seed).shuffle(kinds)
+    return kinds
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50, help="for each engine")
@@ -254,8 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for engine in arguments.engines:
             options = {"name": engine, **({"staleness": 4} if engine == "bounded" else {})}
-            chosen = random.Random(arguments.seed).choices(KINDS, k=arguments.kills)
-            spec, run = disturb(Path(name), options, chosen, arguments.seed)
+            spec, run = disturb(Path(name), options, draw(arguments.kills, arguments.seed), arguments.seed)
             rows += summaries(engine, run.kills)
             kills[engine] = [vars(kill) for kill in run.kills]
             goals.append(at_least(f"{engine}: kills survived", len(run.kills), arguments.kills))

@@ -28,8 +28,6 @@ MaxCost = Annotated[
 ]
 MaxLatency = Annotated[float | None, typer.Option(help="The same, in milliseconds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
-SHEET_IMAGES = 8
-"""Of each stage in the contact sheet."""
 
 
 @app.command()
@@ -180,8 +178,7 @@ def plot(
 ) -> None:
     """Draw accuracy against cost, the images of each stage, and a page with both."""
     from multitask.cascade import check, load_cascade, read_predictions
-    from multitask.cascade.cascade import answers_of
-    from multitask.cascade.figures import section
+    from multitask.cascade.figures import section, stage_sheet
     from multitask.data import open_table
     from multitask.report import write_cascade_report
 
@@ -190,8 +187,7 @@ def plot(
     checked = check(loaded, pool, point)
     sheet = None
     if table is not None:
-        answers = answers_of(point, pool)
-        sheet = _sheet(open_table(table, verify=False), pool.rows, answers.labels, answers.stages, len(point.stages))
+        sheet = stage_sheet(open_table(table, verify=False), pool, point)
     print(write_cascade_report(f"Cascade {cascade.stem}", section(checked, sheet), to))
 
 
@@ -269,22 +265,3 @@ def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
                 batch = []
     if batch:
         yield batch
-
-
-def _sheet(table: "ImageTable", rows: Any, answers: Any, stages: Any, count: int) -> bytes:
-    """PNG with a line of a table's images for each stage: the first that it answers."""
-    import numpy as np
-    import torch
-
-    from multitask.data.sheet import picture_grid
-
-    cells: list[tuple[torch.Tensor, str] | None] = []
-    for number in range(count):
-        chosen = np.flatnonzero(stages == number)[:SHEET_IMAGES]
-        for place in chosen:
-            row = table.row(int(rows[place]))
-            name, answer = table.classes[row.label], table.classes[answers[place]]
-            title = f"{number + 1}: {name}" if name == answer else f"{number + 1}: {name} ≠ {answer}"
-            cells.append((torch.frombuffer(bytearray(row.image), dtype=torch.uint8), title))
-        cells += [None] * (SHEET_IMAGES - len(chosen))
-    return picture_grid(cells, SHEET_IMAGES)

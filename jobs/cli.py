@@ -12,6 +12,7 @@ from rich.table import Table
 from jobs.cascade_verbs import app as cascade_app
 from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
+from jobs.sweep_verbs import sweep
 
 app = typer.Typer(
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
@@ -23,6 +24,7 @@ bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
+app.command()(sweep)
 app.add_typer(jobs_app, name="jobs")
 # What `submit` does not know belongs to the verb that it submits.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
@@ -53,7 +55,7 @@ def demo(
     directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps per task, fewer for a quick look.")] = None,
 ) -> None:
-    """Train three real tasks three ways, export the patches, check them in a fresh process, write a report."""
+    """Train three real tasks three ways, export and check the patches, fit a cascade, write a report."""
     from jobs.demo import run_demo
 
     run_demo(directory, steps)

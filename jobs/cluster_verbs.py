@@ -31,8 +31,30 @@ def carry_job(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     return f"{ADDED}/{spec.name}", yaml.safe_dump(content, sort_keys=False).encode()
 
 
+def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
+    """Name and content of a sweep spec on the cluster: checked here, with the job of every trial."""
+    import yaml
+
+    from jobs.package import ADDED
+    from multitask.spec import dump_spec
+    from multitask.sweep.plan import plan_trials
+    from multitask.sweep.spec import dump_sweep, load_sweep
+
+    content = dump_sweep(load_sweep(spec))
+    content["directory"] = paths.directory(content)
+    for plan in plan_trials(load_sweep(content)):
+        paths.job(dump_spec(plan.spec))
+    return f"{ADDED}/{spec.name}", yaml.safe_dump(paths.sweep(content), sort_keys=False).encode()
+
+
 Carry = Callable[[Path, "ClusterPaths"], tuple[str, bytes]]
-SUBMITTED: Mapping[str, Carry | None] = {"train": carry_job, "evaluate": None, "cascade": None, "export": None}
+SUBMITTED: Mapping[str, Carry | None] = {
+    "train": carry_job,
+    "sweep": carry_sweep,
+    "evaluate": None,
+    "cascade": None,
+    "export": None,
+}
 """Verbs that can be submitted -> how the `spec` that they read travels."""
 
 jobs_app = typer.Typer(help="Look at, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)

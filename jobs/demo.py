@@ -1,4 +1,6 @@
-"""The demo: three real tasks on one backbone, trained three ways, exported, and checked in a fresh process."""
+"""The demo: three real tasks on one backbone, trained three ways, exported, and checked in a fresh process; and one of
+them at four resolutions, as a cascade.
+"""
 
 import json
 import os
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from rich.console import Console
 
 import multitask
 import patches
+from multitask.cascade import Check, check
+from multitask.cascade.figures import headline, section, stage_sheet
+from multitask.cascade.from_run import cascade_from_run
 from multitask.data import TrainBatches, open_table
 from multitask.engines.served import ray_session
 from multitask.evaluation import reestimate_statistics, torch_threads
@@ -30,6 +36,8 @@ MODES = {
     "private_last_layer": ("demo_last_layer.yaml", "private last layer, all else shared"),
     "independent": ("demo_independent.yaml", "three independent models"),
 }
+RESOLUTIONS = ("demo_resolutions.yaml", "one data set at four resolutions, private scale-and-bias")
+OPERATING_POINTS, SLACK = 9, 0.0025
 REESTIMATED = "private_last_layer_reestimated"
 REESTIMATION_BATCHES = 100
 EXAMPLES = 10
@@ -41,7 +49,7 @@ LICENCES = {
 
 
 def run_demo(directory: Path, steps: int | None = None) -> Path:
-    """Train, export, re-evaluate in a fresh process, and write results.json, report.html and the plots.
+    """Train, export, re-evaluate in a fresh process, fit a cascade, and write results.json, report.html and the plots.
 
     Args:
         directory: where everything goes; runs of an earlier demo in it are replaced.
@@ -55,16 +63,19 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
     directory = directory.resolve()
     runs = {}
     with ray_session():
-        for mode, (file, title) in MODES.items():
+        for mode, (file, title) in {**MODES, "resolutions": RESOLUTIONS}.items():
             console.print(f"[bold]{title}[/bold]")
             overrides = {"directory": str(directory / mode)} | ({"steps": steps} if steps else {})
             runs[mode] = multitask.train(load_spec(SPECS / file, overrides), overwrite=True, console=console)
+    resolutions = runs.pop("resolutions")
     console.print("exporting, and reading the test tables")
     exports = {mode: run.export() for mode, run in runs.items()}
     modes = {mode: _mode(MODES[mode][1], run, exports[mode]) for mode, run in runs.items()}
     modes = _insert_after(
         modes, "private_last_layer", REESTIMATED, _reestimated(runs["private_last_layer"], directory / REESTIMATED)
     )
+    package = directory / "fashion.cascade"
+    checked, sheet = _cascade(resolutions, package)
     run, export = runs["private_scale_bias"], exports["private_scale_bias"]
     fresh = _evaluate_in_a_fresh_process(run)
     results = {
@@ -84,11 +95,13 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
             for task, path in export.bundles.items()
         },
     }
-    write_json(directory / "results.json", results)
-    report = write_report(results, directory)
+    write_json(directory / "results.json", results | {"cascade": asdict(checked) | {"path": str(package)}})
+    report = write_report(results | {"cascade": section(checked, sheet, str(package))}, directory)
     console.print(accuracy_table(results))
+    console.print(headline(checked))
     console.print(
         f"backbone and bundles: {export.backbone.parent}\n"
+        f"cascade:              {package}\n"
         f"numbers:              {directory / 'results.json'}\n"
         f"MLflow:               mlflow ui --backend-store-uri sqlite:///{directory / 'mlflow.db'}\n"
         f"report:               {report}",
@@ -155,6 +168,13 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "tasks": evaluate_models(models, run.spec, "test"),
     }
+
+
+def _cascade(run: Run, to: Path) -> tuple[Check, bytes]:
+    """A cascade over a run's resolutions, measured on the test images, and examples of what stops at each stage."""
+    cascade, test = cascade_from_run(run, to, operating_points=OPERATING_POINTS, slack=SLACK)
+    table = open_table(f"{run.spec.tasks[0].data}/test", verify=False)
+    return check(cascade, test), stage_sheet(table, test, cascade.point())
 
 
 def _evaluate_in_a_fresh_process(run: Run) -> dict[str, dict[str, float]]:

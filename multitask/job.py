@@ -1,5 +1,6 @@
 """A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 import patches
 from multitask.caches import plan_caches, writers
 from multitask.checkpoint import Checkpoint
-from multitask.data import Batch, ImageTable, eval_batches, open_table
+from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tables
 from multitask.data.batches import BatchView, TrainStream
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
@@ -96,30 +97,53 @@ class Group:
         return replace(self, values=values, counters=counters, slots=slots, scalars=scalars)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What many jobs over the same data and backbones load once; picklable."""
+
+    tables: dict[str, ImageTable] = field(default_factory=dict)
+    """`table_key` of a task and a split -> the table, opened and checked."""
+    backbones: dict[str, patches.Backbone] = field(default_factory=dict)
+    """`backbone_key` of a job -> its backbone with its weights."""
+
+    def add(self, spec: JobSpec) -> None:
+        """Load what this job needs and is not here yet.
+
+        Raises:
+            DataError, patches' errors: a table or the weights cannot be read.
+        """
+        for task in spec.tasks:
+            for split in ("train", "validation"):
+                key = table_key(task, split)
+                if key not in self.tables:
+                    self.tables[key] = open_split(task, split)
+        if backbone_key(spec) not in self.backbones:
+            self.backbones[backbone_key(spec)] = load_backbone(spec, spec.backbone.weights)
+
+
 class Job:
     """What the driver prepares once and every process of the run builds its part from; picklable."""
 
-    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None, loaded: Loaded | None = None) -> None:
         """Build the backbone and every task's model, open every table: what can fail fails here, before Ray starts.
 
         Args:
             checkpoint: where to go on from, perhaps with other tasks: one that is new starts from the shared tensors.
+            loaded: gets what it lacks; no job changes what is in it.
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
         """
         self.spec = spec
         # One opening serves all tasks over the same data, and every process: a table is checked once.
-        self._tables: dict[str, ImageTable] = {}
+        loaded = Loaded() if loaded is None else loaded
+        loaded.add(spec)
+        self._tables = loaded.tables
         for task in spec.tasks:
-            for split in ("train", "validation"):
-                uri = f"{task.data}/{split}"
-                if uri not in self._tables:
-                    self._tables[uri] = open_split(task, split)
             self._check_data(task)
-        self._backbone = load_backbone(spec, spec.backbone.weights)
+        self._backbone = loaded.backbones[backbone_key(spec)]
         models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
         _check_training(spec, models)
-        tables = {task.name: self._tables[f"{task.data}/train"] for task in spec.tasks}
+        tables = {task.name: self._table(task, "train") for task in spec.tasks}
         self.caches = plan_caches(spec, self._backbone, models, tables)
         """Task -> where it stores what the frozen backbone gives, for the tasks that do."""
         self._with_images = {task for task, model in models.items() if model.reads_images}
@@ -169,6 +193,10 @@ class Job:
     def parameters(self) -> int:
         """Parameters of all tasks' models together, each shared one counted once; running statistics not counted."""
         return sum(group.layout.parameters for group in self.groups.values())
+
+    def trained_parameters(self) -> int:
+        """Those of them that training moves."""
+        return sum(slot.size for group in self.groups.values() for slot in group.layout.trained_slots())
 
     @property
     def shards(self) -> int:
@@ -305,7 +333,8 @@ class Job:
         groups: dict[Any, list[str]] = {}
         for name in workers:
             task = self.task(self.workers[name])
-            alike = (task.data, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
+            rows = table_key(task, "train")
+            alike = (rows, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
             alone = name if task.name in self.caches else None
             groups.setdefault((*alike, rank_of(name), alone), []).append(name)
         return list(groups.values())
@@ -315,7 +344,7 @@ class Job:
         task, rank = self.task(self.workers[workers[0]]), rank_of(workers[0])
         make = partial(
             TrainStream,
-            self._tables[f"{task.data}/train"],
+            self._table(task, "train"),
             batch_size=task.batch_size,
             seed=self.spec.seed,
             augment=task.augment,
@@ -350,11 +379,14 @@ class Job:
         return self.view(worker).batches(partial(stream.next, worker))
 
     def _validation_batches(self, task: TaskSpec) -> Callable[[], Iterator[Batch]]:
-        table, threads = self._tables[f"{task.data}/validation"], self.spec.resources.decode_threads
+        table, threads = self._table(task, "validation"), self.spec.resources.decode_threads
         return lambda: table_batches(table, task, task.validation_images, threads)
 
+    def _table(self, task: TaskSpec, split: str) -> ImageTable:
+        return self._tables[table_key(task, split)]
+
     def _check_data(self, task: TaskSpec) -> None:
-        train, validation = self._tables[f"{task.data}/train"], self._tables[f"{task.data}/validation"]
+        train, validation = self._table(task, "train"), self._table(task, "validation")
         if train.classes != validation.classes:
             raise SpecError(
                 f"Task '{task.name}': train and validation under '{task.data}' have other class lists "
@@ -367,6 +399,12 @@ class Job:
                 f"Task '{task.name}': its data has {len(train.classes)} classes, but its head has {head} outputs. "
                 f"Set {where} to {len(train.classes)} or more."
             )
+
+
+def backbone_key(spec: JobSpec) -> str:
+    """Equal for jobs whose backbones start from equal values: a file gives all of them, otherwise some are drawn."""
+    from_file = (spec.backbone.weights or "").endswith((".safetensors", ".pth", ".pt"))
+    return json.dumps([asdict(spec.backbone), None if from_file else spec.seed])
 
 
 def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:
@@ -445,7 +483,15 @@ def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable
     Args:
         verify: False for a table that was checked before.
     """
-    return open_table(f"{task.data}/{split}", verify=verify and task.verify_data, damaged=task.damaged_shards)
+    verify = verify and task.verify_data
+    if split == "train" and task.train_on == "train+validation":
+        return open_tables(task.data, ("train", "validation"), verify=verify, damaged=task.damaged_shards)
+    return open_table(f"{task.data}/{split}", verify=verify, damaged=task.damaged_shards)
+
+
+def table_key(task: TaskSpec, split: str) -> str:
+    """Equal for tasks whose split is the same table."""
+    return f"{task.data}/{task.train_on if split == 'train' else split}"
 
 
 def rank_of(worker: str) -> int:

@@ -127,6 +127,9 @@ def write_report(results: Results, directory: Path) -> Path:
     for name, alternative, light, dark in _figures(results):
         (directory / f"{name}.png").write_bytes(light)
         figures[name] = {"light": _inline(light), "dark": _inline(dark), "alternative": alternative}
+    cascade = results.get("cascade")
+    if cascade is not None:
+        _write_pictures(cascade, directory)
     rows = table_rows(results)
     colours = plots.mode_colours([row.key for row in rows])
     html = (
@@ -146,7 +149,7 @@ def write_report(results: Results, directory: Path) -> Path:
             pushes=_pushes(results),
             examples=_examples(results, directory),
             snippet=_snippet(results),
-            cascade=results.get("cascade"),
+            cascade=cascade,
         )
     )
     path = directory / "report.html"
@@ -164,12 +167,31 @@ def write_cascade_report(title: str, section: Mapping[str, Any], directory: Path
         The path of `cascade.html`.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    _write_pictures(section, directory)
+    html = _environment().get_template("cascade.html").render(title=title, cascade=section, colours=[])
+    path = directory / "cascade.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _write_pictures(section: Mapping[str, Any], directory: Path) -> None:
+    """The pictures of a section about a cascade, as files."""
     for drawn in section["figures"]:
         (directory / f"{drawn['name']}.png").write_bytes(drawn["light"])
     if section["sheet"] is not None:
         (directory / "stages.png").write_bytes(section["sheet"])
-    html = _environment().get_template("cascade.html").render(title=title, cascade=section, colours=[])
-    path = directory / "cascade.html"
+
+
+def write_sweep_report(title: str, section: Mapping[str, Any], directory: Path) -> Path:
+    """Write `report.html` about a sweep, which holds its figures and needs no other file.
+
+    Args:
+        section: what `multitask.sweep.summary.section` makes.
+    Returns:
+        The path of `report.html`.
+    """
+    html = _environment().get_template("sweep.html").render(title=title, sweep=section)
+    path = directory / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
 

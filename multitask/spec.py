@@ -1,9 +1,10 @@
 """The job spec: one YAML file, validated before anything starts."""
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -21,6 +22,7 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Spec = TypeVar("Spec")
 
 
 class SpecError(ValueError):
@@ -81,6 +83,9 @@ class TaskSpec:
     """What a missing or differing shard does: end the job before it starts, or be left out with a warning."""
     shuffle_window: Count = 4096
     """Training rows that are shuffled together; a worker holds up to two windows of encoded images."""
+    train_on: Literal["train", "train+validation"] = "train"
+    """Tables that training reads. With both, validation measures images that were trained on, so that nothing can be
+    chosen by it any more: for a setting that was chosen before."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
 
@@ -360,20 +365,42 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
         where, raw = "job spec", dict(source)
     else:
         where, raw = str(source), _read_file(Path(source))
-    raw = _merge(raw, overrides or {})
-    defaults = raw.pop("task_defaults", None) or {}
+    raw = _with_task_defaults(_merge(raw, overrides or {}))
     places: list[int] = []
     try:
         if isinstance(raw.get("tasks"), list):
-            tasks = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
-            raw["tasks"], places = expand(tasks)
+            raw["tasks"], places = expand(raw["tasks"])
         raw = fill_in(raw)
     except ValueError as error:
         raise SpecError(f"{where}: {error}") from None
+    return validated(_ADAPTER, raw, where, places)
+
+
+def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a job spec's file says, or would say, as plain data and unchecked: its base and `task_defaults` merged in.
+
+    Args:
+        content: of the file.
+        folder: where the base and relative data and weight paths start.
+    Raises:
+        SpecError: the base cannot be read.
+    """
+    return _with_task_defaults(_with_base(copy.deepcopy(dict(content)), folder))
+
+
+def validated(adapter: TypeAdapter[Spec], raw: Any, where: str, places: Sequence[int] = ()) -> Spec:
+    """Plain data as a spec.
+
+    Args:
+        where: what errors begin with.
+        places: of each task the number of the entry in the file that it comes from, where they differ.
+    Raises:
+        SpecError: unknown or missing keys, wrong types or values out of range.
+    """
     try:
-        return _ADAPTER.validate_python(raw)
+        return adapter.validate_python(raw)
     except ValidationError as error:
-        raise SpecError(_explain(where, error, places=places)) from None
+        raise SpecError(_explain(where, error, schema=adapter.json_schema(), places=places)) from None
 
 
 def load_task(path: Path) -> dict[str, Any]:
@@ -387,7 +414,8 @@ def load_task(path: Path) -> dict[str, Any]:
     try:
         task = TypeAdapter(TaskSpec).validate_python(raw["tasks"][0])
     except ValidationError as error:
-        raise SpecError(_explain(str(path), error, within=("tasks", 0)).replace("tasks[0].", "")) from None
+        message = _explain(str(path), error, schema=_ADAPTER.json_schema(), within=("tasks", 0))
+        raise SpecError(message.replace("tasks[0].", "")) from None
     return TypeAdapter(TaskSpec).dump_python(task, mode="json")
 
 
@@ -400,7 +428,12 @@ def dump_yaml(spec: JobSpec) -> str:
     return yaml.safe_dump(dump_spec(spec), sort_keys=False)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a spec's file.
+
+    Raises:
+        SpecError: it is missing or no such YAML.
+    """
     if not path.is_file():
         raise SpecError(f"Job spec '{path}' is not a file. Name a YAML file, for example one of jobs/specs/.")
     try:
@@ -409,9 +442,26 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise SpecError(f"{path}: expected keys and values at the top, found {type(raw).__name__}.")
-    _anchor_paths(raw, path.parent)
+    return raw
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    return _with_base(read_yaml(path), path.parent)
+
+
+def _with_base(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A file's content, merged into the spec that it names as its base."""
+    _anchor_paths(raw, folder)
     base = raw.pop("base", None)
-    return raw if base is None else _merge(_read_file(path.parent / base), raw)
+    return raw if base is None else _merge(_read_file(folder / base), raw)
+
+
+def _with_task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    raw = dict(raw)
+    defaults = raw.pop("task_defaults", None) or {}
+    if defaults and isinstance(raw.get("tasks"), list):
+        raw["tasks"] = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
+    return raw
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
@@ -442,11 +492,19 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] = (), places: Sequence[int] = ()) -> str:
+def _explain(
+    where: str,
+    error: ValidationError,
+    *,
+    schema: Mapping[str, Any],
+    within: tuple[str | int, ...] = (),
+    places: Sequence[int] = (),
+) -> str:
     """One line for each problem.
 
     Args:
-        within: where in a spec the checked part stands.
+        schema: JSON schema of the spec.
+        within: where in the spec the checked part stands.
         places: of each task the number of the entry in the file that it comes from, where they differ.
     """
     lines = []
@@ -454,7 +512,7 @@ def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] =
         location = (*within, *problem["loc"])
         if places and location[:1] == ("tasks",) and len(location) > 1:
             location = ("tasks", places[int(location[1])], *location[2:])
-        key, allowed = _locate(location)
+        key, allowed = _locate(location, schema)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), allowed)
@@ -469,9 +527,8 @@ def _explain(where: str, error: ValidationError, within: tuple[str | int, ...] =
     return "\n".join(dict.fromkeys(lines))
 
 
-def _locate(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
+def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The dotted key of an error's location as the file has it, and the keys allowed beside it."""
-    schema = _ADAPTER.json_schema()
     node, allowed, key = schema, list(schema["properties"]), ""
     for part in location:
         if part in node.get("discriminator", {}).get("mapping", {}):
@@ -480,7 +537,9 @@ def _locate(location: tuple[str | int, ...]) -> tuple[str, list[str]]:
             continue
         key += f"[{part}]" if isinstance(part, int) else f".{part}"
         allowed = list(node.get("properties", {}))
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        open_keys = node.get("additionalProperties")
+        other = open_keys if isinstance(open_keys, Mapping) else {}
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, other)
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     return key.removeprefix("."), allowed

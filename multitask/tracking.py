@@ -113,6 +113,14 @@ class Tracker:
             if task not in self._runs:
                 self._open_run(task, experiment_id, task, params, self.run_id)
 
+    def end_lost(self, run_id: str) -> None:
+        """Mark another run, whose process is gone, as failed with its tasks: no one else will."""
+        client = self._client_now()
+        experiment_id = _patiently(lambda: client.get_run(run_id)).info.experiment_id
+        children = _patiently(lambda: client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'"))
+        for found in (*(child.info.run_id for child in children), run_id):
+            _patiently(lambda found=found: client.set_terminated(found, "FAILED"))  # type: ignore[misc]
+
     def log_steps(self, task: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Record many steps of one task in as few calls as MLflow allows.
 
@@ -361,7 +369,7 @@ def _check_parent(client: "MlflowClient", parent_run_id: str, experiment_id: str
     from mlflow.exceptions import MlflowException
 
     try:
-        found = client.get_run(parent_run_id).info.experiment_id
+        found = _patiently(lambda: client.get_run(parent_run_id)).info.experiment_id
     except MlflowException as error:
         raise ValueError(
             f"Parent run '{parent_run_id}' is not in {uri}: {error.message}. "

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from multitask.caches import describe
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
-from multitask.job import Job
+from multitask.job import Job, Loaded
 from multitask.live import STATUS, Request, read_status, requests
 from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.server.messages import Evaluation
@@ -32,8 +32,31 @@ class Stopped(KeyboardInterrupt):
     """Training stopped on Ctrl-C, with a checkpoint; the message says how to go on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a training is given by the sweep whose trial it is."""
+
+    parent_run_id: str | None = None
+    """MLflow's run of the sweep."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """MLflow params of the trial beside its spec."""
+    loaded: Loaded | None = None
+    """What trials share."""
+    on_evaluation: Callable[[Evaluation], None] = lambda _: None
+    """Told of each evaluation; training waits for its return."""
+    wants_stop: Callable[[], bool] = lambda: False
+    """Asked now and then: stop, with a checkpoint."""
+
+
+ALONE = Trial()
+
+
 def train(
-    spec: str | Path | Mapping[str, Any] | JobSpec, *, overwrite: bool = False, console: Console | None = None
+    spec: str | Path | Mapping[str, Any] | JobSpec,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    trial: Trial = ALONE,
 ) -> Run:
     """Run one training job from its spec to its end.
 
@@ -41,12 +64,13 @@ def train(
         spec: a YAML file, a mapping, or a JobSpec.
         overwrite: replace a run that is in the run directory already.
         console: where the progress bars go; standard error by default.
+        trial: what a sweep gives its trials.
     Returns:
         The run directory's content: `result`, `models()`, `export()`.
     Raises:
         SpecError and the errors of patches and data: before anything starts.
         TrainingError: a worker failed, or found no place on the cluster.
-        Stopped: Ctrl-C; a second Ctrl-C does not wait for the checkpoint.
+        Stopped: Ctrl-C, or the sweep has asked; a second Ctrl-C does not wait for the checkpoint.
     """
     spec = load_spec(spec)
     directory = spec.run_directory.resolve()
@@ -57,16 +81,16 @@ def train(
             f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
             f"with that run (multitask train --resume {directory}), or use --overwrite."
         )
-    job = Job(spec)
+    job = Job(spec, loaded=trial.loaded)
     if directory.exists():
         shutil.rmtree(directory)
     store.clear()
     directory.mkdir(parents=True)
     write_spec(directory / "spec.yaml", spec)
-    return _Training(directory, job, store, console, status=None).run()
+    return _Training(directory, job, store, console, status=None, trial=trial).run()
 
 
-def resume(directory: Path, *, console: Console | None = None) -> Run:
+def resume(directory: Path, *, console: Console | None = None, trial: Trial = ALONE) -> Run:
     """Go on with a run that stopped, or whose driver was lost, from its latest checkpoint.
 
     Raises:
@@ -89,7 +113,8 @@ def resume(directory: Path, *, console: Console | None = None) -> Run:
     # The directory may have moved, or be named from elsewhere.
     spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
-    return _Training(directory, Job(spec, store.latest()), store, console, status).run()
+    job = Job(spec, store.latest(), trial.loaded)
+    return _Training(directory, job, store, console, status, trial).run()
 
 
 class _Training:
@@ -102,19 +127,21 @@ class _Training:
         store: CheckpointStore,
         console: Console | None,
         status: Mapping[str, Any] | None,
+        trial: Trial,
     ) -> None:
         """Args:
         status: how a run stood that goes on now.
         """
-        self._directory, self._job, self._store = directory, job, store
+        self._directory, self._job, self._store, self._trial = directory, job, store, trial
         spec = job.spec
         self._tracker = Tracker(
             spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
             spec.tracking.experiment,
             spec.name,
-            params={key: value for key, value in dump_spec(spec).items() if key != "tasks"},
+            params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
             tasks=_task_params(spec),
             spec_text=dump_yaml(spec),
+            parent_run_id=trial.parent_run_id,
             resume_run_id=None if status is None else status["mlflow_run_id"],
         )
         self._watch = Watch(directory, self._tracker, console, status)
@@ -166,6 +193,8 @@ class _Training:
             if evaluation.best:
                 self._write_version("best", evaluation)
         self._watch(records, evaluations, progress)
+        for evaluation in evaluations:
+            self._trial.on_evaluation(evaluation)
 
     def _write_version(self, name: str, version: Evaluation) -> None:
         about = {"version": version.version, "round": version.round, "tasks": version.metrics}
@@ -176,8 +205,8 @@ class _Training:
         self._watch.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
 
     def _wants_pause(self) -> bool:
-        """On Ctrl-C, or when the job is asked for a change of its tasks that can be made."""
-        if self._interrupted or self._request is not None:
+        """On Ctrl-C, when its sweep asks, or when the job is asked for a change of its tasks that can be made."""
+        if self._interrupted or self._trial.wants_stop() or self._request is not None:
             return True
         for request in requests(self._directory):
             try:
@@ -213,6 +242,7 @@ class _Training:
         result |= {
             "engine": self._job.spec.engine.name,
             "parameters": self._job.parameters(),
+            "trained_parameters": self._job.trained_parameters(),
             "seconds": seconds,
             "recovery_seconds": outcome.recoveries,
             "mlflow_run_id": self._tracker.run_id,

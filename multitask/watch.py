@@ -107,7 +107,8 @@ class Watch:
         for evaluation in evaluations:
             self._note_evaluation(evaluation)
         self._log_speed(int(progress.rounds))
-        self._write("running")
+        # Before a checkpoint that lies after them: a run that goes on from it does not make them again.
+        self._write("running", now=bool(evaluations))
 
     def say(self, text: str) -> None:
         self._console.print(text)

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+import numpy as np
+import torch
+
+from multitask.cascade.cascade import OperatingPoint, answers_of
 from multitask.cascade.checking import Check
+from multitask.cascade.predictions import Predictions
+from multitask.data import ImageTable
+from multitask.data.sheet import picture_grid
 from multitask.plots import (
     DARK,
     KNOWN_COLOURS,
@@ -22,6 +29,8 @@ from multitask.plots import (
 CASCADE, SINGLE = KNOWN_COLOURS["private_scale_bias"], KNOWN_COLOURS["independent"]
 WIDTH = 10.6
 """Inches."""
+SHEET_IMAGES = 8
+"""Of each stage in the contact sheet."""
 
 
 def headline(check: Check) -> str:
@@ -120,11 +129,31 @@ def stage_shares(check: Check, theme: Theme) -> bytes:
     return png(figure)
 
 
-def section(check: Check, sheet: bytes | None = None) -> dict[str, Any]:
+def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoint) -> bytes:
+    """PNG with a line of a table's images for each stage: the first that it answers.
+
+    Args:
+        predictions: on that table; a row is the image's number in it.
+    """
+    answers = answers_of(point, predictions)
+    cells: list[tuple[torch.Tensor, str] | None] = []
+    for number in range(len(point.stages)):
+        chosen = np.flatnonzero(answers.stages == number)[:SHEET_IMAGES]
+        for place in chosen:
+            row = table.row(int(predictions.rows[place]))
+            name, answer = table.classes[row.label], table.classes[answers.labels[place]]
+            title = f"{number + 1}: {name}" if name == answer else f"{number + 1}: {name} ≠ {answer}"
+            cells.append((torch.frombuffer(bytearray(row.image), dtype=torch.uint8), title))
+        cells += [None] * (SHEET_IMAGES - len(chosen))
+    return picture_grid(cells, SHEET_IMAGES)
+
+
+def section(check: Check, sheet: bytes | None = None, package: str | None = None) -> dict[str, Any]:
     """What the report's section about a cascade shows; `write_report` takes it as `results["cascade"]`.
 
     Args:
         sheet: PNG of images that stop at each stage.
+        package: the path of the file that holds the cascade with its bundles.
     """
     curve = "Accuracy against mean cost of single models and of the cascade's operating points."
     shares = "Share of the images that each stage answers."
@@ -148,4 +177,5 @@ def section(check: Check, sheet: bytes | None = None) -> dict[str, Any]:
             },
         ],
         "sheet": sheet,
+        "package": package,
     }

@@ -3,7 +3,7 @@
 from multitask.data.batches import Batch, TrainBatches, eval_batches, prefetch
 from multitask.data.format import Row, write_table
 from multitask.data.storage import DataError
-from multitask.data.table import ImageTable, open_table
+from multitask.data.table import ImageTable, open_table, open_tables
 
 __all__ = [
     "Batch",
@@ -13,6 +13,7 @@ __all__ = [
     "TrainBatches",
     "eval_batches",
     "open_table",
+    "open_tables",
     "prefetch",
     "write_table",
 ]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -178,6 +178,27 @@ def open_table(uri: str | os.PathLike[str], *, verify: bool = True, damaged: Dam
     if verify and len(whole) == len(shards):
         _check_counts(np.sum(counts, axis=0), index, location.where)
     return ImageTable(location, classes, whole)
+
+
+def open_tables(folder: str, names: Sequence[str], *, verify: bool = True, damaged: Damaged = "fail") -> ImageTable:
+    """Open tables of one folder as a single one: their rows one after the other, nothing is copied.
+
+    Args:
+        folder: as `uri` of `open_table`, which opens each of them.
+        names: of the tables in it.
+    Raises:
+        DataError: as `open_table`, or their class lists differ.
+    """
+    tables = {name: open_table(f"{folder}/{name}", verify=verify, damaged=damaged) for name in names}
+    classes = tables[names[0]].classes
+    for table in tables.values():
+        if table.classes != classes:
+            raise DataError(
+                f"{table.uri}: found {len(table.classes)} classes that differ from the {len(classes)} of table "
+                f"'{names[0]}' beside it, expected the same list. Import both with one class list."
+            )
+    shards = [replace(shard, file=f"{name}/{shard.file}") for name in names for shard in tables[name].shards]
+    return ImageTable(locate(folder), classes, shards)
 
 
 def _check_shard(location: Location, shard: Shard, classes: tuple[str, ...], verify: bool) -> list[NDArray[np.int64]]:

@@ -16,6 +16,7 @@ from ray.job_submission import JobStatus
 
 from jobs import cluster_verbs, package, submission
 from multitask.spec import JobSpec, dump_spec, load_spec
+from multitask.sweep.spec import load_sweep
 from tests.jobs.checkouts import make_checkout
 from tests.jobs.command import multitask
 
@@ -107,6 +108,32 @@ def test_a_job_is_sent_with_the_project_its_pins_and_its_spec(
     assert "one>=1" in environment["pip"]["packages"]
     assert environment["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert cluster.told["metadata"]["command"] == "multitask train submitted/mine.yaml --overwrite"
+
+
+def test_a_sweep_is_sent_with_its_job_and_writes_to_the_storage(
+    cluster: Cluster, make_spec: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    job = {key: value for key, value in dump_spec(make_spec()).items() if key not in ("name", "directory")}
+    sweep = {"name": "rates", "job": job, "space": {"optimizer.rate": {"grid": [0.01, 0.1]}}}
+    (tmp_path / "rates.yaml").write_text(yaml.safe_dump(sweep))
+
+    done = multitask("submit", "sweep", tmp_path / "rates.yaml", "--resume", "--storage", "/shared")
+
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(cluster.told["entrypoint"])[4:] == ["sweep", "submitted/rates.yaml", "--resume"]
+    (tmp_path / "there.yaml").write_bytes(cluster.files["submitted/rates.yaml"])
+    assert load_sweep(tmp_path / "there.yaml") == load_sweep({**sweep, "directory": "/shared/rates"})
+
+
+def test_a_trial_whose_data_stays_here_is_refused(
+    cluster: Cluster, make_spec: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    job = {key: value for key, value in dump_spec(make_spec()).items() if key not in ("name", "directory")}
+    space = {"tasks.data": {"grid": ["s3://bucket/pets", "pets"]}}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"name": "data", "job": job, "space": space}))
+    refused = multitask("submit", "sweep", tmp_path / "data.yaml", "--storage", "/shared")
+    assert (refused.returncode, cluster.told) == (1, {})
+    assert "is 'pets', which git does not track" in refused.stderr
 
 
 @pytest.mark.parametrize("arguments", [["submit"], ["jobs"], ["jobs", "list"], ["jobs", "logs"], ["jobs", "stop"]])

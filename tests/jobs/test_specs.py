@@ -42,3 +42,11 @@ def test_the_papers_settings() -> None:
     for spec in (places, resolutions, transfer):
         assert (spec.engine.name, spec.optimizer.name, spec.optimizer.rate) == ("async", "rmsprop", 0.045)
         assert (spec.schedule.name, spec.schedule.factor) == ("exponential", 0.98)
+
+
+def test_the_demos_resolutions_share_all_but_scales_biases_and_statistics() -> None:
+    spec = load_spec(SPECS / "demo_resolutions.yaml")
+
+    assert {task.name: task.resolution for task in spec.tasks} == {f"fashion@{size}": size for size in (10, 14, 20, 28)}
+    assert {(task.method, task.num_classes) for task in spec.tasks} == {("scale_bias", None)}
+    assert spec.train_shared

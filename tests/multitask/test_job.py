@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -35,6 +36,27 @@ def test_the_rate_per_256_images_counts_accumulated_ones(make_spec: MakeSpec) ->
 
     assert fixed.norm() > 0
     torch.testing.assert_close(scaled, fixed * 16 / 256, rtol=1e-3, atol=1e-7)
+
+
+def test_a_task_may_train_on_its_validation_images_too(make_spec: MakeSpec) -> None:
+    def images(train_on: str, batches: int) -> set[bytes]:
+        job = Job(make_spec({"pets": {"train_on": train_on}}))
+        found = islice(job.make_batches("pets/0"), batches)
+        return {image.numpy().tobytes() for batch in found for image in batch.images()}
+
+    # 24 images in each table, 8 in a batch: one epoch each.
+    alone, both = images("train", 3), images("train+validation", 6)
+
+    assert (len(alone), len(both)) == (24, 48)
+    assert alone < both
+
+
+def test_tasks_that_train_on_other_tables_share_no_decode(make_spec: MakeSpec) -> None:
+    tasks: dict[str, dict[str, Any]] = {"pets_a": {}, "pets_b": {}, "pets_c": {"train_on": "train+validation"}}
+
+    job = Job(make_spec(tasks))
+
+    assert job.sharing(job.workers) == [["pets_a/0", "pets_b/0"], ["pets_c/0"]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import yaml
 
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 
-SPECS = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "jobs" / "specs").glob("*.yaml"))
+SPECS = [path for path in FILES if not path.stem.startswith("sweep_")]
+"""Sweeps have specs of their own: tests/multitask/sweep/test_plan.py."""
 
 TASK = {"name": "pets", "data": "somewhere", "method": "scale_bias", "resolution": 16}
 SPEC = {
@@ -62,6 +64,7 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
         ),
         ({"optimizer": {"name": "sgd", "rate": -1.0}}, ["optimizer.rate", "greater than 0"]),
         ({"optimizer": {"name": "sgd", "rate": float("nan")}}, ["optimizer.rate", "finite"]),
+        ({"tasks": [{**TASK, "train_on": "both"}]}, ["tasks[0].train_on", "'train' or 'train+validation'"]),
         ({"tasks": []}, ["tasks", "at least 1"]),
         ({"tasks": [TASK, TASK]}, ["'pets'", "more than once"]),
         ({"tasks": [{**TASK, "name": "a b"}]}, ["tasks[0].name", "pattern"]),

@@ -64,6 +64,18 @@ def test_a_run_nests_under_a_given_parent(uri: str) -> None:
     assert client.get_run(trial.task_run_id("pets")).data.tags["mlflow.parentRunId"] == trial.run_id
 
 
+def test_a_run_whose_process_is_gone_can_be_ended_with_its_tasks(uri: str) -> None:
+    with tracker(uri, tasks={}) as sweep:
+        lost = tracker(uri, tasks={"pets": {}}, parent_run_id=sweep.run_id)
+        lost.__enter__()  # never left
+
+        sweep.end_lost(lost.run_id)
+
+        client = Client(tracking_uri=uri)
+        statuses = [client.get_run(i).info.status for i in (lost.run_id, lost.task_run_id("pets"), sweep.run_id)]
+    assert statuses == ["FAILED", "FAILED", "RUNNING"]
+
+
 def test_an_unknown_parent_is_refused(uri: str) -> None:
     with (
         pytest.raises(ValueError, match="Parent run '0123456789abcdef'"),

@@ -3,17 +3,21 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from multitask.cascade import Check, fit_and_check
+from multitask.cascade import Check, OperatingPoint, Predictions, figures, fit_and_check
 from multitask.cascade.checking import Interval
-from multitask.cascade.figures import accuracy_cost, headline, model_rows, section, stage_rows
+from multitask.cascade.figures import accuracy_cost, headline, model_rows, section, stage_rows, stage_sheet
+from multitask.cascade.greedy import Stage
+from multitask.cascade.rules import Rule
+from multitask.data import open_table
 from multitask.plots import DARK, LIGHT
 from multitask.report import write_report
-from tests.conftest import png
+from tests.conftest import MakeData, png
 from tests.multitask.cascade.pools import costs_of_pool, make_predictions
 from tests.multitask.test_report import make_results
 
@@ -54,9 +58,37 @@ def test_the_curve_is_drawn_in_both_themes(checked: Check) -> None:
 
 def test_the_report_of_a_run_takes_a_section_about_its_cascade(checked: Check, tmp_path: Path) -> None:
     without = write_report(make_results(), tmp_path / "without").read_text()
-    page = write_report(make_results(cascade=section(checked, png(0, 1))), tmp_path / "with").read_text()
+    about = section(checked, png(0, 1), "runs/my.cascade")
+    page = write_report(make_results(cascade=about), tmp_path / "with").read_text()
 
     assert "cascade_stages" not in without
     assert "cascade_stages" in page
     assert headline(checked).replace("'", "&#39;") in page
     assert page.count("data:image/png;base64,") == without.count("data:image/png;base64,") + 5
+    assert "runs/my.cascade" in page
+    pictures = {folder: {path.name for path in (tmp_path / folder).glob("*.png")} for folder in ("without", "with")}
+    assert pictures["with"] - pictures["without"] == {"accuracy_cost.png", "stage_shares.png", "stages.png"}
+
+
+def test_a_line_of_the_sheet_has_the_first_images_that_a_stage_answers(
+    make_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = open_table(make_data(classes=4, rows=24) + "/test")
+    labels = table.labels()
+    sure = np.arange(24) < 20
+    small = np.where(sure[:, None], 5.0, 0.1) * np.eye(4)[labels]
+    large = 5.0 * np.eye(4)[np.where(labels == 3, 0, labels)]  # takes the last class for the first
+    logits = {"small": small.astype(np.float32), "large": large.astype(np.float32)}
+    gap = Rule("top2_gap")
+    point = OperatingPoint(1.0, (Stage("small", gap, 1.0, 1.0, 20, 20), Stage("large", gap, None, 9.0, 4, 3)))
+    monkeypatch.setattr(figures, "picture_grid", lambda cells, columns: (cells, columns))
+
+    sheet: Any = stage_sheet(table, Predictions(np.arange(24), labels, logits), point)
+
+    cells, columns = sheet
+    first, second = cells[:columns], cells[columns:]
+    assert [title for _, title in first] == 2 * [f"1: class {label}" for label in range(4)]
+    assert [title for _, title in second[:4]] == ["2: class 0", "2: class 1", "2: class 2", "2: class 3 ≠ class 0"]
+    assert second[4:] == 4 * [None]
+    shown = [image.numpy().tobytes() for image, _ in [*first, *second[:4]]]
+    assert shown == [table.row(row).image for row in (*range(8), *range(20, 24))]

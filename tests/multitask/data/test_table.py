@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitask.data import DataError, open_table, write_table
+from multitask.data import DataError, open_table, open_tables, write_table
 from multitask.data.table import RowGroup
 from tests.multitask.data.tables import (
     CLASSES,
@@ -60,6 +60,27 @@ def test_a_shard_of_several_row_groups_keeps_rows_and_places(tmp_path: Path) -> 
     assert encoded(table) == [image for image, _ in rows]
     assert table.source(2399).endswith("shard-00000.parquet, row 2399")
     assert table.source(2400).endswith("shard-00001.parquet, row 0")
+
+
+def test_tables_of_one_folder_open_as_a_single_one(tmp_path: Path) -> None:
+    rows = {name: [(f"{name} {i}".encode(), i % 3) for i in range(count)] for name, count in (("a", 7), ("b", 4))}
+    for name, content in rows.items():
+        write_table(tmp_path / name, content, CLASSES, rows_per_shard=3)
+
+    table = open_tables(str(tmp_path), ("a", "b"))
+
+    assert list(zip(encoded(table), table.labels(), strict=True)) == rows["a"] + rows["b"]
+    assert table.row(8)[:2] == rows["b"][1]
+    assert table.source(8) == f"{tmp_path}/b/shard-00000.parquet, row 1"
+    assert encoded(pickle.loads(pickle.dumps(table))) == encoded(table)
+
+
+def test_tables_of_other_classes_are_not_joined(tmp_path: Path) -> None:
+    write_table(tmp_path / "a", [(b"x", 0)], CLASSES)
+    write_table(tmp_path / "b", [(b"x", 0)], CLASSES[::-1])
+
+    with pytest.raises(DataError, match=r"b: found 3 classes that differ from the 3 of table 'a'"):
+        open_tables(str(tmp_path), ("a", "b"))
 
 
 def test_rows_keep_their_place_when_arrow_splits_or_slices_a_column() -> None:

@@ -1,0 +1,365 @@
+"""What do private scales and biases give the resolutions of one data set? Fashion-MNIST at 10, 14, 20 and 28 px.
+
+One small MobileNetV2 learns all four by turns in one process, three ways: each resolution owns its scales, biases and
+running statistics and shares the rest, last layer included; all is shared; or all is private. The fair baseline is a
+fourth: all shared, then each resolution's running statistics measured anew on its own training images, so that what it
+lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1, in runs of a third of the
+steps with the first seed; the fair baseline has its own. Top-1 is on test images, of the version that is best on
+validation images, or of the last one where statistics are measured anew.
+
+The first way's models then make a cascade, fitted on half of the validation images: what it answers on the test images
+and costs in MACs beside the model that was best on that half, which is its reference, and beside the cheapest model
+about as accurate on the test images; and its seconds beside the reference's, in turns, decoding left out.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+import multitask
+import patches
+from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
+from multitask.cascade import Cascade, CascadeModel, OperatingPoint, View, check
+from multitask.cascade.from_run import cascade_from_run
+from multitask.cascade.greedy import Stage
+from multitask.cascade.rules import Rule
+from multitask.data import open_table
+from multitask.data.transforms import decode
+from multitask.evaluation import evaluate, reestimate_statistics, torch_threads
+from multitask.job import Job, open_split, table_batches
+from multitask.runs import Run, evaluate_models
+from multitask.spec import load_spec
+
+SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "demo_resolutions.yaml"
+SEEDS = (0, 1, 2)
+RATES = (0.0015, 0.003, 0.006)
+"""The demo's rate among others."""
+TUNING = 3
+"""A run that tries a rate has this part of the steps."""
+REESTIMATION_BATCHES = 100
+BATCH, BATCHES, REPEATS = 256, 8, 7
+"""Images at once, batches and repeats of the cascade's timing."""
+SLACK = 0.0025
+"""As `multitask cascade fit` has it."""
+Trained = Callable[[str, float, int, int], Run]
+"""From method, rate, seed and steps to a finished run."""
+Answer = Callable[[list[Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How resolutions share a backbone."""
+
+    title: str
+    method: str
+    reestimated: bool = False
+    """After training, each resolution's running statistics are measured anew."""
+
+
+PRIVATE, SHARED, REESTIMATED, INDEPENDENT = WAYS = (
+    Way("private scales and biases", "scale_bias"),
+    Way("all shared", "shared"),
+    Way("all shared, statistics re-estimated", "shared", reestimated=True),
+    Way("independent models", "full"),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way with one seed."""
+
+    way: Way
+    rate: float
+    seed: int
+    top1: tuple[float, ...]
+    """Of the test images in percent, from the lowest resolution to the highest."""
+    parameters: int
+    """Of all resolutions together, each shared one counted once."""
+    seconds: float
+    """Of training."""
+
+
+@dataclass(frozen=True)
+class Cascaded:
+    """A cascade over one run's resolutions, on the test images."""
+
+    seed: int
+    stages: str
+    top1: float
+    reference: str
+    """The best single model by the images that the cascade was fitted on."""
+    gain: float
+    """Points of top-1 over the reference, with the ends of their 95 % interval."""
+    gain_low: float
+    gain_high: float
+    over_best_on_test: float
+    """Points over whichever model turned out best on the test images, which nobody could have chosen."""
+    saving: float
+    """Percent of the reference's MACs, with the ends of their 95 % interval."""
+    saving_low: float
+    saving_high: float
+    equal: str
+    """The cheapest single model about as accurate as the cascade."""
+    saving_against_equal: float
+    ms: float
+    """Of an image, resized from pixels."""
+    reference_ms: float
+    time_ratio: float
+    """The cascade's time over the reference's."""
+
+
+ANSWERS = ("seed", "stages", "top1", "reference", "gain", "gain_low", "gain_high", "over_best_on_test")
+COSTS = ("seed", *(field.name for field in fields(Cascaded) if field.name not in ANSWERS))
+"""Columns of the two tables about cascades."""
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, help="of each resolution; the demo's by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="tried with the first seed")
+    arguments = parser.parse_args()
+    steps, seeds = arguments.steps or load_spec(SPEC).steps, arguments.seeds
+    around = environment()
+    found: list[Measured] = []
+    cascades: list[Cascaded] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trained = cache(partial(train, Path(folder)))
+        tried = {
+            (way, rate): tune(trained, way, rate, seeds[0], max(1, steps // TUNING))
+            for way in WAYS
+            for rate in arguments.rates
+        }
+        rates = {way: best_rate(tried, way) for way in WAYS}
+        for seed in seeds:
+            for way in WAYS:
+                run = trained(way.method, rates[way], seed, steps)
+                found.append(measure(way, run))
+                if way is PRIVATE:
+                    cascades.append(cascade(run))
+    finish(
+        arguments.out,
+        tables={
+            f"Fashion-MNIST, test top-1, mean of {len(seeds)} seeds": [
+                summary([measured for measured in found if measured.way is way]) for way in WAYS
+            ],
+            "Cascades over private scales and biases, test images": [columns(one, ANSWERS) for one in cascades],
+            "Their costs, beside the best single model's": [columns(one, COSTS) for one in cascades],
+            f"Rates tried, seed {seeds[0]}": [
+                {
+                    "way": way.title,
+                    "rate": rate,
+                    "validation top-1": top1,
+                    "chosen": "chosen" if rates[way] == rate else "",
+                }
+                for (way, rate), top1 in tried.items()
+            ],
+            "Runs": [row(measured) for measured in found],
+        },
+        environment=around,
+        goals=make_goals(found, cascades),
+        settings={
+            "steps": steps,
+            "tuning_steps": max(1, steps // TUNING),
+            "seeds": seeds,
+            "rates": arguments.rates,
+            "spec": SPEC.name,
+            "timed_batch": BATCH,
+            "threads": threads(),
+        },
+    )
+
+
+def threads() -> int:
+    """Of torch: nothing else computes here."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Run:
+    """All resolutions, as `multitask train` does it."""
+    changes = {
+        "task_defaults": {"method": method},
+        "optimizer": {"rate": rate},
+        "steps": steps,
+        "evaluate_every": max(1, steps // 3),
+        "seed": seed,
+        "engine": {"name": "local"},
+        "resources": {"threads_per_worker": threads()},
+        "checkpoints": {"every_minutes": None},
+        "directory": str(folder / f"{method}_{rate:g}_{seed}_{steps}"),
+    }
+    run = multitask.train(load_spec(SPEC, changes), console=Console(file=StringIO()))
+    print(f"{method}, rate {rate:g}, seed {seed}: {steps} steps in {run.result['seconds']:.0f} s", flush=True)
+    return run
+
+
+def models_of(way: Way, run: Run) -> dict[str, patches.PatchedModel]:
+    """Resolution's task -> its model."""
+    return reestimated(run) if way.reestimated else run.models("best")[1]
+
+
+def reestimated(run: Run) -> dict[str, patches.PatchedModel]:
+    """The shared network with each resolution's own running statistics, over its own training images."""
+    # Not the best version: that was chosen by the mixed statistics, which these models do without.
+    backbone, _ = run.models("last")
+    job = Job(run.spec)
+    models = {}
+    with torch_threads(run.spec.resources.threads_per_worker):
+        for task in run.spec.tasks:
+            models[task.name] = patches.attach(backbone, "norm_statistics")
+            reestimate_statistics(models[task.name], islice(job.make_batches(f"{task.name}/0"), REESTIMATION_BATCHES))
+    return models
+
+
+def tune(trained: Trained, way: Way, rate: float, seed: int, steps: int) -> float:
+    """Top-1 of a rate, mean over the resolutions, on the validation images that training evaluates on."""
+    run = trained(way.method, rate, seed, steps)
+    models = models_of(way, run)
+    with torch_threads(run.spec.resources.threads_per_worker):
+        return mean(
+            evaluate(models[task.name], table_batches(open_split(task, "validation"), task, task.validation_images))[
+                "top1"
+            ]
+            for task in run.spec.tasks
+        )
+
+
+def best_rate(tried: Mapping[tuple[Way, float], float], way: Way) -> float:
+    return max((rate for other, rate in tried if other is way), key=lambda rate: tried[way, rate])
+
+
+def measure(way: Way, run: Run) -> Measured:
+    """A way's models on the test images."""
+    test = evaluate_models(models_of(way, run), run.spec, "test")
+    top1 = tuple(test[task.name]["top1"] for task in run.spec.tasks)
+    print(f"{way.title}, seed {run.spec.seed}: {' '.join(f'{value:.2f}' for value in top1)}", flush=True)
+    rate, result = run.spec.optimizer.rate, run.result
+    return Measured(way, rate, run.spec.seed, top1, result["parameters"], result["seconds"])
+
+
+def cascade(run: Run) -> Cascaded:
+    """What a cascade over the run's tasks saves."""
+    fitted, test = cascade_from_run(run, run.directory / "resolutions.cascade", slack=SLACK)
+    checked = check(fitted, test)
+    _, models = run.models("best")
+    views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
+    timed = [CascadeModel(one, models, views) for one in (fitted, alone(fitted, fitted.reference))]
+    with torch_threads(run.spec.resources.threads_per_worker):
+        seconds, reference_s = time_in_turns(timed, batches(run))
+    cascaded = Cascaded(
+        seed=run.spec.seed,
+        stages=" > ".join(f"{stage.model} {stage.share:.0%}" for stage in checked.stages),
+        top1=100 * checked.accuracy.mean,
+        reference=fitted.reference,
+        gain=100 * checked.accuracy_gain.mean,
+        gain_low=100 * checked.accuracy_gain.low,
+        gain_high=100 * checked.accuracy_gain.high,
+        over_best_on_test=100 * (checked.accuracy.mean - max(single.accuracy for single in checked.singles)),
+        saving=100 * checked.saving.mean,
+        saving_low=100 * checked.saving.low,
+        saving_high=100 * checked.saving.high,
+        equal=checked.equal.model,
+        saving_against_equal=100 * checked.saving_against_equal.mean,
+        ms=1000 * median(seconds) / (BATCH * BATCHES),
+        reference_ms=1000 * median(reference_s) / (BATCH * BATCHES),
+        time_ratio=median(own / other for own, other in zip(seconds, reference_s, strict=True)),
+    )
+    print(f"cascade, seed {run.spec.seed}: {cascaded.gain:+.2f} points, {cascaded.saving:.1f} % saved", flush=True)
+    return cascaded
+
+
+def alone(fitted: Cascade, model: str) -> Cascade:
+    """One model of a cascade, which always answers."""
+    stage = Stage(model, Rule("top_probability"), None, fitted.costs.alone[model], answered=1, right=1)
+    return replace(fitted, points=(OperatingPoint(1.0, (stage,)),), asked=0)
+
+
+def batches(run: Run) -> list[list[Tensor]]:
+    """The first test images, decoded."""
+    table = open_table(f"{run.spec.tasks[0].data}/test", verify=False)
+    decoded = (decode(group.encoded(place)) for group in table.groups() for place in range(len(group)))
+    images = list(islice(decoded, BATCH * BATCHES))
+    return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+
+def time_in_turns(models: Sequence[Answer], images: Sequence[list[Tensor]]) -> list[list[float]]:
+    """Seconds of each model for all batches, in every repeat but the first, which warms up.
+
+    A repeat has the models in the other order than the one before it.
+    """
+    taken: list[list[float]] = [[] for _ in models]
+    pairs = list(zip(taken, models, strict=True))
+    for _ in range(REPEATS + 1):
+        for seconds, model in pairs:
+            start = time.perf_counter()
+            for batch in images:
+                model(batch)
+            seconds.append(time.perf_counter() - start)
+        pairs.reverse()
+    return [seconds[1:] for seconds in taken]
+
+
+def summary(measured: Sequence[Measured]) -> dict[str, Any]:
+    averages = [mean(one.top1) for one in measured]
+    return {
+        "way": measured[0].way.title,
+        "rate": measured[0].rate,
+        **dict(zip((f"{size} px" for size in resolutions()), means(measured), strict=True)),
+        "mean": mean(averages),
+        "standard deviation": stdev(averages) if len(averages) > 1 else None,
+        "parameters": measured[0].parameters,
+        "seconds": mean(one.seconds for one in measured),
+    }
+
+
+def row(measured: Measured) -> dict[str, Any]:
+    sizes = {f"{size} px": value for size, value in zip(resolutions(), measured.top1, strict=True)}
+    return {"way": measured.way.title, "seed": measured.seed, **sizes, "seconds": measured.seconds}
+
+
+def columns(cascaded: Cascaded, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(cascaded, name) for name in names}
+
+
+def resolutions() -> list[int]:
+    return [task.resolution for task in load_spec(SPEC).tasks]
+
+
+def means(measured: Sequence[Measured]) -> list[float]:
+    """Top-1 of each resolution, mean over the seeds."""
+    return [mean(values) for values in zip(*(one.top1 for one in measured), strict=True)]
+
+
+def make_goals(found: Sequence[Measured], cascades: Sequence[Cascaded]) -> list[Goal]:
+    by_way: Mapping[Way, list[float]] = {way: means([one for one in found if one.way is way]) for way in WAYS}
+    private, shared, independent = (by_way[way] for way in (PRIVATE, SHARED, INDEPENDENT))
+    lowest = f"Private - all shared at {min(resolutions())} px, points of top-1"
+    return [
+        at_least(lowest, private[0] - shared[0], 2.0),
+        at_least("Private - all shared, mean over the resolutions", mean(private) - mean(shared), 2.0),
+        at_most("Independent - private, mean over the resolutions", mean(independent) - mean(private), 0.7),
+        at_least(
+            "Cascade: percent of the best single model's MACs saved", mean(one.saving for one in cascades), 15, 40
+        ),
+        at_least("Cascade - best single model, points of top-1", mean(one.gain for one in cascades), -0.3),
+        at_most(
+            f"Cascade: time of an image / the best single model's, batches of {BATCH}",
+            median(one.time_ratio for one in cascades),
+            1.0,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""`multitask sweep`: train a job with many settings, and keep the best."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from multitask.sweep import Outcome
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="A sweep spec (YAML), for example jobs/specs/sweep_lr.yaml.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep of this spec; finished trials are not repeated.")
+    ] = False,
+    mlflow_uri: Annotated[
+        str | None, typer.Option(help="Where it is tracked; by default an SQLite file beside its directory.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
+) -> None:
+    """Train a job with many settings, one trial each, and choose the best by validation."""
+    from multitask import Stopped
+    from multitask.sweep import run_sweep
+    from multitask.sweep.outcomes import rows
+    from multitask.sweep.summary import headline
+
+    try:
+        result = run_sweep(spec, go_on=resume, mlflow_uri=mlflow_uri)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+    found = rows(result.outcomes)
+    best = None if result.choice is None else result.choice.trial.number
+    if json_output:
+        test = None if result.verdict is None else result.verdict.tasks
+        print(json.dumps({"best": best, "test": test, "trials": found}))
+    else:
+        _show(result.outcomes)
+        settings = len({outcome.plan.setting for outcome in result.outcomes})
+        print(headline(settings, result.choice, result.verdict))
+        print(f"report:     {result.directory}/report.html\nall trials: {result.directory}/trials.csv, trials.parquet")
+    failed = [row for row in found if row["state"] not in ("finished", "stopped")]
+    for row in failed:
+        print(f"trial {row['trial']} {row['state']}: {row['error'] or 'its process is gone'}", file=sys.stderr)
+    if result.choice is None:
+        raise RuntimeError(f"No setting's trials have all finished; {result.directory}/trials.csv says what happened.")
+    if not json_output:
+        print(f"Next: multitask train {result.directory}/best.yaml")
+
+
+def _show(outcomes: "Sequence[Outcome]") -> None:
+    """The best trials."""
+    from multitask.sweep.board import BEST_SHOWN
+    from multitask.sweep.summary import trial_header, trial_rows
+
+    table = Table(*trial_header(outcomes), title="Best trials by validation", title_justify="left")
+    for line in trial_rows(outcomes)[:BEST_SHOWN]:
+        table.add_row(*line)
+    Console().print(table)

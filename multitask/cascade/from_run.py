@@ -1,0 +1,50 @@
+"""From a finished run to a cascade over its tasks."""
+
+import os
+from typing import Any
+
+from multitask.cascade.artifact import save_package
+from multitask.cascade.cascade import Cascade
+from multitask.cascade.costs import View, count_macs
+from multitask.cascade.errors import CascadeError
+from multitask.cascade.fitting import fit
+from multitask.cascade.predictions import Predictions, read_predictions
+from multitask.runs import Run, evaluate_models
+
+SEED = 0
+"""Of the halves of the validation images."""
+
+
+def cascade_from_run(run: Run, to: str | os.PathLike[str], **options: Any) -> tuple[Cascade, Predictions]:
+    """Fit a cascade over tasks that answer one question, such as the resolutions of one data set.
+
+    The best version is exported, and its predictions on the validation and test images are written to `predictions/`
+    in the run directory. A random half of the validation images fits, as with `multitask cascade fit`; nothing reads
+    the test images' predictions here.
+
+    Args:
+        to: the package to write.
+        options: as for `multitask.cascade.fit`.
+    Returns:
+        The cascade, and the predictions on the test images, to check it on.
+    Raises:
+        CascadeError: the tasks are over several data sets, or their heads differ in size.
+    """
+    data = sorted({task.data for task in run.spec.tasks})
+    if len(data) > 1:
+        raise CascadeError(
+            f"The tasks of '{run.directory}' read {len(data)} data sets ({', '.join(data)}), but the models of a "
+            "cascade answer the same images. Name a run over one data set."
+        )
+    export = run.export()
+    _, models = run.models("best")
+    pools = {}
+    for split in ("validation", "test"):
+        folder = run.directory / "predictions" / split
+        evaluate_models(models, run.spec, split, folder)
+        pools[split] = read_predictions(folder, list(models))
+    views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
+    fitting, _ = pools["validation"].halves(SEED)
+    cascade = fit(fitting, count_macs(models, views), **options)
+    save_package(cascade, to, export.backbone.parent)
+    return cascade, pools["test"]

@@ -1,0 +1,159 @@
+"""What runs a trial: a Ray Tune trainable that makes training jobs, one after the other, in one process."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+
+from multitask.job import Loaded
+from multitask.live import POLL_S, SILENT_S, STATUS, read_status
+from multitask.runs import Run, write_spec
+from multitask.server.messages import Evaluation, mean_top1
+from multitask.sweep.outcomes import failure_file, read_outcome
+from multitask.sweep.plan import TrialPlan
+from multitask.trainer import Stopped, Trial, resume, train
+from patches.files import write_atomic
+
+METRIC, ROUND = "validation_top1", "round"
+
+
+class TrialActor(tune.Trainable):
+    """Trains the trial that its config names; Tune hands it the next one when that has ended.
+
+    A process imports torch and reads data and backbone once, and serves many trials.
+    """
+
+    def setup(  # type: ignore[override] # `tune.with_parameters` gives the others
+        self, config: Mapping[str, Any], plans: Sequence[TrialPlan], loaded: Loaded, parent_run_id: str
+    ) -> None:
+        """Args:
+        config: `trial` is the number of the trial.
+        plans: all trials of the sweep.
+        loaded: what they share.
+        parent_run_id: MLflow's run of the sweep.
+        """
+        self._plans = {plan.number: plan for plan in plans}
+        self._loaded, self._parent_run_id = loaded, parent_run_id
+        self._begin(config)
+
+    def reset_config(self, new_config: Mapping[str, Any]) -> bool:
+        self._run.stop()  # the scheduler may have stopped it: then it waits in the middle of its training
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        # Tune steps into a folder of its own; relative data paths start where the sweep began.
+        os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
+        self._run = TrialRun(self._plans[config["trial"]], self._loaded, self._parent_run_id)
+
+    def step(self) -> dict[str, Any]:
+        return self._run.next()
+
+    def cleanup(self) -> None:
+        self._run.stop()
+
+
+class TrialRun:
+    """A training in a thread of its own, which waits after each evaluation until it is told to go on.
+
+    What a trial did is in its run directory, so a trial that begins again tells its evaluations first, as if it made
+    them now, and goes on from its last checkpoint: a scheduler that has lost its memory gets it back.
+    """
+
+    def __init__(self, plan: TrialPlan, loaded: Loaded | None, parent_run_id: str | None) -> None:
+        self._plan = plan
+        values = {"setting": dict(plan.values)}
+        self._trial = Trial(
+            parent_run_id=parent_run_id,
+            params=values,
+            loaded=loaded,
+            on_evaluation=lambda evaluation: self._tell(evaluation_metrics(evaluation)),
+            wants_stop=lambda: self._stopped,
+        )
+        self._news: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        self._may_go_on = threading.Semaphore(0)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._train, name=plan.spec.name, daemon=True)
+
+    def next(self) -> dict[str, Any]:
+        """Train up to the next evaluation, or to the end (`done`).
+
+        Raises:
+            What the training raised.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._may_go_on.release()
+        news = self._news.get()
+        if isinstance(news, BaseException):
+            raise news
+        return news
+
+    def stop(self) -> None:
+        """End the training after its step, with a checkpoint; no matter if it has ended."""
+        self._stopped = True
+        self._may_go_on.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _train(self) -> None:
+        failure = failure_file(self._plan)
+        failure.unlink(missing_ok=True)
+        last: dict[str, Any] = {}
+        try:
+            for round_, top1 in read_outcome(self._plan).curve:
+                last = {ROUND: round_, METRIC: top1}
+                self._tell(last)
+            run = self._run()
+            self._news.put({**_end_metrics(run), "done": True})
+        except Stopped:
+            self._news.put({**last, "done": True})
+        except BaseException as error:
+            # Also what ends before it has a run directory is known afterwards.
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(failure, (str(error) or repr(error)).encode())
+            self._news.put(error)
+
+    def _run(self) -> Run:
+        if self._stopped:
+            raise Stopped("The scheduler has stopped this trial before.")
+        directory, console = self._plan.directory, Console(quiet=True)
+        if (directory / "result.json").is_file():
+            return Run(directory)
+        if (directory / "spec.yaml").is_file():
+            _await_end(directory)
+            # On a cluster of another size its workers have other shares.
+            write_spec(directory / "spec.yaml", self._plan.spec)
+            return resume(directory, console=console, trial=self._trial)
+        return train(self._plan.spec, console=console, trial=self._trial)
+
+    def _tell(self, metrics: dict[str, Any]) -> None:
+        if self._stopped:
+            return
+        self._news.put(metrics)
+        self._may_go_on.acquire()
+
+
+def _await_end(directory: Path) -> None:
+    """Wait until a trial's earlier process counts as gone, which takes a minute where it was on another machine."""
+    deadline = time.monotonic() + 2 * SILENT_S
+    while (directory / STATUS).is_file() and time.monotonic() < deadline:
+        if read_status(directory)["state"] != "running":
+            return
+        time.sleep(POLL_S)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    return {ROUND: evaluation.round, METRIC: evaluation.mean_top1}
+
+
+def _end_metrics(run: Run) -> dict[str, Any]:
+    last = run.result["last"]
+    return {ROUND: last["round"], METRIC: mean_top1(last["tasks"].values())}

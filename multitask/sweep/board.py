@@ -1,0 +1,138 @@
+"""The live table of a sweep: what runs, what is best so far, and how long it will still take."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from multitask.sweep.actor import METRIC, ROUND
+from multitask.sweep.outcomes import Outcome
+from multitask.sweep.plan import TrialPlan, short_names, show
+
+BEST_SHOWN = 10
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass
+class Line:
+    """How a trial stands, as the table shows it."""
+
+    plan: TrialPlan
+    state: str = "waiting"
+    round: int = 0
+    top1: float | None = None
+
+    @property
+    def steps_left(self) -> int:
+        return 0 if self.state in ENDED else max(0, self.plan.spec.steps - self.round)
+
+
+@dataclass
+class Standing:
+    """All trials of a sweep, and the clock."""
+
+    lines: dict[int, Line]
+    began: float = field(default_factory=time.monotonic)
+    steps_made: int = 0
+    """Since `began`: what an earlier start made says nothing of today's speed."""
+
+    def note(self, number: int, round_: int, top1: float) -> None:
+        """An evaluation of a trial; those that a trial tells again are no work."""
+        line = self.lines[number]
+        self.steps_made += max(0, round_ - line.round)
+        line.round = max(line.round, round_)
+        line.top1 = top1 if line.top1 is None else max(line.top1, top1)
+
+    def seconds_left(self, now: float) -> float | None:
+        """By the speed so far; None while there is none."""
+        left = sum(line.steps_left for line in self.lines.values())
+        return left * (now - self.began) / self.steps_made if self.steps_made else None
+
+    def title(self, name: str, now: float) -> str:
+        counts = Counter(line.state for line in self.lines.values())
+        states = ", ".join(f"{counts[state]} {state}" for state in (*ENDED, "running", "waiting") if counts[state])
+        left = self.seconds_left(now)
+        ahead = "" if left is None else f"; about {duration(left)} left" if left else "; done"
+        return f"{name}: {len(self.lines)} trials, {states}{ahead}"
+
+    def table(self, name: str, now: float) -> Table:
+        """Running trials, then the best of the others."""
+        lines = list(self.lines.values())
+        running = [line for line in lines if line.state == "running"]
+        known = [line for line in lines if line.state != "running" and line.top1 is not None]
+        best = sorted(known, key=lambda line: -(line.top1 or 0.0))[:BEST_SHOWN]
+        names = short_names(list(lines[0].plan.values))
+        table = Table(title=self.title(name, now), title_justify="left")
+        for column in ("trial", *names.values(), "state", "rounds", "validation top-1 %"):
+            table.add_column(column, justify="left" if column in names.values() else "right")
+        for line in (*running, *best):
+            values = [show(line.plan.values[key]) for key in names]
+            accuracy = "" if line.top1 is None else f"{line.top1:.2f}"
+            rounds = f"{line.round}/{line.plan.spec.steps}"
+            table.add_row(str(line.plan.number), *values, line.state, rounds, accuracy)
+        return table
+
+
+class Board(tune.Callback):
+    """Keeps the table up to date while Tune works; a context that shows it."""
+
+    def __init__(self, name: str, outcomes: Sequence[Outcome], console: Console) -> None:
+        """Args:
+        outcomes: how the trials stand before this start.
+        """
+        self._name = name
+        self.standing = Standing({o.plan.number: Line(o.plan, _shown(o.state), o.rounds, o.top1) for o in outcomes})
+        self.ended: set[int] = set()
+        """Trials that came to their end in this start."""
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
+
+    def __enter__(self) -> "Board":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its settings; nobody unpickles this one, as sweeps resume from their run directories."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
+        self._line(trial).state = "running"
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:  # noqa: ARG002
+        if result.get(METRIC) is not None:
+            self.standing.note(trial.config["trial"], result[ROUND], result[METRIC])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
+        line = self._line(trial)
+        line.state = "finished" if line.round >= line.plan.spec.steps else "stopped"
+        self.ended.add(line.plan.number)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
+        self._line(trial).state = "failed"
+        self.ended.add(trial.config["trial"])
+
+    def _line(self, trial: Any) -> Line:
+        return self.standing.lines[trial.config["trial"]]
+
+    def _render(self) -> Table:
+        return self.standing.table(self._name, time.monotonic())
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _shown(state: str) -> str:
+    return state if state in ENDED else "waiting"

@@ -1,0 +1,187 @@
+"""How the trials of a sweep ended, read from their run directories; the choice among them; tables of all."""
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from multitask.live import STATUS, read_status
+from multitask.runs import write_spec
+from multitask.spec import JobSpec
+from multitask.sweep.plan import TrialPlan, short_names
+from patches.files import write_atomic
+
+State = Literal["waiting", "running", "finished", "stopped", "failed", "lost"]
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one trial stands."""
+
+    plan: TrialPlan
+    state: State
+    """`stopped`: by the scheduler, or with the sweep; `lost`: its process is gone."""
+    curve: Curve = ()
+    """(round, mean validation top-1 of the tasks in percent) of each evaluation, in order."""
+    trained_parameters: int | None = None
+    """Of all tasks together; known of finished trials."""
+    seconds: float | None = None
+    mlflow_run_id: str | None = None
+    error: str | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """Percent: the best evaluation, which is the version that a run keeps as `best`."""
+        return max((value for _, value in self.curve), default=None)
+
+    @property
+    def rounds(self) -> int:
+        return max((number for number, _ in self.curve), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A setting whose trials have all finished, so that it may be chosen."""
+
+    trial: TrialPlan
+    """Its first one."""
+    top1: float
+    """Percent on validation data, mean over the setting's trials."""
+    trials: int
+    trained_parameters: int
+
+
+def read_outcome(plan: TrialPlan) -> Outcome:
+    """How a trial stands, from the files that it has written."""
+    failure = failure_file(plan)
+    error = failure.read_text() if failure.is_file() else None
+    if not (plan.directory / STATUS).is_file():
+        return Outcome(plan=plan, state="waiting" if error is None else "failed", error=error)
+    status = read_status(plan.directory)
+    outcome = Outcome(
+        plan=plan,
+        # Its result comes last.
+        state="lost" if status["state"] == "finished" else status["state"],
+        curve=_mean_curve(status["tasks"]),
+        mlflow_run_id=status["mlflow_run_id"],
+        error=error or status["error"],
+    )
+    result = plan.directory / "result.json"
+    if not result.is_file():
+        return replace(outcome, state="failed") if error is not None else outcome
+    content = json.loads(result.read_text())
+    trained, seconds = content["trained_parameters"], content["seconds"]
+    return replace(outcome, state="finished", trained_parameters=trained, seconds=seconds, error=None)
+
+
+def failure_file(plan: TrialPlan) -> Path:
+    """Where a trial says why it failed: beside its run directory, which may not exist yet."""
+    return plan.directory.with_suffix(".error")
+
+
+def choices(outcomes: Sequence[Outcome]) -> list[Choice]:
+    """The settings whose trials have all finished, in the order of the sweep."""
+    by_setting: dict[int, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_setting[outcome.plan.setting].append(outcome)
+    found = []
+    for trials in by_setting.values():
+        accuracies = [trial.top1 for trial in trials if trial.state == "finished" and trial.top1 is not None]
+        if len(accuracies) == len(trials):
+            about = {"trials": len(trials), "trained_parameters": trials[0].trained_parameters or 0}
+            found.append(Choice(trial=trials[0].plan, top1=mean(accuracies), **about))
+    return found
+
+
+def choose(outcomes: Sequence[Outcome]) -> Choice | None:
+    """The setting with the highest validation accuracy, mean over its trials, of those whose trials have all finished.
+
+    Of equal ones that with the fewest trained parameters, then the first.
+    """
+    return min(choices(outcomes), key=lambda choice: (-choice.top1, choice.trained_parameters), default=None)
+
+
+def winning_spec(choice: Choice, sweep: str, directory: Path, name: str = "best") -> JobSpec:
+    """The chosen trial's job, to run again: other name and directory, else the same, so the same bits.
+
+    Args:
+        name: of its folder in the sweep's directory.
+    """
+    spec = choice.trial.spec
+    checkpoints = spec.checkpoints
+    if checkpoints.uri is not None:
+        checkpoints = replace(checkpoints, uri=f"{checkpoints.uri.rpartition('/')[0]}/{name}")
+    return replace(spec, name=f"{sweep}_{name}", directory=str(directory / name), checkpoints=checkpoints)
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A flat row for each trial: its setting, then how it went."""
+    found = []
+    for outcome in outcomes:
+        names = short_names(list(outcome.plan.values))
+        setting = {f"setting_{names[key]}": value for key, value in outcome.plan.values.items()}
+        found.append(
+            {
+                "trial": outcome.plan.number,
+                **setting,
+                "seed": outcome.plan.spec.seed,
+                "state": outcome.state,
+                "validation_top1": outcome.top1,
+                "rounds": outcome.rounds,
+                "trained_parameters": outcome.trained_parameters,
+                "seconds": outcome.seconds,
+                "directory": str(outcome.plan.directory),
+                "mlflow_run_id": outcome.mlflow_run_id,
+                "error": outcome.error,
+            }
+        )
+    return found
+
+
+def write_tables(outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
+    """trials.csv and trials.parquet, with the same rows."""
+    found = rows(outcomes)
+    table = pa.table({name: _column([row[name] for row in found]) for name in found[0]})
+    files = {}
+    for name, write in (("trials.csv", pyarrow.csv.write_csv), ("trials.parquet", pq.write_table)):
+        buffer = io.BytesIO()
+        write(table, buffer)
+        files[directory / name] = buffer.getvalue()
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)
+
+
+def write_winner(choice: Choice, sweep: str, directory: Path) -> Path:
+    """best.yaml, which `multitask train` runs."""
+    path = directory / "best.yaml"
+    write_spec(path, winning_spec(choice, sweep, directory))
+    return path
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    """Numbers or texts as they are; values of other kinds, or of several, as texts."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and len(kinds) == 2:
+        values = [None if value is None else float(value) for value in values]
+    elif len(kinds) > 1 or not kinds <= {bool, int, float, str}:
+        values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return pa.array(values)
+
+
+def _mean_curve(tasks: Mapping[str, Any]) -> Curve:
+    """The tasks' curves as one: evaluations that all tasks have."""
+    points: dict[int, list[float]] = defaultdict(list)
+    for task in tasks.values():
+        for point in task["curve"]:
+            points[int(point["step"])].append(point["top1"])
+    return tuple((step, mean(values)) for step, values in sorted(points.items()) if len(values) == len(tasks))

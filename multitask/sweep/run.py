@@ -1,0 +1,254 @@
+"""Start a sweep, or go on with one, from its spec to the choice and what comes after it."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from rich.console import Console
+
+from multitask.engines.served import ray_session
+from multitask.job import Job, Loaded, load_backbone, open_split
+from multitask.report import write_sweep_report
+from multitask.runs import RunError, write_json
+from multitask.spec import JobSpec, SpecError, dump_spec, load_spec
+from multitask.sweep.figures import draw, series, write_figures
+from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
+from multitask.sweep.outcomes import Choice, Outcome, choices, choose, read_outcome, write_tables, write_winner
+from multitask.sweep.places import reserve
+from multitask.sweep.plan import TrialPlan, plan_trials
+from multitask.sweep.spec import AshaScheduler, SweepSpec, dump_sweep, load_sweep
+from multitask.sweep.summary import section
+from multitask.sweep.tuning import run_trials
+from multitask.tracking import Tracker
+from patches import Backbone
+from patches.files import write_atomic
+
+SPEC, STATE = "sweep.yaml", "sweep.json"
+SOURCE_BACKBONE = "source/export/backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has found, and where."""
+
+    directory: Path
+    outcomes: tuple[Outcome, ...]
+    choice: Choice | None
+    """The best setting; None if no setting's trials have all finished."""
+    verdict: Verdict | None
+    """Where the spec asks for it."""
+    mlflow_run_id: str
+
+
+def run_sweep(
+    source: str | Path | Mapping[str, Any] | SweepSpec,
+    *,
+    go_on: bool = False,
+    mlflow_uri: str | None = None,
+    console: Console | None = None,
+) -> SweepResult:
+    """Train every trial of a sweep and choose the best setting by validation.
+
+    Args:
+        source: a YAML file, a mapping, or a spec already built.
+        go_on: take up a sweep that stopped; finished trials are not repeated, others go on from their last checkpoint
+            and failed ones get another try.
+        mlflow_uri: where the sweep is tracked, instead of what its job says.
+        console: where the live table goes; standard error by default.
+    Raises:
+        SpecError and the errors of patches and data: before anything starts.
+        Stopped: Ctrl-C.
+    """
+    spec = source if isinstance(source, SweepSpec) else load_sweep(source)
+    if mlflow_uri is not None:
+        spec = replace(spec, job={**spec.job, "tracking": {**(spec.job.get("tracking") or {}), "uri": mlflow_uri}})
+    console = console or Console(stderr=True)
+    directory = spec.run_directory
+    _check_directory(spec, directory, go_on)
+    plans = plan_trials(spec, str(directory / SOURCE_BACKBONE) if spec.source else None)
+    loaded = _check_jobs(spec, plans)
+    with ray_session():
+        places = reserve([plan.spec for plan in plans], _nodes(), spec.concurrent)
+        tracker = _make_tracker(spec, plans, directory)
+        tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
+        plans = [
+            replace(plan, spec=replace(placed, tracking=tracking))
+            for plan, placed in zip(plans, places.specs, strict=True)
+        ]
+        write_atomic(directory / SPEC, _text(spec))
+        with tracker:
+            write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
+            if spec.source is not None:
+                _train_source(spec.source, directory / "source", tracker, tracking.experiment, console)
+            verdict = read_verdict(directory)
+            # After a look at the test tables nothing is chosen any more.
+            complete = verdict is not None or run_trials(
+                spec, plans, loaded, places.concurrent, tracker.run_id, console
+            )
+            outcomes = tuple(read_outcome(plan) for plan in plans)
+            choice = choose(outcomes)
+            if complete and choice is not None and verdict is None:
+                verdict = _finish(spec, choice, directory, tracker, console)
+            _record(spec, directory, outcomes, choice, verdict, tracker)
+            if not complete:
+                raise stopped(directory)
+    return SweepResult(directory, outcomes, choice, verdict, tracker.run_id)
+
+
+def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
+    """A sweep is taken up on request only, and only by the spec that it began with."""
+    if not go_on:
+        if directory.exists() and any(directory.iterdir()):
+            raise SpecError(
+                f"'{directory}' is not empty. Go on with the sweep in it (--resume), name another with `directory`, or "
+                "remove it."
+            )
+    elif not (directory / SPEC).is_file():
+        raise RunError(f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume.")
+    elif (directory / SPEC).read_bytes() != _text(spec):
+        raise SpecError(
+            f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Go on with "
+            "that one, and with the --mlflow-uri that it began with, or name another `directory`."
+        )
+
+
+def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
+    """Build each kind of job once: what does not fit is found before the first trial.
+
+    Returns:
+        What the trials share; without the backbones, where these have to be trained first.
+    """
+    _check_milestone(spec, plans)
+    tasks = [task for plan in plans for task in plan.spec.tasks]
+    if any(task.train_on != "train" for task in tasks):
+        raise SpecError(
+            "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set retrain: "
+            "true to have the chosen setting trained on both"
+        )
+    if spec.test:
+        for task in {task.data: task for task in tasks}.values():
+            open_split(task, "test", verify=False)
+    loaded = Loaded()
+    kinds = {_kind(plan.spec): plan.spec for plan in plans}
+    if spec.source is None:
+        for job in kinds.values():
+            Job(job, loaded=loaded)
+        return loaded
+    for job in kinds.values():
+        Job(replace(job, backbone=replace(job.backbone, weights=None)), loaded=loaded)
+    _check_source(load_spec(spec.source), loaded.backbones.values())
+    return Loaded(tables=loaded.tables)
+
+
+def _kind(spec: JobSpec) -> str:
+    """Equal for jobs that fit their backbones and data alike."""
+    content = dump_spec(spec)
+    return json.dumps([content[key] for key in ("backbone", "train_shared", "tasks")])
+
+
+def _check_source(source: JobSpec, backbones: Iterable[Backbone]) -> None:
+    """What it trains has to fit: found afterwards, its training would have been for nothing."""
+
+    def shapes(backbone: Backbone) -> dict[str, Any]:
+        return {name: tensor.shape for name, tensor in backbone.network.state_dict().items()}
+
+    trained = load_backbone(source, weights=None)
+    for backbone in backbones:
+        if shapes(backbone) != shapes(trained):
+            raise SpecError(
+                f"source '{source.name}' trains backbone {trained.name} {trained.options}, which does not fit the "
+                f"trials' {backbone.name} {backbone.options}; give both the same backbone"
+            )
+
+
+def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
+    """A scheduler that meets no trial before its end would stop nobody."""
+    if not isinstance(spec.scheduler, AshaScheduler):
+        return
+    grace, jobs = spec.scheduler.grace_rounds, [plan.spec for plan in plans]
+    # It decides at evaluations: at the first one that is not before its milestone.
+    if all(math.ceil(grace / job.evaluate_every) * job.evaluate_every >= job.steps for job in jobs):
+        raise SpecError(
+            f"scheduler.grace_rounds is {grace}, but the trials have {jobs[0].steps} steps and are evaluated every "
+            f"{jobs[0].evaluate_every}, so that none would be stopped early; set fewer rounds, evaluate more often, or "
+            "leave the scheduler out"
+        )
+
+
+def _make_tracker(spec: SweepSpec, plans: Sequence[TrialPlan], directory: Path) -> Tracker:
+    """MLflow's run of the sweep, or the one of its earlier start."""
+    tracking, state = plans[0].spec.tracking, directory / STATE
+    assert tracking.uri is not None, "`plan_trials` has set it"
+    return Tracker(
+        tracking.uri,
+        tracking.experiment,
+        spec.name,
+        params={"space": _space(spec), "trials": len(plans)},
+        tasks={},
+        spec_text=_text(spec).decode(),
+        resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,
+    )
+
+
+def _space(spec: SweepSpec) -> dict[str, Any]:
+    """Key -> its values, as MLflow's params show them."""
+    return {
+        key: {kind: values for kind, values in asdict(dimension).items() if values is not None}
+        for key, dimension in spec.dimensions.items()
+    }
+
+
+def _text(spec: SweepSpec) -> bytes:
+    return yaml.safe_dump(dump_sweep(spec), sort_keys=False).encode()
+
+
+def _nodes() -> list[dict[str, float]]:
+    """CPU and GPU of each living node."""
+    return [
+        {kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")} for node in ray.nodes() if node["Alive"]
+    ]
+
+
+def _train_source(source: str, directory: Path, tracker: Tracker, experiment: str, console: Console) -> None:
+    """Train and export what the trials' backbone comes from, once."""
+    changes = {"directory": str(directory), "tracking": {"uri": tracker.tracking_uri, "experiment": experiment}}
+    run_to_its_end(load_spec(source, changes), tracker, console).export("best")
+
+
+def _finish(spec: SweepSpec, choice: Choice, directory: Path, tracker: Tracker, console: Console) -> Verdict | None:
+    """Retrain and test as far as the spec asks for it."""
+    retrained = None
+    if spec.retrain:
+        retrained = run_to_its_end(retrained_spec(choice, spec.name, directory), tracker, console)
+    return measure(directory, choice, retrained) if spec.test else None
+
+
+def _record(
+    spec: SweepSpec,
+    directory: Path,
+    outcomes: Sequence[Outcome],
+    choice: Choice | None,
+    verdict: Verdict | None,
+    tracker: Tracker,
+) -> None:
+    """Tables, figures, the report and the winner's spec, in the directory and in MLflow."""
+    found = series(choices(outcomes))
+    figures = draw(found)
+    report = write_sweep_report(spec.name, section(outcomes, found, figures, choice, verdict), directory)
+    files = [*write_tables(outcomes, directory), *write_figures(figures, directory), report]
+    if choice is not None:
+        files.append(write_winner(choice, spec.name, directory))
+        tracker.log_metrics(None, {"best_validation_top1": choice.top1}, step=0)
+    if verdict is not None:
+        files.append(directory / TEST)
+        tracker.log_metrics(None, {"test_top1": verdict.top1}, step=0)
+    for file in files:
+        tracker.log_artifact(file)
+    for outcome in outcomes:
+        if outcome.state == "lost" and outcome.mlflow_run_id is not None:
+            tracker.end_lost(outcome.mlflow_run_id)

@@ -1,0 +1,186 @@
+"""The sweep spec: a job, and the values that some of its keys take."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+from multitask.spec import STRICT, Count, Name, Rate, SpecError, read_job, read_yaml, validated
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dimension:
+    """The values of one key: exactly one of the three."""
+
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Each of these, with each value of every other grid."""
+    choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """One of these, drawn."""
+    log_uniform: tuple[Rate, Rate] | None = None
+    """A number between these two, drawn so that its logarithm is uniform."""
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        if sum(kind is not None for kind in (self.grid, self.choice, self.log_uniform)) != 1:
+            raise ValueError(
+                "give exactly one of grid: [VALUES], choice: [VALUES], log_uniform: [LOW, HIGH], for example "
+                "{grid: [0.01, 0.1]}"
+            )
+        if self.log_uniform is not None and self.log_uniform[0] >= self.log_uniform[1]:
+            raise ValueError(
+                f"log_uniform is {list(self.log_uniform)}, but the first number has to be below the second"
+            )
+        twice = next((value for value in self.grid or () if (self.grid or ()).count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"grid has {twice!r} twice; for trials with other seeds set repeats")
+        return self
+
+    @property
+    def drawn(self) -> bool:
+        return self.grid is None
+
+
+RATE, TASK_BATCH, WEIGHT_DECAY = "optimizer.rate", "tasks.batch_size", "optimizer.weight_decay"
+READY: dict[str, dict[str, Dimension]] = {
+    # Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5: 0.0045 to 0.45 "by factors of 3". Powers of 3
+    # miss 0.45 and the paper's own 0.045, so these are the nearest steps that reach both.
+    "k_for_1_rates": {RATE: Dimension(grid=(0.0045, 0.015, 0.045, 0.15, 0.45))},
+    # Alini et al., "Parasite Networks", 2024, with rate_rule: per_256_images; after "Visual Prompt Tuning".
+    "parasite_grid": {
+        RATE: Dimension(grid=(1e-4, 5e-4, 1e-3, 5e-3, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)),
+        WEIGHT_DECAY: Dimension(grid=(0.0, 1e-4, 1e-3, 1e-2)),
+        TASK_BATCH: Dimension(grid=(32, 64, 128, 256, 384, 1024)),
+    },
+    # Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025: three values up to the number of blocks. The
+    # paper's text has lost them; a third, two thirds and all of ViT-B/16's 12 blocks are the natural reading.
+    "mist_k": {"tasks.options.k": Dimension(grid=(4, 8, 12))},
+}
+"""Spaces of the papers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoScheduler:
+    """Every trial makes all its steps."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AshaScheduler:
+    """Asynchronous successive halving: at each milestone a trial goes on if it is among the best so far.
+
+    Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020, arXiv:1810.05934.
+    """
+
+    name: Literal["asha"]
+    grace_rounds: Count
+    """The first milestone; the next ones lie at this times reduction, reduction², ..."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """One in so many trials passes a milestone."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SweepSpec:
+    name: Name
+    """Names the sweep, its directory and, with a number, its trials."""
+    job: dict[str, Any]
+    """A job spec; `base: FILE` changes another one."""
+    space: dict[str, Dimension] = Field(default_factory=dict)
+    """Key of the job -> its values. `tasks.KEY` is the key of every task, `tasks.NAME.KEY` that of one."""
+    ready: tuple[Literal["k_for_1_rates", "parasite_grid", "mist_k"], ...] = ()
+    """Spaces of papers to take in; `space` may replace their keys."""
+    samples: Count = 1
+    """Draws of all `choice` and `log_uniform` keys for each point of the grid."""
+    repeats: Count = 1
+    """Trials of each setting, with the seeds seed, seed + 1, ... of the job; their mean counts."""
+    scheduler: Annotated[NoScheduler | AshaScheduler, Field(discriminator="name")] = NoScheduler()
+    source: str | None = None
+    """A job spec to train first; every trial starts from its backbone (best by validation)."""
+    concurrent: Count | None = None
+    """Trials at a time; by default as many as find room, with CPUs left to nobody."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """Times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
+    retrain: bool = False
+    """Train the chosen setting anew on train and validation tables together, when the choice stands."""
+    test: bool = False
+    """Measure the result on the test tables, once: the retrained models, or else the chosen trial's."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws, and of the order in which trials start under a scheduler."""
+    directory: str | None = None
+    """Where everything goes; runs/NAME by default."""
+
+    @model_validator(mode="after")
+    def _something_varies(self) -> Self:
+        if not self.dimensions:
+            raise ValueError("a sweep needs a key in space, for example optimizer.rate: {grid: [0.01, 0.1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_drawn(self) -> Self:
+        if self.samples > 1 and not any(dimension.drawn for dimension in self.dimensions.values()):
+            raise ValueError(
+                f"samples is {self.samples}, but every key has a grid, so that nothing is drawn; set repeats for "
+                "trials with other seeds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_have_one_origin(self) -> Self:
+        if self.repeats > 1 and "seed" in self.dimensions:
+            raise ValueError(f"repeats is {self.repeats} and space has seed; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _no_key_lies_within_another(self) -> Self:
+        for key in self.dimensions:
+            outer = next((other for other in self.dimensions if key.startswith(f"{other}.")), None)
+            if outer is not None:
+                raise ValueError(f"space has {outer} and its part {key}; write the part into the values of {outer}")
+        return self
+
+    @property
+    def dimensions(self) -> dict[str, Dimension]:
+        """Key -> its values: the ready spaces, then the sweep's own."""
+        ready = {key: values for name in self.ready for key, values in READY[name].items()}
+        return {**ready, **self.space}
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.directory or f"runs/{self.name}").resolve()
+
+
+_ADAPTER = TypeAdapter(SweepSpec)
+OWN_KEYS = ("name", "directory")
+"""Of a job; the sweep sets them for each trial."""
+
+
+def load_sweep(source: str | Path | Mapping[str, Any], folder: Path | None = None) -> SweepSpec:
+    """Read and check a sweep spec; its job is checked with the values of each trial, by `plan_trials`.
+
+    Args:
+        source: a YAML file, or the same as a mapping.
+        folder: where the relative paths of a mapping start; by default where the command runs.
+    Raises:
+        SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
+    """
+    if isinstance(source, Mapping):
+        where, raw, folder = "sweep spec", dict(source), folder or Path()
+    else:
+        where, raw, folder = str(source), read_yaml(Path(source)), Path(source).parent
+    spec = validated(_ADAPTER, raw, where)
+    for key in OWN_KEYS:
+        if key in spec.job:
+            raise SpecError(f"{where}: job.{key}: the sweep sets this key for each trial; leave it out")
+    job = read_job(spec.job, folder)
+    training = spec.source
+    if training is not None and training.startswith(("./", "../")):
+        training = str((folder / training).resolve())
+    return replace(spec, job=job, source=training)
+
+
+def dump_sweep(spec: SweepSpec) -> dict[str, Any]:
+    """The sweep as plain data, its job's base merged in and its paths absolute: equal for equal sweeps."""
+    return _ADAPTER.dump_python(spec, mode="json")

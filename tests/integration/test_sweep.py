@@ -1,0 +1,261 @@
+"""Sweeps on Ray Tune, with MLflow."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+import multitask
+from multitask.live import read_status
+from multitask.runs import evaluate_models
+from multitask.spec import JobSpec, dump_spec
+from multitask.sweep import SweepResult, run_sweep
+
+pytestmark = [pytest.mark.ray]
+PARENT = "mlflow.parentRunId"
+MakeSpec = Callable[..., JobSpec]
+
+
+def content(make_spec: MakeSpec, tmp_path: Path, job: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A sweep whose trials train in a second."""
+    base = dump_spec(make_spec(tasks={"pets": {}}, train_shared=False, **job))
+    own = {key: value for key, value in base.items() if key not in ("name", "directory", "tracking")}
+    return {"name": "rates", "directory": str(tmp_path / "rates"), "job": own, **changes}
+
+
+def runs(result: SweepResult, tmp_path: Path) -> tuple[Any, Any, dict[str, Any], dict[str, list[Any]]]:
+    """MLflow's client, the sweep's run, trial name -> run, trial name -> its tasks' runs."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    sweep = client.get_run(result.mlflow_run_id)
+    every = client.search_runs([sweep.info.experiment_id], max_results=1000)
+    below: dict[str, list[Any]] = {}
+    for run in every:
+        below.setdefault(run.data.tags.get(PARENT, ""), []).append(run)
+    trials = {run.info.run_name: run for run in below[sweep.info.run_id]}
+    return client, sweep, trials, {name: below.get(run.info.run_id, []) for name, run in trials.items()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 40, "evaluate_every": 20},
+        # At the last rate the first step leaves no finite loss.
+        space={"tasks.method": {"grid": ["scale_bias+last_layer"]}, "optimizer.rate": {"grid": [1e-7, 0.03, 1e30]}},
+        concurrent=1,
+        retries=0,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished", "finished", "failed"]
+    assert result.choice is not None
+    # Its process had trained another trial before.
+    assert result.choice.trial.number == 1
+    winner = result.outcomes[1]
+    again = multitask.train(result.directory / "best.yaml", console=Console(quiet=True))
+    assert again.result["best"]["tasks"]["pets"]["top1"] == winner.top1
+    assert (
+        again.result["tasks"]["pets"]["curve"] == multitask.Run(winner.plan.directory).result["tasks"]["pets"]["curve"]
+    )
+
+    client, sweep, trials, tasks = runs(result, tmp_path)
+    assert sweep.info.status == "FINISHED"
+    assert {name: run.info.status for name, run in trials.items()} == {
+        "rates_0000": "FINISHED",
+        "rates_0001": "FINISHED",
+        "rates_0002": "FAILED",
+    }
+    assert [[run.info.run_name for run in tasks[name]] for name in trials] == [["pets"]] * 3
+    assert trials["rates_0000"].data.params["setting.optimizer.rate"] == "1e-07"
+    assert {file.path for file in client.list_artifacts(sweep.info.run_id)} >= {"trials.csv", "best.yaml", "spec.yaml"}
+
+    written = {o.plan.number: (o.plan.directory / "last.safetensors").stat().st_mtime_ns for o in result.outcomes[:2]}
+    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert [outcome.state for outcome in resumed.outcomes] == ["finished", "finished", "failed"]
+    assert resumed.mlflow_run_id == result.mlflow_run_id
+    for outcome in resumed.outcomes[:2]:
+        assert (outcome.plan.directory / "last.safetensors").stat().st_mtime_ns == written[outcome.plan.number]
+    with pytest.raises(multitask.SpecError, match="--resume"):
+        run_sweep(spec, console=Console(quiet=True))
+    with pytest.raises(multitask.SpecError, match="another spec"):
+        run_sweep({**spec, "repeats": 2}, go_on=True, console=Console(quiet=True))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(make_spec, tmp_path, {}, space={"optimizer.rate": {"grid": [0.1, 0.2, 0.3]}}, concurrent=3)
+
+    with pytest.raises(multitask.SpecError, match="together 3; the cluster has 2 CPUs"):
+        run_sweep(spec, console=Console(quiet=True))
+
+    assert not (tmp_path / "rates").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoint(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 60, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
+        space={"optimizer.rate": {"grid": [0.01]}},
+    )
+    directory = tmp_path / "rates" / "trials" / "0000"
+    lost = []
+
+    def kill_after_an_evaluation() -> None:
+        while not (directory / "status.json").is_file() or not read_status(directory)["tasks"]["pets"]["curve"]:
+            time.sleep(0.01)
+        lost.append(read_status(directory)["process"])
+        os.kill(lost[0], signal.SIGKILL)
+
+    threading.Thread(target=kill_after_an_evaluation, daemon=True).start()
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished"]
+    assert read_status(directory)["process"] not in [os.getpid(), *lost]
+    client, _, _, tasks = runs(result, tmp_path)
+    steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
+    assert set(steps) == set(range(60))
+    assert steps.count(0) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 80, "evaluate_every": 20},
+        # The second one starts first; a scheduler lets what comes first pass.
+        space={"optimizer.rate": {"grid": [1e-7, 0.03, 1e-8]}},
+        scheduler={"name": "asha", "grace_rounds": 40, "reduction": 2},
+        concurrent=1,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["stopped", "finished", "stopped"]
+    assert [outcome.rounds for outcome in result.outcomes] == [40, 80, 40]
+    assert result.choice is not None
+    assert result.choice.trial.number == 1
+    # Told again what it knew, the scheduler decides the same.
+    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert [outcome.rounds for outcome in resumed.outcomes] == [40, 80, 40]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_chosen_setting_is_trained_on_all_that_is_not_test_and_tested_once(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 4, "evaluate_every": 2},
+        space={"optimizer.rate": {"grid": [0.02, 1e-7]}},
+        concurrent=1,
+        retrain=True,
+        test=True,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert result.choice is not None
+    assert result.verdict is not None
+    retrained = multitask.Run(result.directory / f"retrained_{result.choice.trial.number:04d}")
+    assert [task.train_on for task in retrained.spec.tasks] == ["train+validation"]
+    assert retrained.spec.optimizer == result.choice.trial.spec.optimizer
+    assert (result.verdict.directory, result.verdict.version) == (str(retrained.directory), "last")
+    _, models = retrained.models("last")
+    assert result.verdict.tasks == evaluate_models(models, retrained.spec, "test")
+    _, sweep, trials, _ = runs(result, tmp_path)
+    assert set(trials) == {"rates_0000", "rates_0001", retrained.spec.name}
+    assert sweep.data.metrics["test_top1"] == result.verdict.top1
+
+    written = (result.directory / "test.json").stat().st_mtime_ns
+    again = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert again.verdict == result.verdict
+    assert (result.directory / "test.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("engine", ["async", pytest.param("allreduce", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path, engine: str) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 2, "evaluate_every": 2, "engine": {"name": engine}},
+        space={"optimizer.rate": {"grid": [0.01]}},
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec, tmp_path: Path) -> None:
+    rates = [0.001 * (number + 1) for number in range(8)]
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 20, "evaluate_every": 5, "resources": {"cpus_per_worker": 0.25}},
+        space={"optimizer.rate": {"grid": rates}},
+        concurrent=8,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    client, _, trials, tasks = runs(result, tmp_path)
+    assert len(trials) == 8
+    for number, rate in enumerate(rates):
+        (task,) = tasks[f"rates_{number:04d}"]
+        for name in ("loss", "rate", "staleness", "samples_per_s"):
+            history = client.get_metric_history(task.info.run_id, name)
+            assert sorted(metric.step for metric in history) == list(range(20)), (number, name)
+        assert {metric.value for metric in client.get_metric_history(task.info.run_id, "rate")} == {rate}
+        assert len(client.get_metric_history(task.info.run_id, "validation_top1")) == 4
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 60, "evaluate_every": 30, "checkpoints": {"every_rounds": 10}},
+        space={"optimizer.rate": {"grid": [0.01, 0.02, 0.03]}},
+        concurrent=1,
+    )
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
+    command = [sys.executable, "-m", "jobs.cli", "sweep", str(tmp_path / "sweep.yaml")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    first = tmp_path / "rates" / "trials" / "0000" / "result.json"
+    second = tmp_path / "rates" / "trials" / "0001" / "status.json"
+
+    killed = subprocess.Popen(command, env=environment, start_new_session=True)
+    while not second.is_file():
+        assert killed.poll() is None
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    written = first.stat().st_mtime_ns
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written
+    results = sorted((tmp_path / "rates" / "trials").glob("*/result.json"))
+    assert len(results) == 3
