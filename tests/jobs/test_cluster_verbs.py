@@ -194,7 +194,7 @@ def test_other_verbs_work_on_the_storage(cluster: Cluster) -> None:
         (["export", "runs/job"], "run is 'runs/job'"),
         (["evaluate", "/shared/job", "--save-predictions=predictions"], "save_predictions is 'predictions'"),
         (["cascade", "run", "/shared/a.cascade", "s3://bucket/pets", "--to", "/tmp/a.parquet"], "to is '/tmp/a.parq"),
-        (["demo"], "'demo' cannot be submitted; train, evaluate, cascade, export can."),
+        (["demo"], "'demo' cannot be submitted; train, sweep, evaluate, cascade, export can."),
         (["cascade", "fitt"], "After 'cascade' comes one of fit, evaluate, run, plot."),
         (["export", "/shared/job", "--versoin", "last"], "No such option: --versoin"),
         (["export", "/shared/job", "--version", "newest"], "newest"),
