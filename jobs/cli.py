@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cascade_verbs import app as cascade_app
+from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.sweep_verbs import sweep
 
@@ -24,6 +25,9 @@ app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
 app.command()(sweep)
+app.add_typer(jobs_app, name="jobs")
+# What `submit` does not know belongs to the verb that it submits.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
@@ -100,12 +104,16 @@ def train(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")], json_output: AsJson = False
+    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")],
+    address: Annotated[
+        str | None, typer.Option(help="Look there: a cluster's dashboard, such as http://127.0.0.1:8265.")
+    ] = None,
+    json_output: AsJson = False,
 ) -> None:
     """Show how a run stands: state, steps, losses, speed, staleness and faults of each task."""
     from multitask.live import read_status
 
-    found = read_status(run)
+    found = read_status(run) if address is None else read_status_there(run, address)
     if json_output:
         print(json.dumps(found))
         return

@@ -36,10 +36,7 @@ class LiveStatus:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """What the driver wrote last, with `silent_s`, the seconds since then.
-
-    A state that only a living driver has ("running") becomes "lost" where its process is gone, or, on another machine,
-    was not heard of for a minute.
+    """What the driver wrote last, as `judge_status` sees it.
 
     Raises:
         RunError: nothing was started in this directory.
@@ -49,11 +46,19 @@ def read_status(directory: Path) -> dict[str, Any]:
         raise RunError(
             f"'{directory}' holds no run ({STATUS} is missing). Name a directory that `multitask train` uses."
         )
-    status: dict[str, Any] = json.loads(path.read_text())
-    status["silent_s"] = max(0.0, time.time() - status["updated"])
-    if status["state"] == "running" and not _is_alive(status):
-        status["state"] = "lost"
-    return status
+    return judge_status(json.loads(path.read_text()))
+
+
+def judge_status(status: Mapping[str, Any]) -> dict[str, Any]:
+    """What a driver wrote, with `silent_s`, the seconds since it was written.
+
+    A state that only a living driver has ("running") becomes "lost" where its process is gone, or, on another machine,
+    was not heard of for a minute.
+    """
+    judged = {**status, "silent_s": max(0.0, time.time() - status["updated"])}
+    if judged["state"] == "running" and not _is_alive(judged):
+        judged["state"] = "lost"
+    return judged
 
 
 def _is_alive(status: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ class ServerMetrics:
         self._bytes_of = {task.name: job.pushed_bytes(task.name) for task in job.spec.tasks}
         of_task = {"tag_keys": ("task",)}
         self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **of_task)
+        self._images = Counter("multitask_images", "Images that applied pushes learned from.", **of_task)
         self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **of_task)
         self._refused = Counter("multitask_refused_pushes", "Pushes refused.", **of_task)
         self._staleness = Gauge("multitask_staleness", "Versions by which the latest push was behind.", **of_task)
@@ -33,5 +34,6 @@ class ServerMetrics:
             self._refused.inc(1, tags)
         elif not record.redone:
             self._pushes.inc(1, tags)
+            self._images.inc(record.images, tags)
             self._staleness.set(record.staleness, tags)
             self._step_s.observe(record.seconds, tags)
