@@ -104,6 +104,7 @@ def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: M
     assert not (tmp_path / "rates").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoint(
     make_spec: MakeSpec, tmp_path: Path
@@ -134,6 +135,7 @@ def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoi
     assert steps.count(0) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(
