@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jobs.cascade_verbs import app as cascade_app
 from jobs.data_verbs import app as data_app
+from jobs.plan_verbs import plan
 
 app = typer.Typer(
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
@@ -22,6 +23,7 @@ bundle_app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
+app.command()(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
