@@ -54,7 +54,10 @@ def plan(
         return
     full, twice = estimate(layout.times(factor)), layout.times(2 * factor)
     best = best_shards(twice)
-    print(f"With {full.workers:,} workers on {full.nodes:,} nodes the limit is {full.limit}.")
+    print(
+        f"With {full.workers:,} workers on {full.nodes:,} nodes a step takes {full.slowdown:.1f} times as long because "
+        f"of {full.limit}."
+    )
     if best.shards > layout.shards:
         print(
             f"Twice as many make {estimate(best).images_per_s:,.0f} images/s with engine.shards: {best.shards}, each "

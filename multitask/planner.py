@@ -21,8 +21,8 @@ WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server
 FLOAT_BYTES = 4
 LARGEST = 2**20
 """Times a job is enlarged in search of its limit."""
-WORTH = 1.1
-"""Gain in images/s for which twice as many shards are advised."""
+NOTABLE = 1.1
+"""A limit makes itself felt when steps take so many times as long, and shards are worth it that gain so many times."""
 GRID = 500
 """Points of an integral over step times."""
 
@@ -153,6 +153,8 @@ class Estimate:
     """Over the link of the busiest node, each way."""
     limit: str
     """What sets the pace."""
+    slowdown: float
+    """How many times as long it makes a step."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def estimate(layout: Layout) -> Estimate:
         server_cores=at_server / layout.hosts / slowdown,
         node_bytes_per_s=node_bytes / slowdown,
         limit=limit if slowdown > 1 else WORKERS,
+        slowdown=slowdown,
     )
 
 
@@ -282,13 +285,12 @@ def doublings(layout: Layout, workers: int) -> Iterator[Estimate]:
 
 
 def saturation(layout: Layout) -> int | None:
-    """How many times as large a job the server or the network sets the pace of; None where it would be absurdly large.
-
-    Nodes grow with the workers.
-    """
+    """How many times as large the job has to be for the server or the network to hold it up notably; None where that
+    would be absurdly large. Nodes grow with the workers."""
 
     def saturated(factor: int) -> bool:
-        return estimate(layout.times(factor)).limit in (SERVER, NETWORK)
+        found = estimate(layout.times(factor))
+        return found.limit in (SERVER, NETWORK) and found.slowdown >= NOTABLE
 
     upper = 1
     while not saturated(upper):
@@ -307,7 +309,7 @@ def best_shards(layout: Layout) -> Layout:
     if isinstance(layout.engine, AllreduceSpec):
         return layout
     more = replace(layout, engine=replace(layout.engine, shards=2 * layout.shards))
-    worth_it = estimate(more).images_per_s > WORTH * estimate(layout).images_per_s
+    worth_it = estimate(more).images_per_s > NOTABLE * estimate(layout).images_per_s
     return best_shards(more) if worth_it else layout
 
 

@@ -50,7 +50,7 @@ def test_a_plan_says_in_words_where_the_job_ends_to_grow(write_spec: Callable[..
 
     assert done.returncode == 0, done.stderr
     assert "pets" in done.stdout
-    assert "the limit is the server's shards" in done.stdout
+    assert "times as long because of the server's shards" in done.stdout
     assert "More shards do not help" in done.stdout, "a push of next to no bytes costs every shard the same"
 
 

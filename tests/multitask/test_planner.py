@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from multitask.planner import (
     CORES,
     NETWORK,
+    NOTABLE,
     SERVER,
     SERVER_COSTS,
     WORKERS,
-    WORTH,
     Cluster,
     Kind,
     Layout,
@@ -161,7 +161,8 @@ def test_a_thousand_workers_saturate_one_shard_and_more_shards_help() -> None:
     factor = saturation(start)
     assert factor is not None
     full, below = estimate(start.times(factor)), estimate(start.times(factor - 1))
-    assert (full.limit, below.limit) == (SERVER, WORKERS)
+    assert full.limit == SERVER
+    assert below.slowdown < NOTABLE <= full.slowdown
     assert full.server_load == pytest.approx(1.0)
     pushes = full.workers / full.steps_s[0]
     assert pushes * SERVER_COSTS.thread.seconds(RESNET50 / 9e9) == pytest.approx(1.0)
@@ -176,8 +177,8 @@ def test_a_thousand_workers_saturate_one_shard_and_more_shards_help() -> None:
     fewer, more = (
         estimate(replace(twice, engine=AsyncSpec(shards=shards))) for shards in (best.shards // 2, 2 * best.shards)
     )
-    assert estimate(best).images_per_s > WORTH * fewer.images_per_s
-    assert more.images_per_s <= WORTH * estimate(best).images_per_s
+    assert estimate(best).images_per_s > NOTABLE * fewer.images_per_s
+    assert more.images_per_s <= NOTABLE * estimate(best).images_per_s
 
 
 def test_a_slow_link_fills_before_a_shard() -> None:
