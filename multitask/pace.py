@@ -105,17 +105,19 @@ def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
     """Seconds of each of a few steps of one worker, and core seconds of a mean one."""
     with torch_threads(job.spec.resources.threads_per_worker):
         made = job.make_worker(worker, prefetch(job.make_batches(worker)))
-        steps_s: list[float] = []
-        for number in range(WARM_UP + MOST):
-            if number == WARM_UP:
-                cpu_before = time.process_time()
+
+        def step() -> float:
             start = time.perf_counter()
             push, _, private = made.compute()
             made.absorb(push, private, UNCHANGED, {})
-            if number >= WARM_UP:
-                steps_s.append(time.perf_counter() - start)
-            if len(steps_s) >= FEWEST and sum(steps_s) > ENOUGH_S:
-                break
+            return time.perf_counter() - start
+
+        for _ in range(WARM_UP):
+            step()
+        cpu_before = time.process_time()
+        steps_s = [step() for _ in range(FEWEST)]
+        while len(steps_s) < MOST and sum(steps_s) < ENOUGH_S:
+            steps_s.append(step())
         return steps_s, (time.process_time() - cpu_before) / len(steps_s)
 
 

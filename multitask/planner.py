@@ -55,10 +55,10 @@ class ServerCosts:
 # fit() of benchmarks/results/server_throughput_2cpu_2026-11-22.json, which
 # `python -m benchmarks.server_throughput --out FILE` wrote; a test compares them.
 SERVER_COSTS = ServerCosts(
-    trip=Law(shard_s=0.0, copies=0.0),
-    own=Law(shard_s=0.0, copies=0.0),
-    thread=Law(shard_s=0.0, copies=0.0),
-    cores=Law(shard_s=0.0, copies=0.0),
+    trip=Law(shard_s=0.01361, copies=6.393),
+    own=Law(shard_s=0.004125, copies=2.07),
+    thread=Law(shard_s=0.005796, copies=2.807),
+    cores=Law(shard_s=0.02296, copies=10.03),
 )
 
 
