@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from multitask.job import applies_together
-from multitask.spec import AllreduceSpec, BoundedSpec, EngineSpec
+from multitask.spec import AllreduceSpec, BoundedSpec, EngineSpec, LocalSpec
 
 WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server's shards", "the network"
 """What sets the pace: the workers' own steps, or a resource that is full."""
@@ -306,7 +306,7 @@ def saturation(layout: Layout) -> int | None:
 
 def best_shards(layout: Layout) -> Layout:
     """The job with its shards doubled for as long as that is worth it: every push goes to all of them."""
-    if isinstance(layout.engine, AllreduceSpec):
+    if isinstance(layout.engine, AllreduceSpec | LocalSpec):
         return layout
     more = replace(layout, engine=replace(layout.engine, shards=2 * layout.shards))
     worth_it = estimate(more).images_per_s > NOTABLE * estimate(layout).images_per_s
