@@ -66,7 +66,17 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["export"], ["evaluate"], ["demo"], ["bundle"], ["bundle", "fold"], ["data", "import", "paths"]],
+    [
+        [],
+        ["train"],
+        ["export"],
+        ["evaluate"],
+        ["plan"],
+        ["demo"],
+        ["bundle"],
+        ["bundle", "fold"],
+        ["data", "import", "paths"],
+    ],
 )
 def test_every_verb_has_help(arguments: list[str]) -> None:
     shown = multitask(*arguments, "--help")
