@@ -2,11 +2,14 @@
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from math import ceil
+from itertools import pairwise
+from math import ceil, sqrt
 from multiprocessing import get_context
-from statistics import mean, median, stdev
+from multiprocessing.synchronize import Barrier
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ ENOUGH_S = 15.0
 """After so long no step is begun beyond the fewest."""
 COPIES = 21
 SMALLEST_COPY = 1 << 20
+_barrier: Barrier | None = None
+"""Where processes that time steps at the same time wait for each other, so that none computes alone."""
 UNCHANGED = Reply(version=0, applied_version=0, rate=0.0)
 """An answer after which a worker goes on with the values that it has."""
 
@@ -81,24 +86,43 @@ def time_kinds(job: Job, at_once: int) -> tuple[Kind, ...]:
 def _time_kind(job: Job, tasks: list[TaskSpec], at_once: int) -> Kind:
     first = tasks[0]
     timed = _time_at_once(job, f"{first.name}/0", at_once)
-    steps_s = [step_s for found, _ in timed for step_s in found]
+    runs = [steps_s for steps_s, _ in timed]
     return Kind(
         tasks=tuple(task.name for task in tasks),
         workers=sum(task.workers for task in tasks),
         images=first.batch_size * first.accumulate,
-        step_s=mean(steps_s),
-        spread_s=stdev(steps_s),
+        step_s=mean(step_s for steps_s in runs for step_s in steps_s),
+        spread_s=spread(runs),
         cpu_s=mean(cpu_s for _, cpu_s in timed),
         pushed_bytes=job.pushed_bytes(first.name),
         trained_bytes=sum(FLOAT_BYTES * group.layout.pushed for group in job.groups_of(first.name).values()),
     )
 
 
+def spread(runs: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of a step about its neighbours in time.
+
+    What changes slowly, as the speed of a shared machine does, meets all workers alike and makes none wait for another.
+
+    Args:
+        runs: seconds of the steps of each worker, in their order.
+    Source: von Neumann et al., "The mean square successive difference", Annals of Math. Statistics 12 (1941).
+    """
+    return sqrt(mean((after - before) ** 2 / 2 for run in runs for before, after in pairwise(run)))
+
+
 def _time_at_once(job: Job, worker: str, count: int) -> list[tuple[list[float], float]]:
     if count == 1:
         return [time_steps(job, worker)]
-    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(count, spawn, initializer=_meet_at, initargs=(spawn.Barrier(count),)) as pool:
         return [started.result() for started in [pool.submit(time_steps, job, worker) for _ in range(count)]]
+
+
+def _meet_at(barrier: Barrier) -> None:
+    """Called first in a process that times steps beside others."""
+    global _barrier
+    _barrier = barrier
 
 
 def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
@@ -114,6 +138,8 @@ def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
 
         for _ in range(WARM_UP):
             step()
+        if _barrier is not None:
+            _barrier.wait(job.spec.resources.start_timeout_s)
         cpu_before = time.process_time()
         steps_s = [step() for _ in range(FEWEST)]
         while len(steps_s) < MOST and sum(steps_s) < ENOUGH_S:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -103,6 +104,13 @@ def test_workers_at_once_are_timed_in_processes_of_their_own(make_spec: MakeSpec
     (kind,) = pace.time_kinds(Job(make_spec({"pets": {}})), at_once=2)
     assert kind.step_s > 0
     assert kind.workers == 1, "how many are timed says nothing of how many train"
+
+
+def test_a_machine_that_slows_down_is_no_spread_between_workers() -> None:
+    drift = np.linspace(1.0, 2.0, 201)
+    noise = np.random.default_rng(0).normal(0.0, 0.1, (4, 201))
+    assert pace.spread([drift.tolist()]) < 0.005
+    assert pace.spread((drift + noise).tolist()) == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_timed_step_leaves_no_cache(make_spec: MakeSpec, tmp_path: Path) -> None:
