@@ -12,6 +12,7 @@ from rich.table import Table
 from jobs.cascade_verbs import app as cascade_app
 from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
+from jobs.plan_verbs import plan
 from jobs.sweep_verbs import sweep
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(sweep)
 app.add_typer(jobs_app, name="jobs")
 # What `submit` does not know belongs to the verb that it submits.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+app.command()(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]

@@ -72,6 +72,7 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
         ["sweep"],
         ["export"],
         ["evaluate"],
+        ["plan"],
         ["demo"],
         ["bundle"],
         ["bundle", "fold"],
