@@ -59,6 +59,11 @@ def equal_share(cpus: float, workers: int) -> float:
     return min(1.0, max(0.01, math.floor(100 * cpus / workers) / 100))
 
 
+def chooses_places(spec: JobSpec) -> bool:
+    """Whether a run keeps places for its workers, rather than let Ray find one for each."""
+    return spec.resources.placement is not None or any(task.resources or task.labels for task in spec.tasks)
+
+
 def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
     """Places for the server's shards, and after them for all workers in the order of the job; given out all at once.
 
@@ -68,7 +73,7 @@ def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
     shards = getattr(spec.engine, "shards", 1)
     # A trace of memory: a bundle has to ask for something, and the server's CPU time is small and comes in bursts.
     bundles: list[tuple[dict[str, float], dict[str, str]]] = [({"memory": 1.0}, {})] * shards
-    if spec.resources.placement is not None or any(task.resources or task.labels for task in spec.tasks):
+    if chooses_places(spec):
         for demand in workers.values():
             # Ray gives places to large bundles first, whatever their labels. More than a server's trace of memory
             # brings those that can go to few nodes before those that can go anywhere.

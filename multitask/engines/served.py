@@ -98,10 +98,13 @@ class Crew:
         return starter.remote(job, name, self.incarnations[name], self.server, self.shards)
 
     def _place(self, number: int) -> Any:
-        """A shard's place in the group, or a worker's, which come after them; without one Ray looks for any."""
-        if self._group is None or number >= self._group.bundle_count:
-            return "DEFAULT"
-        return PlacementGroupSchedulingStrategy(self._group, number)
+        """A shard's place in the group, or a worker's, which come after them.
+
+        Without one Ray looks for any; for the worker of a sweep's trial, which has CPUs, among the trial's own.
+        """
+        if self._group is not None and number < self._group.bundle_count:
+            return PlacementGroupSchedulingStrategy(self._group, number)
+        return "DEFAULT" if number < self.job.shards else None
 
     def begin(self) -> "ray.ObjectRef[None]":
         """Hand the server and its shards what the latest checkpoint has, or the start."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from multitask.engines.places import chooses_places
 from multitask.spec import JobSpec, LocalSpec, SpecError
 
 DRIVER_CPUS = 0.01
@@ -55,8 +56,9 @@ def needs(spec: JobSpec) -> list[Bundle]:
 
 
 def reserved(spec: JobSpec) -> list[Bundle]:
-    """What Tune reserves of it: Ray Train reserves the places of its workers itself."""
-    return needs(spec)[:1] if spec.engine.name == "allreduce" else needs(spec)
+    """What Tune reserves of it: Ray Train, and a run that chooses places, reserve those of the workers themselves."""
+    by_itself = spec.engine.name == "allreduce" or chooses_places(spec)
+    return needs(spec)[:1] if by_itself else needs(spec)
 
 
 def _with_share(spec: JobSpec, cpus: float, concurrent: int) -> JobSpec:

@@ -25,16 +25,19 @@ def test_no_more_trials_at_a_time_than_there_are(make_spec: MakeSpec) -> None:
     assert reserve([make_spec()] * 2, TWO_CPUS, 8).concurrent == 2
 
 
-@pytest.mark.parametrize("engine", ["async", "sync", "allreduce"])
-def test_workers_share_what_their_driver_leaves(make_spec: MakeSpec, engine: str) -> None:
-    places = reserve([make_spec(engine={"name": engine})] * 3, TWO_CPUS, None)
+@pytest.mark.parametrize(
+    ("engine", "changes"),
+    [("async", {}), ("sync", {}), ("allreduce", {}), ("async", {"resources": {"placement": "spread"}})],
+)
+def test_workers_share_what_their_driver_leaves(make_spec: MakeSpec, engine: str, changes: dict[str, Any]) -> None:
+    places = reserve([make_spec(engine={"name": engine}, **changes)] * 3, TWO_CPUS, None)
 
     assert places.concurrent == 1
     assert needs(places.specs[0]) == [{"CPU": 0.01}, {"CPU": 0.99}, {"CPU": 0.99}]
-    # Ray Train makes the reservation of its workers itself; with two of them a trial would wait for itself.
-    assert reserved(places.specs[0]) == (
-        needs(places.specs[0])[:1] if engine == "allreduce" else needs(places.specs[0])
-    )
+    # Ray Train, and a run that chooses places, reserve those of their workers; with two of them a trial would wait for
+    # itself.
+    by_itself = engine == "allreduce" or changes
+    assert reserved(places.specs[0]) == (needs(places.specs[0])[:1] if by_itself else needs(places.specs[0]))
 
 
 def test_the_share_leaves_room_for_the_trials_that_were_asked_for(make_spec: MakeSpec) -> None:
