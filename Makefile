@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Every process of a run imports torch and Ray: compiling them anew each time would take longer than the import.
 unexport PYTHONDONTWRITEBYTECODE
 ENVIRONMENT := .venv/installed
+# Two test processes, each with a Ray of its own: tests wait for processes to start a third of the time.
+TWO := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-slow lint bench chaos clean
 
@@ -11,10 +13,10 @@ demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, fit a
 	$(BIN)/multitask demo
 
 test: $(ENVIRONMENT)  ## everything that needs no minutes of training
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TWO)
 
 test-slow: $(ENVIRONMENT)  ## tests that train for minutes or start a cluster of their own
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TWO)
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -11,9 +12,6 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from multitask.placement import Demand, Node, fits, misfit
 from multitask.spec import JobSpec, LocalSpec
 from multitask.worker import TrainingError
-
-NODE_GROUP = "ray.io/node-group"
-"""Ray's label of nodes that `ray up` or KubeRay started, which may start more."""
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +23,10 @@ class PlacementError(TrainingError):
 def check_places(spec: JobSpec) -> None:
     """Look whether the cluster could hold all workers, before any is started.
 
-    Where nodes may still be started for the run it only warns: `resources.start_timeout_s` limits the wait for them.
+    On a cluster that the run joins nodes may still come, so it only warns; `resources.start_timeout_s` limits the wait.
 
     Raises:
-        PlacementError: it could not.
+        PlacementError: it could not, and no node will come.
     """
     if isinstance(spec.engine, LocalSpec):
         return
@@ -36,7 +34,7 @@ def check_places(spec: JobSpec) -> None:
     problem = misfit(list(demands(spec, nodes).values()), nodes)
     if problem is None:
         return
-    if any(NODE_GROUP in node.labels for node in nodes):
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
         log.warning("%s Waiting up to %g s for nodes.", problem, spec.resources.start_timeout_s)
         return
     raise PlacementError(

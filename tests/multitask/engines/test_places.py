@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from multitask.engines import places
-from multitask.engines.places import NODE_GROUP, PlacementError, check_places, demands, equal_share
+from multitask.engines.places import PlacementError, check_places, demands, equal_share
 from multitask.placement import Node
 from multitask.spec import JobSpec
 
@@ -49,6 +49,7 @@ def test_each_task_asks_for_its_own_resources_and_all_for_the_jobs(make_spec: Ma
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
     nodes: list[Node] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(places, "cluster_nodes", lambda: nodes)
     return nodes
 
@@ -63,10 +64,11 @@ def test_what_no_node_could_hold_is_refused_with_the_arithmetic(make_spec: MakeS
     check_places(spec)
 
 
-def test_a_cluster_whose_launcher_may_start_nodes_is_waited_for(
-    make_spec: MakeSpec, cluster: list[Node], caplog: pytest.LogCaptureFixture
+def test_nodes_of_a_cluster_that_the_run_joins_are_waited_for(
+    make_spec: MakeSpec, cluster: list[Node], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.append(Node({"CPU": 0.0}, {NODE_GROUP: "head"}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.append(Node({"CPU": 0.0}))
     spec = make_spec(engine=ASYNC, resources={"cpus_per_worker": 1.0, "start_timeout_s": 1800})
     with caplog.at_level(logging.WARNING):
         check_places(spec)
