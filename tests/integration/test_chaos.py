@@ -11,6 +11,7 @@ from benchmarks.chaos import KINDS, disturb, final_bytes, steps_unaccounted_for,
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine", [{"name": "async"}, {"name": "sync"}], ids=lambda engine: engine["name"])
 def test_a_run_survives_the_loss_of_a_worker_the_server_the_driver_and_a_node(
     tmp_path: Path, engine: dict[str, Any]

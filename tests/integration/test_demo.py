@@ -56,9 +56,11 @@ def test_private_scale_and_bias_matches_three_models_and_a_cascade_its_best_reso
     cascade = results["cascade"]
     assert [single["model"] for single in cascade["singles"]] == RESOLUTIONS  # from cheap to dear
     assert cascade["images"] == 10_000
-    # One training with thresholds from few images: by chance below the 0.3 points of benchmarks/resolutions.py.
+    # One short training with thresholds from few images; chance decides which resolution is the one to beat.
+    # What cascades save is for benchmarks/resolutions.py to say.
     assert cascade["accuracy_gain"]["mean"] >= -0.015
-    assert cascade["saving"]["mean"] >= 0.15
+    assert cascade["saving"]["low"] > 0
+    assert cascade["saving_against_equal"]["low"] > 0
     assert sum(stage["share"] for stage in cascade["stages"]) == pytest.approx(1.0)
     package = tmp_path / "demo" / "fashion.cascade"
     assert Path(cascade["path"]) == package

@@ -21,11 +21,12 @@ def tried(specs: Mapping[str, JobSpec], folder: Path) -> dict[str, dict[str, Any
     for name, spec in specs.items():
         write_spec(folder / f"{name}.yaml", spec)
     command = [sys.executable, "-m", "tests.integration.placed", *(str(folder / f"{name}.yaml") for name in specs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(specs, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.timeout(900)
 def test_workers_and_their_successors_land_where_their_tasks_resources_and_labels_are(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
