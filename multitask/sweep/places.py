@@ -28,7 +28,7 @@ def reserve(specs: Sequence[JobSpec], nodes: Sequence[Mapping[str, float]], conc
 
     Args:
         specs: of all trials.
-        nodes: CPU and GPU of each node of the cluster.
+        nodes: what each node of the cluster has, CPU and GPU among it.
         concurrent: trials at a time; by default as many as find room.
     Raises:
         SpecError: they find no room; has the arithmetic, and what to change.

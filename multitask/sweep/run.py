@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 from rich.console import Console
 
+from multitask.engines.places import cluster_nodes
 from multitask.engines.served import ray_session
 from multitask.job import Job, Loaded, load_backbone, open_split
 from multitask.report import write_sweep_report
@@ -73,7 +73,8 @@ def run_sweep(
     plans = plan_trials(spec, str(directory / SOURCE_BACKBONE) if spec.source else None)
     loaded = _check_jobs(spec, plans)
     with ray_session():
-        places = reserve([plan.spec for plan in plans], _nodes(), spec.concurrent)
+        nodes = [node.resources for node in cluster_nodes()]
+        places = reserve([plan.spec for plan in plans], nodes, spec.concurrent)
         tracker = _make_tracker(spec, plans, directory)
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
         plans = [
@@ -205,13 +206,6 @@ def _space(spec: SweepSpec) -> dict[str, Any]:
 
 def _text(spec: SweepSpec) -> bytes:
     return yaml.safe_dump(dump_sweep(spec), sort_keys=False).encode()
-
-
-def _nodes() -> list[dict[str, float]]:
-    """CPU and GPU of each living node."""
-    return [
-        {kind: node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU")} for node in ray.nodes() if node["Alive"]
-    ]
 
 
 def _train_source(source: str, directory: Path, tracker: Tracker, experiment: str, console: Console) -> None:
