@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from multitask.logs import log_to_stderr
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
 from multitask.server.parameter_server import ParameterServer
 from multitask.server.shard import Key, Shard, Update
-from multitask.worker import Values, train_steps
+from multitask.worker import ONE_AT_A_TIME, Values, train_steps
 
 RETRY_S = 0.2
 
@@ -212,6 +213,8 @@ class RemoteServer:
         """Counts the times that the server was lost: what was sent before is lost too."""
         self._joined = 0
         """The connection that knows this worker."""
+        self.leaving = False
+        """This process is to make no more steps of the worker; answers tell it to pause."""
 
     def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
         """Make the worker known, and pull.
@@ -249,6 +252,10 @@ class RemoteServer:
         return self._connection, self._server.push.remote(push, parts[0], *problems)
 
     def wait(self, handle: tuple[int, "ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+        reply, values = self._answered(handle)
+        return replace(reply, pause=reply.pause or self.leaving), values
+
+    def _answered(self, handle: tuple[int, "ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
         connection, answer = handle
         if connection == self._connection:
             try:
@@ -284,16 +291,16 @@ def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
     return reply, {name: [next(found) for _ in shards] for name in names}
 
 
-class WorkerActor:
-    """One task worker in a process of its own."""
+class ServedWorker:
+    """One task worker, whatever process it is in."""
 
     def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
-        torch.set_num_threads(job.spec.resources.threads_per_worker)
-        self._job, self._name, self._incarnation = job, name, incarnation
+        self._job, self._name, self.incarnation = job, name, incarnation
         self._in_flight = getattr(job.spec.engine, "in_flight", 0)
         self._server = RemoteServer(job, name, incarnation, server, shards)
-        self._about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
-        log_to_stderr(lambda: self._about)
+        about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
+        self.about: Callable[[], dict[str, object]] = lambda: about
+        """What a line of the log says of itself."""
 
     def node(self) -> str:
         """Ray's name of this node."""
@@ -316,11 +323,13 @@ class WorkerActor:
         else:
             drawn = _drawn_ahead(decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
-        self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
-        log_to_stderr(lambda: {**self._about, "step": self._worker.step})
+        with ONE_AT_A_TIME:  # a network's structure comes with random numbers
+            self._worker = self._job.make_worker(self._name, batches, start, self.incarnation)
+        about, worker = self.about(), self._worker
+        self.about = lambda: {**about, "step": worker.step}
 
     def train(self) -> None:
-        log.info("Trains to step %d.", self._job.spec.steps)
+        log.info("Trains to step %d.", self._job.spec.steps, extra=self.about())
         for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
             pass
 
@@ -343,9 +352,45 @@ class WorkerActor:
         """For a process that takes another's place: everything up to the last of these methods, in order."""
         return [getattr(self, phase)() for phase in phases][-1]
 
+    def leave(self) -> None:
+        """End `train` after the next answer, for another process to go on where the server stands then."""
+        self._server.leaving = True
+
+    @property
+    def has_left(self) -> bool:
+        return self._server.leaving
+
     def private_state(self) -> dict[str, torch.Tensor]:
         """Copies of the task's private tensors as this worker holds them."""
         return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
+
+
+class WorkerActor(ServedWorker):
+    """The process of a worker, and for as long as they have none of their own, of others of its task: its guests.
+
+    They train in threads of their own, one at a time where they compute, each with a model of its own.
+    """
+
+    def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
+        torch.set_num_threads(job.spec.resources.threads_per_worker)
+        super().__init__(job, name, incarnation, server, shards)
+        self._server_and_shards = server, shards
+        self._guests: dict[str, ServedWorker] = {}
+        self._coming_and_going = threading.Lock()
+        of_all = {"run": job.spec.name, "task": job.workers[name]}
+        log_to_stderr(lambda: of_all if self._guests else self.about())
+
+    def host(self, name: str, incarnation: int, method: str, *arguments: Any) -> Any:
+        """Call a method of a guest, which begins with the first call."""
+        with self._coming_and_going:
+            guest = self._guests.get(name)
+            if guest is None or guest.incarnation < incarnation:
+                guest = self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
+        answer = getattr(guest, method)(*arguments)
+        if guest.has_left and method != "leave":
+            with self._coming_and_going:
+                self._guests = {key: other for key, other in self._guests.items() if other is not guest}
+        return answer
 
 
 class DecodeActor:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.places import check_places, cluster_nodes, demands, reserve
-from multitask.job import Job, make_rules
+from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
+from multitask.job import Job, make_rules, rank_of
 from multitask.worker import TrainingError, Values, failure
 
 POLL_S = 0.5
@@ -39,11 +39,12 @@ class LostError(RuntimeError):
 def run(job: Job, driver: Driver) -> Outcome:
     """Train on the Ray cluster that this process is connected to, or on one started here for the run.
 
-    Under `async` and `bounded` a lost worker or server is replaced while the others go on; under `sync`, and while
-    workers are starting, all start again from the last checkpoint.
+    Training starts when every task has the processes that it needs; workers beyond them are guests there, until there
+    is a place for a process of their own. Under `async` and `bounded` a lost worker or server is replaced while the
+    others go on; under `sync`, and while workers are starting, all start again from the last checkpoint.
 
     Raises:
-        PlacementError: the cluster has no room for all workers.
+        PlacementError: the cluster has no room for the workers that the run starts with.
         TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
@@ -81,21 +82,38 @@ class Crew:
         ]
         self.server: Actor = server_class.options(**restarts, scheduling_strategy=self._place(0)).remote()
         self._worker_class: Any = ray.remote(WorkerActor)
+        self.hosts = {
+            name: f"{task}/{rank_of(name) % job.task(task).needed_workers}"
+            for name, task in job.workers.items()
+            if rank_of(name) >= job.task(task).needed_workers
+        }
+        """Worker that has no place from the start -> in whose process it is a guest until it has one."""
+        self._placed = [name for name in job.workers if name not in self.hosts]
         self.incarnations = dict.fromkeys(job.workers, 0)
-        shared_job = ray.put(job)
-        self.workers = {name: self._start(shared_job, name) for name in job.workers}
+        self._shared_job = ray.put(job)
+        self.workers = {name: self._start(self._shared_job, name, 0) for name in self._placed}
+        """Worker -> its own process, for those that have one."""
+        self._coming: dict[str, tuple[Actor, ray.ObjectRef[str]]] = {}
+        """Guest -> the process that it is to have, and the node of that once it runs."""
 
-    def _start(self, job: "ray.ObjectRef[Job]", name: str) -> Actor:
+    def _start(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
         """A worker's process; another one that takes its place asks for the same."""
         task = self.job.task(self.job.workers[name])
         asked = self._demands[task.name].resources
+        if name in self.hosts:  # its place is not one of those that were given out at the start
+            spread = "DEFAULT" if self.job.spec.resources.placement == "pack" else "SPREAD"
+            place: dict[str, Any] = {
+                "scheduling_strategy": spread if chooses_places(self.job.spec) else None,
+                "label_selector": task.labels or None,
+            }
+        else:
+            place = {"scheduling_strategy": self._place(self.job.shards + self._placed.index(name))}
+            threads = 2 + sum(host == name for host in self.hosts.values())
+            place |= {"max_concurrency": threads} if threads > 2 else {}
         starter = self._worker_class.options(
-            num_cpus=asked["CPU"],
-            num_gpus=asked.get("GPU", 0),
-            resources=task.resources,
-            scheduling_strategy=self._place(self.job.shards + list(self.job.workers).index(name)),
+            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), resources=task.resources, **place
         )
-        return starter.remote(job, name, self.incarnations[name], self.server, self.shards)
+        return starter.remote(job, name, incarnation, self.server, self.shards)
 
     def _place(self, number: int) -> Any:
         """A shard's place in the group, or a worker's, which come after them.
@@ -113,14 +131,77 @@ class Crew:
         begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *lives)
         return begun
 
-    def replace(self, name: str) -> Actor:
-        """A new process for a worker, from the latest checkpoint."""
-        ray.kill(self.workers[name])
+    def process(self, name: str) -> Actor:
+        """Where a worker is."""
+        return self.workers[name if name in self.workers else self.hosts[name]]
+
+    def call(self, name: str, method: str, *arguments: Any) -> "ray.ObjectRef[Any]":
+        """Call a worker, wherever it is."""
+        call: ray.ObjectRef[Any]
+        if name in self.workers:
+            call = getattr(self.workers[name], method).remote(*arguments)
+        else:
+            call = self.process(name).host.remote(name, self.incarnations[name], method, *arguments)
+        return call
+
+    def replace(self, name: str) -> list[str]:
+        """A new process, from the latest checkpoint, where that of a worker is lost; one that can be a guest is one.
+
+        Returns:
+            All workers that were in the lost process.
+        """
+        lost = self.process(name)
+        ray.kill(lost)
+        moved = [other for other in self.job.workers if self.process(other) == lost]
+        for other in moved:
+            self.incarnations[other] += 1
+            self.workers.pop(other, None)
+        for other in moved:
+            if other not in self.hosts:
+                job = ray.put(self.job.restored(self.store.latest()))
+                self.workers[other] = self._start(job, other, self.incarnations[other])
+                self._make_room(self.job.workers[other])
+        return moved
+
+    def _make_room(self, task: str) -> None:
+        """End a process that its worker can be without: nodes may be too few now for it and one that is needed."""
+        for name in reversed(self.hosts):
+            if self.job.workers[name] == task and name in self.workers:
+                ray.kill(self.workers[name])
+                return
+
+    def ask_for_places(self, names: Iterable[str]) -> None:
+        """Let Ray look for a place for each guest among these workers: an autoscaler sees what is wanted."""
+        for name in names:
+            if name not in self.workers and name not in self._coming:
+                actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
+                self._coming[name] = actor, actor.node.remote()
+
+    def withdraw(self) -> None:
+        """Ask for no places, while a worker waits for one that cannot do without."""
+        for actor, _ in self._coming.values():
+            ray.kill(actor)
+        self._coming = {}
+
+    def arrived(self) -> dict[str, str]:
+        """Guest -> Ray's name of the node where a process runs for it."""
+        found = {}
+        for name, (_, node) in list(self._coming.items()):
+            running, _ = ray.wait([node], timeout=0)
+            try:
+                found |= {name: ray.get(node)} if running else {}
+            except RayActorError:  # lost while it started; another one is asked for
+                del self._coming[name]
+        return found
+
+    def move(self, name: str) -> None:
+        """A guest has left its host: it goes on in the process that runs for it."""
         self.incarnations[name] += 1
-        self.workers[name] = self._start(ray.put(self.job.restored(self.store.latest())), name)
-        return self.workers[name]
+        if name in self._coming:
+            self.workers[name], _ = self._coming.pop(name)
 
     def end(self) -> None:
+        self.withdraw()
         for actor in (*self.workers.values(), self.server, *self.shards):
             ray.kill(actor)
         if self._group is not None:
@@ -180,22 +261,24 @@ class _Session:
     def __init__(self, crew: Crew, driver: Driver, outcome: Outcome) -> None:
         self._crew, self._job, self._driver, self._outcome = crew, crew.job, driver, outcome
         self._lives: list[int] = []
-        self._restarts = dict.fromkeys(crew.workers, (0, -1))
+        self._restarts = dict.fromkeys(crew.job.workers, (0, -1))
         """Worker -> restarts without a step made in between, and its step at the last one."""
-        self._steps = dict.fromkeys(crew.workers, 0)
+        self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
+        self._leaving: set[str] = set()
+        """Guests that are to leave their host, for a process of their own."""
         self._pausing = False
         self.made_steps = False
 
     def run(self) -> Outcome:
         job, crew = self._job, self._crew
-        nodes = await_start(job, {name: worker.node.remote() for name, worker in crew.workers.items()})
+        nodes = await_start(job, {name: crew.call(name, "node") for name in job.workers})
         for name, node in nodes.items():
             log.info("Started on node %s.", node, extra=self._about(name))
         self._lives = self._patiently(crew.server.ping.remote, begin=True)
         with decoders(job, nodes) as decoder_of:
-            self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
+            self._all("prepare", {name: (decoder_of.get(name),) for name in job.workers})
             self._all("train")
         while True:  # until nobody was lost on the way to the end
             steps = self._all("settle")
@@ -209,15 +292,23 @@ class _Session:
     def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
         phases = ("prepare", "train", "settle", "complete")
-        workers = self._crew.workers
-        calls = {getattr(workers[name], method).remote(*(arguments or {}).get(name, ())): name for name in workers}
+        crew, phases = self._crew, phases[: phases.index(method) + 1]
+        calls = {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
         while calls:
             done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
             for call in done:
-                name = calls.pop(call)
+                name = calls.pop(call, None)
+                if name is None:  # its process was lost with another's, and it has been called anew
+                    continue
                 try:
-                    results[name] = ray.get(call)
+                    result = ray.get(call)
+                    if name in self._leaving:
+                        self._leaving.discard(name)
+                        crew.move(name)
+                        calls[crew.call(name, "catch_up", phases)] = name
+                        continue
+                    results[name] = result
                     self._trained |= {name} if method == "train" else set()
                     self._outcome.back(name)
                 except RayTaskError as error:
@@ -225,10 +316,25 @@ class _Session:
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
-                    successor = self._replace(name, str(error))
-                    calls[successor.catch_up.remote(phases[: phases.index(method) + 1])] = name
+                    lost = self._replace(name, str(error))
+                    calls = {call: other for call, other in calls.items() if other not in lost}
+                    calls |= {crew.call(other, "catch_up", phases): other for other in lost}
+            self._move_guests(calls.values() if method == "train" else ())
             self._poll()
         return results
+
+    def _move_guests(self, training: Collection[str]) -> None:
+        """Look for places for the guests among workers that train; one that has found its own leaves its host."""
+        crew = self._crew
+        if not training or self._outcome.lost_at or self._pausing:
+            crew.withdraw()
+            return
+        crew.ask_for_places(training)
+        for name, node in crew.arrived().items():
+            if name in training and name not in self._leaving:
+                self._leaving.add(name)
+                log.info("Started on node %s.", node, extra=self._about(name))
+                crew.call(name, "leave")
 
     def _poll(self) -> bool:
         """Tell the driver what happened; look after the server and after workers that hang.
@@ -254,14 +360,14 @@ class _Session:
             if name not in self._outcome.lost_at:
                 message = "%s made no step for %g s; its process is ended."
                 log.warning(message, self._who(name), timeout_s, extra=self._about(name))
-                ray.kill(crew.workers[name])
+                ray.kill(crew.process(name))
         self._check_places()
         return told
 
     def _check_places(self) -> None:
         """Successors find no place where the cluster has become too small."""
         timeout_s, now = self._job.spec.resources.start_timeout_s, time.monotonic()
-        late = [name for name in self._crew.workers if now - self._outcome.lost_at.get(name, now) > timeout_s]
+        late = [name for name in self._job.workers if now - self._outcome.lost_at.get(name, now) > timeout_s]
         if late:
             raise not_started(self._job, late)
 
@@ -279,7 +385,7 @@ class _Session:
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
             for name in self._trained:  # others must not wait for a worker that has finished
-                self._crew.workers[name].settle.remote()
+                self._crew.call(name, "settle")
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 
@@ -313,7 +419,8 @@ class _Session:
             except GetTimeoutError:
                 raise TrainingError(f"The parameter server did not answer within {timeout_s:g} s.") from None
 
-    def _replace(self, name: str, reason: str) -> Actor:
+    def _replace(self, name: str, reason: str) -> list[str]:
+        """Give a worker another process; returns all workers that were in the lost one."""
         self._lose(name, f"{self._who(name)} was lost: {reason}")
         restarts, step = self._restarts[name]
         restarts = restarts + 1 if self._steps[name] <= step else 1
@@ -325,7 +432,12 @@ class _Session:
             )
         message = "%s was lost; another process goes on from its last checkpoint."
         log.warning(message, self._who(name), extra=self._about(name))
-        return self._crew.replace(name)
+        lost = self._crew.replace(name)
+        for other in lost:
+            self._outcome.lose(other)
+        self._leaving -= set(lost)
+        self._trained -= set(lost)
+        return lost
 
     def _lose(self, what: str, message: str) -> None:
         self._outcome.lose(what if self._crew.heals else ALL)

@@ -181,6 +181,55 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
         assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
 
 
+# Fewer places than workers.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["scale_bias+last_layer", "full"])
+def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: MakeSpec, method: str) -> None:
+    """Two CPUs for two processes of one each: the third and fourth worker are guests to the end."""
+    tasks = {"pets": {"workers": 3}, "cars": {}}
+    changes = {"steps": 30, "evaluate_every": 15, "task_defaults": {"method": method}}
+    dropout = {"options": {"dropout": 0.5}}  # its random numbers are the process's own
+    local = run_engine(Job(make_spec(tasks, engine=ROUNDS, backbone=dropout, **changes)))
+    tasks["pets"]["min_workers"] = 1
+    one_each = {"cpus_per_worker": 1}
+    remote = run_engine(Job(make_spec(tasks, engine=SYNC, resources=one_each, backbone=dropout, **changes)))
+
+    assert len({record.process for record in remote.records}) == 2
+    assert len({record.process for record in remote.records if record.task == "pets"}) == 1
+    assert {worker.step for worker in remote.progress.workers.values()} == {30}
+    for version in ("best", "last"):
+        assert all_values(remote.outcome.versions[version]) == all_values(local.outcome.versions[version])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [
+        SYNC,
+        {"name": "async", "in_flight": 1, "shards": 2},
+        {"name": "bounded", "staleness": 2},
+    ],
+)
+def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec, engine: dict) -> None:
+    tasks = {"pets": {"workers": 2, "min_workers": 1}}
+    changes = {"steps": 400, "evaluate_every": 200}
+    ran = run_engine(Job(make_spec(tasks, engine=engine, **changes)))
+
+    first, *_, last = (record.process for record in ran.records if record.worker == "pets/1")
+    host = {record.process for record in ran.records if record.worker == "pets/0"}
+    assert {first} == host
+    assert {last} != host
+    assert not ran.outcome.recoveries
+    for name, worker in ran.progress.workers.items():
+        assert [record.step for record in ran.records if record.worker == name] == list(range(400))
+        assert (worker.position, worker.redone, worker.lost, worker.refused) == (400 * 8, 0, 0, 0)
+    if engine == SYNC:
+        local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
+        assert all_values(ran.outcome.versions["last"]) == all_values(local.outcome.versions["last"])
+
+
 # Engine `sync`, shards.
 
 

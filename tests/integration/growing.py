@@ -1,0 +1,99 @@
+"""Runs a job on a simulated cluster of one node, to which another is added once the job trains.
+
+`python -m tests.integration.growing SPEC [first | added]` prints one JSON object: `places` (worker -> names of the
+nodes where it was, in that order), `made` (worker -> its steps, in the order in which they counted), `processes`
+(worker -> the process of each of them), `losses` (times that something was lost) and `final` (SHA-256 of the values in
+the last checkpoint). The node that the second argument names is lost once a worker trains on the added one. When all
+this has happened the job stops: how fast nodes and processes start decides nothing.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from multitask.checkpoint import Checkpoint
+from multitask.job import Job
+from multitask.server.messages import StepRecord
+from multitask.spec import load_spec
+from tests.conftest import EngineRun, run_engine, store_of
+from tests.integration.placed import Places
+
+# A killed node is taken for dead after five seconds, not fifteen.
+HEAD = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"health_check_period_ms": 1000}}
+
+
+class Nodes:
+    """The cluster, which changes as the job goes on."""
+
+    def __init__(self, cluster: Cluster, lost: str | None) -> None:
+        self._cluster, self._lost = cluster, lost
+        self._nodes = {"first": cluster.add_node(num_cpus=1)}
+        self.names = {self._nodes["first"].node_id: "first"}
+        self._processes: set[int] = set()
+        self._since: dict[str, int] = {}
+        """Worker -> steps made since the last thing happened."""
+
+    def __call__(self, records: list[StepRecord]) -> None:
+        """Look at the steps that were made."""
+        more = {record.process for record in records} - self._processes
+        self._processes |= more
+        for record in records:
+            self._since[record.worker] = 1 + (0 if more else self._since.get(record.worker, 0))
+        if "added" not in self._nodes and self._processes:
+            self._nodes["added"] = self._cluster.add_node(num_cpus=1)
+            self.names[self._nodes["added"].node_id] = "added"
+        if self._lost in self._nodes and len(self._processes) > 1:
+            self._cluster.remove_node(self._nodes[self._lost], allow_graceful=False)
+            self._lost = None
+            self._since = {}
+
+    def done(self) -> bool:
+        """Two processes have trained, or, after a loss, both workers again."""
+        made = [self._since.get(worker, 0) for worker in ("pets/0", "pets/1")]
+        return len(self._processes) > 1 and self._lost is None and min(made) > 20
+
+
+def main() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
+    try:
+        nodes = Nodes(cluster, *(sys.argv[2:] or [None]))
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        places = Places(nodes.names)
+        logging.getLogger("multitask").setLevel(logging.INFO)
+        logging.getLogger("multitask").addHandler(places)
+        ran = run_engine(Job(load_spec(Path(sys.argv[1]))), wants_pause=nodes.done, watch=nodes)
+        print(json.dumps(said(ran, places)), flush=True)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def said(ran: EngineRun, places: Places) -> dict[str, Any]:
+    checkpoint = store_of(ran.job).latest()
+    assert checkpoint is not None
+    mine = {name: [record for record in ran.records if record.worker == name] for name in ran.job.workers}
+    return {
+        "places": places.all,
+        "made": {name: [record.step for record in records] for name, records in mine.items()},
+        "processes": {name: [record.process for record in records] for name, records in mine.items()},
+        "losses": len(ran.outcome.recoveries),
+        "final": values_hash(checkpoint),
+    }
+
+
+def values_hash(checkpoint: Checkpoint) -> str:
+    found = hashlib.sha256()
+    for name in sorted(checkpoint.tensors):
+        if name.startswith("values/"):
+            found.update(checkpoint.tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
