@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -284,11 +284,31 @@ class RemoteServer:
                 time.sleep(RETRY_S)
 
 
+class _Fetched:
+    """Values that this process has fetched: one copy for all of its workers, of each group the newest.
+
+    Two threads that fetch one object of another node were seen to wait for ever (Ray 2.60.0).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[str, tuple[list[ray.ObjectRef[GroupValues]], list[GroupValues]]] = {}
+
+    def values(self, refs: Mapping[str, list["ray.ObjectRef[GroupValues]"]]) -> Values:
+        """Group -> its values, a range for each shard."""
+        with self._lock:
+            asked = {name: parts for name, parts in refs.items() if self._found.get(name, ([],))[0] != parts}
+            found = iter(ray.get([part for parts in asked.values() for part in parts]))
+            self._found |= {name: (parts, [next(found) for _ in parts]) for name, parts in asked.items()}
+            return {name: self._found[name][1] for name in refs}
+
+
+_FETCHED = _Fetched()
+
+
 def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
     reply, shards = answer
-    names = list(shards[0])
-    found = iter(ray.get([refs[name] for name in names for refs in shards]))
-    return reply, {name: [next(found) for _ in shards] for name in names}
+    return reply, _FETCHED.values({name: [refs[name] for refs in shards] for name in shards[0]})
 
 
 class ServedWorker:
@@ -298,7 +318,7 @@ class ServedWorker:
         self._job, self._name, self.incarnation = job, name, incarnation
         self._in_flight = getattr(job.spec.engine, "in_flight", 0)
         self._server = RemoteServer(job, name, incarnation, server, shards)
-        about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
+        about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
         self.about: Callable[[], dict[str, object]] = lambda: about
         """What a line of the log says of itself."""
 

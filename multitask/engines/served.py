@@ -185,7 +185,7 @@ class Crew:
 
     def arrived(self) -> dict[str, str]:
         """Guest -> Ray's name of the node where a process runs for it."""
-        found = {}
+        found: dict[str, str] = {}
         for name, (_, node) in list(self._coming.items()):
             running, _ = ray.wait([node], timeout=0)
             try:
@@ -291,8 +291,8 @@ class _Session:
 
     def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
-        phases = ("prepare", "train", "settle", "complete")
-        crew, phases = self._crew, phases[: phases.index(method) + 1]
+        crew, every = self._crew, ("prepare", "train", "settle", "complete")
+        phases = every[: every.index(method) + 1]
         calls = {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
         while calls:

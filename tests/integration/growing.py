@@ -62,7 +62,7 @@ class Nodes:
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
-        nodes = Nodes(cluster, *(sys.argv[2:] or [None]))
+        nodes = Nodes(cluster, sys.argv[2] if len(sys.argv) > 2 else None)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         places = Places(nodes.names)
         logging.getLogger("multitask").setLevel(logging.INFO)
