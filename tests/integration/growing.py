@@ -1,10 +1,10 @@
 """Runs a job on a simulated cluster of one node, to which another is added once the job trains.
 
-`python -m tests.integration.growing SPEC [first | added]` prints one JSON object: `places` (worker -> names of the
-nodes where it was, in that order), `made` (worker -> its steps, in the order in which they counted), `processes`
-(worker -> the process of each of them), `losses` (times that something was lost) and `final` (SHA-256 of the values in
-the last checkpoint). The node that the second argument names is lost once a worker trains on the added one. When all
-this has happened the job stops: how fast nodes and processes start decides nothing.
+`python -m tests.integration.growing SPEC FOUND [first | added]` writes one JSON object to the file FOUND: `places`
+(worker -> names of the nodes where it was, in that order), `made` (worker -> its steps, in the order in which they
+counted), `processes` (worker -> the process of each of them), `losses` (times that something was lost) and `final`
+(SHA-256 of the values in the last checkpoint). The node that the last argument names is lost once a worker trains on the
+added one. When all this has happened the job stops: how fast nodes and processes start decides nothing.
 """
 
 import hashlib
@@ -62,13 +62,13 @@ class Nodes:
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
-        nodes = Nodes(cluster, sys.argv[2] if len(sys.argv) > 2 else None)
+        nodes = Nodes(cluster, sys.argv[3] if len(sys.argv) > 3 else None)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         places = Places(nodes.names)
         logging.getLogger("multitask").setLevel(logging.INFO)
         logging.getLogger("multitask").addHandler(places)
         ran = run_engine(Job(load_spec(Path(sys.argv[1]))), wants_pause=nodes.done, watch=nodes)
-        print(json.dumps(said(ran, places)), flush=True)
+        Path(sys.argv[2]).write_text(json.dumps(said(ran, places)))
     finally:
         ray.shutdown()
         cluster.shutdown()

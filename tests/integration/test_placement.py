@@ -69,10 +69,11 @@ WHOLE = {"steps": 100_000, "evaluate_every": 100_000, "resources": {"cpus_per_wo
 def grown(spec: JobSpec, folder: Path, *lost: str) -> dict[str, Any]:
     """What `tests.integration.growing` says of a job of two workers on a node for one, and another that comes later."""
     write_spec(folder / "spec.yaml", spec)
-    command = [sys.executable, "-m", "tests.integration.growing", str(folder / "spec.yaml"), *lost]
+    result = folder / "found.json"
+    command = [sys.executable, "-m", "tests.integration.growing", str(folder / "spec.yaml"), str(result), *lost]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(result.read_text())
     for steps in found["made"].values():
         assert sorted(steps) == list(range(len(steps))), "every step once"
     assert found["places"]["pets/0"][0] == "first"
