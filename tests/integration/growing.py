@@ -3,8 +3,8 @@
 `python -m tests.integration.growing SPEC FOUND [first | added]` writes one JSON object to the file FOUND: `places`
 (worker -> names of the nodes where it was, in that order), `made` (worker -> its steps, in the order in which they
 counted), `processes` (worker -> the process of each of them), `losses` (times that something was lost) and `final`
-(SHA-256 of the values in the last checkpoint). The node that the last argument names is lost once a worker trains on the
-added one. When all this has happened the job stops: how fast nodes and processes start decides nothing.
+(SHA-256 of the values in the last checkpoint). The node that the last argument names is lost once a worker trains on
+the added one. When all this has happened the job stops: how fast nodes and processes start decides nothing.
 """
 
 import hashlib
