@@ -165,6 +165,8 @@ class ServerActor:
 
     async def push(self, push: Push, gradients: Gradients, *problems: str | None) -> tuple[Reply, list[Refs]]:
         self._server.push(push, gradients, problems)
+        # Pushes that have arrived meanwhile come first: the values are then published once for all of them.
+        await asyncio.sleep(0)
         return await self._answer(push.worker)
 
     async def kept(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:

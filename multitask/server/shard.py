@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from multitask.server.group import ParameterGroup
@@ -33,6 +34,8 @@ class Shard:
         self.groups = dict(groups)
         self._stashed: dict[Key, Gradients] = {}
         self._kept: dict[int, dict[str, GroupValues]] = {}
+        self._sums: dict[str, Tensor] = {}
+        """Group -> where several pushes are added up: memory that is new each time costs more than adding."""
 
     def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:
         """Take in a push's range, to be applied later.
@@ -58,7 +61,7 @@ class Shard:
             group = self.groups[name]
             if group.size:
                 gradients = [as_tensor(self._stashed[key][name]) for key in step.pushes]
-                group.apply(mean(gradients, step.weights), step.rate)
+                group.apply(self._mean(name, gradients, step.weights), step.rate)
         for key in done:
             self._stashed.pop(key, None)
 
@@ -74,20 +77,21 @@ class Shard:
     def release(self, version: int) -> None:
         self._kept.pop(version, None)
 
+    def _mean(self, name: str, gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Weighted mean, added up in the order given."""
+        if len(gradients) == 1:
+            return gradients[0]
+        factors, divisor = shares(weights)
+        if name not in self._sums:
+            self._sums[name] = torch.empty_like(gradients[0])
+        total = torch.mul(gradients[0], factors[0], out=self._sums[name])
+        for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
+            total += gradient if factor == 1.0 else gradient * factor
+        return total.div_(divisor)
+
 
 def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
     """A weighted mean's factors and the divisor of its sum: equal weights cancel, whatever they are."""
     if len(set(weights)) == 1:
         return (1.0,) * len(weights), float(len(weights))
     return tuple(weights), sum(weights)
-
-
-def mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean, added up in the order given."""
-    if len(gradients) == 1:
-        return gradients[0]
-    factors, divisor = shares(weights)
-    total = gradients[0] * factors[0]
-    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
-        total += gradient if factor == 1.0 else gradient * factor
-    return total.div_(divisor)
