@@ -61,7 +61,9 @@ class Shard:
             group = self.groups[name]
             if group.size:
                 gradients = [as_tensor(self._stashed[key][name]) for key in step.pushes]
-                group.apply(self._mean(name, gradients, step.weights), step.rate)
+                if len(gradients) > 1 and name not in self._sums:
+                    self._sums[name] = torch.empty_like(gradients[0])
+                group.apply(mean(gradients, step.weights, self._sums.get(name)), step.rate)
         for key in done:
             self._stashed.pop(key, None)
 
@@ -77,21 +79,24 @@ class Shard:
     def release(self, version: int) -> None:
         self._kept.pop(version, None)
 
-    def _mean(self, name: str, gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Weighted mean, added up in the order given."""
-        if len(gradients) == 1:
-            return gradients[0]
-        factors, divisor = shares(weights)
-        if name not in self._sums:
-            self._sums[name] = torch.empty_like(gradients[0])
-        total = torch.mul(gradients[0], factors[0], out=self._sums[name])
-        for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
-            total += gradient if factor == 1.0 else gradient * factor
-        return total.div_(divisor)
-
 
 def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
     """A weighted mean's factors and the divisor of its sum: equal weights cancel, whatever they are."""
     if len(set(weights)) == 1:
         return (1.0,) * len(weights), float(len(weights))
     return tuple(weights), sum(weights)
+
+
+def mean(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """Weighted mean, added up in the order given.
+
+    Args:
+        out: where several gradients are added up; new memory by default.
+    """
+    if len(gradients) == 1:
+        return gradients[0]
+    factors, divisor = shares(weights)
+    total = torch.mul(gradients[0], factors[0], out=out)
+    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
+        total += gradient if factor == 1.0 else gradient * factor
+    return total.div_(divisor)
