@@ -32,6 +32,9 @@ class NotBegunError(RuntimeError):
     """This process has just started, perhaps in the place of one that was lost, and has no values yet."""
 
 
+GRACE_S = 1.0
+"""How long published values stay after newer ones have taken their place: Ray was seen to free some that an answer
+carried before its reader had said that it holds them."""
 LOST = (RayActorError, ObjectLostError, NotBegunError)
 """What a call of the server, or a look at its values, meets when its process or node is gone."""
 Actor = Any
@@ -54,11 +57,17 @@ class _Published:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._refs: dict[str, tuple[int, ray.ObjectRef[GroupValues]]] = {}
+        self._earlier: deque[tuple[float, ray.ObjectRef[GroupValues]]] = deque()
 
     def refs(self, names: Iterable[str]) -> Refs:
+        now = time.monotonic()
+        while self._earlier and now - self._earlier[0][0] > GRACE_S:
+            self._earlier.popleft()
         for name in names:
             group = self._shard.groups[name]
             if self._refs.get(name, (-1, None))[0] != group.updates:
+                if name in self._refs:
+                    self._earlier.append((now, self._refs[name][1]))
                 self._refs[name] = group.updates, ray.put(group.view())
         return {name: self._refs[name][1] for name in names}
 
