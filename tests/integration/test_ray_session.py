@@ -7,6 +7,7 @@ import pytest
 
 PUTS = """
 import resource
+import time
 
 import numpy as np
 import ray
@@ -20,6 +21,7 @@ with ray_session():
         reference = ray.put(values)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         del reference
+        time.sleep(0.1)  # another process frees it
 """
 
 
