@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 ENVIRONMENT := .venv/installed
 # Two test processes, each with a Ray of its own: tests wait for processes to start a third of the time.
-TWO := --numprocesses 2 --dist loadfile
+TWO := --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-slow lint bench chaos clean
 

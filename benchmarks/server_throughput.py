@@ -16,7 +16,7 @@ this uses, `others` what other processes do.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from types import SimpleNamespace
@@ -70,11 +70,12 @@ class Numbers:
     def floats(self) -> int:
         return self._layout.pushed
 
-    def make_shard(self, number: int) -> "ClockedShard":
+    def make_shard(self, number: int) -> Shard:
         def sgd(decayed: Any, plain: Any) -> Any:
             return make_optimizer("sgd", decayed, plain, weight_decay=0.0, momentum=0.9)
 
-        return ClockedShard({GROUP: ParameterGroup(self._layout, self._start, sgd, part=self.ranges[number])})
+        groups = {GROUP: ParameterGroup(self._layout, self._start, sgd, part=self.ranges[number])}
+        return Shard(groups) if number else ClockedShard(groups)
 
     def pushed_bytes(self, _task: str) -> int:
         return 4 * self._layout.pushed
@@ -87,20 +88,23 @@ class Numbers:
 
 
 class ClockedShard(Shard):
-    """A shard that remembers how long the latest push took it."""
+    """The first shard, which remembers how long each push took it until that push is answered."""
 
-    check_s = update_s = 0.0
+    def __init__(self, groups: Mapping[str, ParameterGroup]) -> None:
+        super().__init__(groups)
+        self.check_s: dict[Key, float] = {}
+        self.update_s: dict[Key, float] = {}
 
     def stash(self, key: Key, gradients: Gradients, names: Any) -> str | None:
         start = time.monotonic()
         problem = super().stash(key, gradients, names)
-        self.check_s = time.monotonic() - start
+        self.check_s[key] = time.monotonic() - start
         return problem
 
     def apply(self, update: Update, done: Any) -> None:
         start = time.monotonic()
         super().apply(update, done)
-        self.update_s = time.monotonic() - start
+        self.update_s |= dict.fromkeys(done, time.monotonic() - start)
 
 
 class NumbersShard(ShardActor):
@@ -130,7 +134,8 @@ class NumbersServer(ServerActor):
         )
         shard = self._server.shard
         assert isinstance(shard, ClockedShard)
-        moments = (arrived, time.monotonic(), shard.check_s, shard.update_s, self._publish_s)
+        key = worker, step
+        moments = (arrived, time.monotonic(), shard.check_s.pop(key), shard.update_s.pop(key), self._publish_s)
         return reply, refs, moments
 
     def _clocked_refs(self, names: Any) -> Refs:

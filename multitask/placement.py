@@ -22,12 +22,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """The workers of one task."""
+    """Workers that ask for the same."""
 
-    task: str
+    name: str
+    """Whose they are, as an error begins: `Task 'pets'`."""
     workers: int
     resources: Mapping[str, float]
-    """What each of them takes, amounts above 0; of a GPU all tasks take the same."""
+    """What each of them takes, amounts above 0; of a GPU all that ask for one take the same."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """What a node has to be labelled with."""
 
@@ -53,7 +54,7 @@ def fits(demands: Sequence[Demand], nodes: Sequence[Node]) -> bool:
 def misfit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
     """Why the nodes cannot hold all workers at once, in numbers; None where they can.
 
-    It speaks of as few tasks as have no room together.
+    It speaks of as few demands as have no room together.
     """
     if fits(demands, nodes):
         return None
@@ -80,7 +81,7 @@ def _merged(demands: Sequence[Demand]) -> list[Demand]:
     for demand in demands:
         kind = frozenset(demand.resources.items()), frozenset(demand.labels.items())
         workers = demand.workers + (merged[kind].workers if kind in merged else 0)
-        merged[kind] = Demand(demand.task, workers, demand.resources, demand.labels)
+        merged[kind] = Demand(demand.name, workers, demand.resources, demand.labels)
     return list(merged.values())
 
 
@@ -131,7 +132,7 @@ def _most_together(demands: Sequence[Demand], nodes: Sequence[Node], most: np.nd
 def _needs(demand: Demand) -> str:
     amounts = ", ".join(f"{amount:g} {name}" for name, amount in demand.resources.items())
     where = ", ".join(f"{key}={value}" for key, value in demand.labels.items())
-    return f"Task '{demand.task}' needs {_count(demand.workers, 'worker')} of {amounts}" + (
+    return f"{demand.name} needs {_count(demand.workers, 'worker')} of {amounts}" + (
         f" on nodes labelled {where}" if where else ""
     )
 

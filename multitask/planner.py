@@ -52,13 +52,13 @@ class ServerCosts:
     """Of all processes together, Ray's too, on cores that others want as well."""
 
 
-# fit() of benchmarks/results/server_throughput_2cpu_2026-11-22.json, which
+# fit() of benchmarks/results/server_throughput_2cpu_2026-11-27.json, which
 # `python -m benchmarks.server_throughput --out FILE` wrote; a test compares them.
 SERVER_COSTS = ServerCosts(
-    trip=Law(shard_s=0.01361, copies=6.393),
-    own=Law(shard_s=0.004125, copies=2.07),
-    thread=Law(shard_s=0.005796, copies=2.807),
-    cores=Law(shard_s=0.02296, copies=10.03),
+    trip=Law(shard_s=0.01647, copies=5.334),
+    own=Law(shard_s=0.004793, copies=1.755),
+    thread=Law(shard_s=0.006906, copies=2.731),
+    cores=Law(shard_s=0.02599, copies=8.236),
 )
 
 

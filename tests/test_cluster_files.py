@@ -65,7 +65,7 @@ def test_ray_refuses_a_broken_copy(path: Path, change: Change) -> None:
 
 
 @pytest.mark.parametrize("path", [AWS, ON_PREMISE], ids=lambda path: path.name)
-def test_every_node_starts_with_the_token_and_a_bounded_object_store(path: Path) -> None:
+def test_every_node_starts_with_the_token_and_a_bounded_object_store_that_frees_at_once(path: Path) -> None:
     config = read(path)
     assert "~/.ray/auth_token" in config["file_mounts"].values()
     starts = [
@@ -74,7 +74,7 @@ def test_every_node_starts_with_the_token_and_a_bounded_object_store(path: Path)
     ]
     assert [len(commands) for commands in starts] == [1, 1]
     for (command,) in starts:
-        assert "RAY_AUTH_MODE=token ray start" in command
+        assert "RAY_AUTH_MODE=token RAY_free_objects_batch_size=1 ray start" in command
         assert re.search(r"--object-store-memory=\d+(\s|$)", command)
     assert "--dashboard-host=127.0.0.1" in starts[0][0]
 

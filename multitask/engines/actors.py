@@ -33,6 +33,9 @@ class NotBegunError(RuntimeError):
     """This process has just started, perhaps in the place of one that was lost, and has no values yet."""
 
 
+GRACE_S = 1.0
+"""How long published values stay after newer ones have taken their place: Ray was seen to free some that an answer
+carried before its reader had said that it holds them."""
 LOST = (RayActorError, ObjectLostError, NotBegunError)
 """What a call of the server, or a look at its values, meets when its process or node is gone."""
 Actor = Any
@@ -55,11 +58,17 @@ class _Published:
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._refs: dict[str, tuple[int, ray.ObjectRef[GroupValues]]] = {}
+        self._earlier: deque[tuple[float, ray.ObjectRef[GroupValues]]] = deque()
 
     def refs(self, names: Iterable[str]) -> Refs:
+        now = time.monotonic()
+        while self._earlier and now - self._earlier[0][0] > GRACE_S:
+            self._earlier.popleft()
         for name in names:
             group = self._shard.groups[name]
             if self._refs.get(name, (-1, None))[0] != group.updates:
+                if name in self._refs:
+                    self._earlier.append((now, self._refs[name][1]))
                 self._refs[name] = group.updates, ray.put(group.view())
         return {name: self._refs[name][1] for name in names}
 
@@ -166,6 +175,8 @@ class ServerActor:
 
     async def push(self, push: Push, gradients: Gradients, *problems: str | None) -> tuple[Reply, list[Refs]]:
         self._server.push(push, gradients, problems)
+        # Pushes that have arrived meanwhile come first: the values are then published once for all of them.
+        await asyncio.sleep(0)
         return await self._answer(push.worker)
 
     async def kept(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:

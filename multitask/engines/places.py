@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -49,7 +49,26 @@ def cluster_nodes() -> list[Node]:
 
 def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
     """Task -> the workers that it starts with, and what each of its workers asks for."""
-    return _demands(spec, spec.resources.cpus_per_worker or _share(spec, nodes))
+    cpus = spec.resources.cpus_per_worker
+    if cpus is None:
+        workers = sum(task.workers for task in spec.tasks)
+        cpus = share(workers, nodes, lambda cpus: list(_demands(spec, cpus).values()))
+    return _demands(spec, cpus)
+
+
+def share(workers: int, nodes: Sequence[Node], demands: Callable[[float], Sequence[Demand]]) -> float:
+    """CPUs of each worker: an equal share of all, or as much less, in hundredths, as lets every worker find room.
+
+    Args:
+        demands: what is asked for where each worker has so many CPUs.
+    """
+    equal = round(100 * equal_share(sum(node.resources.get("CPU", 0.0) for node in nodes) or 1.0, workers))
+
+    def too_much(hundredths: int) -> bool:
+        return not fits(demands(hundredths / 100), nodes)
+
+    # Where not even the smallest share fits, CPUs are not what is missing.
+    return (bisect_left(range(1, equal + 1), True, key=too_much) or equal) / 100
 
 
 def equal_share(cpus: float, workers: int) -> float:
@@ -88,18 +107,8 @@ def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
 def _demands(spec: JobSpec, cpus: float) -> dict[str, Demand]:
     gpus = {"GPU": spec.resources.gpus_per_worker} if spec.resources.gpus_per_worker else {}
     return {
-        task.name: Demand(task.name, task.needed_workers, {"CPU": cpus, **gpus, **task.resources}, task.labels)
+        task.name: Demand(
+            f"Task '{task.name}'", task.needed_workers, {"CPU": cpus, **gpus, **task.resources}, task.labels
+        )
         for task in spec.tasks
     }
-
-
-def _share(spec: JobSpec, nodes: Sequence[Node]) -> float:
-    """CPUs of each worker: an equal share of all, or as much less, in hundredths, as lets every worker find room."""
-    cpus = sum(node.resources.get("CPU", 0.0) for node in nodes) or 1.0
-    equal = round(100 * equal_share(cpus, sum(task.workers for task in spec.tasks)))
-
-    def too_much(hundredths: int) -> bool:
-        return not fits(list(_demands(spec, hundredths / 100).values()), nodes)
-
-    # Where not even the smallest share fits, CPUs are not what is missing.
-    return (bisect_left(range(1, equal + 1), True, key=too_much) or equal) / 100

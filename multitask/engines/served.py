@@ -225,7 +225,12 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    embedded: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    embedded: dict[str, Any] = {}
+    if address == "local":
+        embedded = {"include_dashboard": False}
+        # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients
+        # and values into memory never touched before, with a page fault for every 4 KiB.
+        os.environ.setdefault("RAY_free_objects_batch_size", "1")
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **embedded)
     try:
         yield

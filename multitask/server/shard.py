@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from multitask.server.group import ParameterGroup
@@ -33,6 +34,8 @@ class Shard:
         self.groups = dict(groups)
         self._stashed: dict[Key, Gradients] = {}
         self._kept: dict[int, dict[str, GroupValues]] = {}
+        self._sums: dict[str, Tensor] = {}
+        """Group -> where several pushes are added up: memory that is new each time costs more than adding."""
 
     def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:
         """Take in a push's range, to be applied later.
@@ -58,7 +61,9 @@ class Shard:
             group = self.groups[name]
             if group.size:
                 gradients = [as_tensor(self._stashed[key][name]) for key in step.pushes]
-                group.apply(mean(gradients, step.weights), step.rate)
+                if len(gradients) > 1 and name not in self._sums:
+                    self._sums[name] = torch.empty_like(gradients[0])
+                group.apply(mean(gradients, step.weights, self._sums.get(name)), step.rate)
         for key in done:
             self._stashed.pop(key, None)
 
@@ -82,12 +87,16 @@ def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
     return tuple(weights), sum(weights)
 
 
-def mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Weighted mean, added up in the order given."""
+def mean(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """Weighted mean, added up in the order given.
+
+    Args:
+        out: where several gradients are added up; new memory by default.
+    """
     if len(gradients) == 1:
         return gradients[0]
     factors, divisor = shares(weights)
-    total = gradients[0] * factors[0]
+    total = torch.mul(gradients[0], factors[0], out=out)
     for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
         total += gradient if factor == 1.0 else gradient * factor
     return total.div_(divisor)

@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,13 @@ class TrialActor(tune.Trainable):
     """
 
     def setup(  # type: ignore[override] # `tune.with_parameters` gives the others
-        self, config: Mapping[str, Any], plans: Sequence[TrialPlan], loaded: Loaded, parent_run_id: str
+        self, config: Mapping[str, Any], loaded: Loaded, parent_run_id: str
     ) -> None:
         """Args:
-        config: `trial` is the number of the trial.
-        plans: all trials of the sweep.
-        loaded: what they share.
+        config: `plan` is the trial's TrialPlan.
+        loaded: what the trials of the sweep share.
         parent_run_id: MLflow's run of the sweep.
         """
-        self._plans = {plan.number: plan for plan in plans}
         self._loaded, self._parent_run_id = loaded, parent_run_id
         self._begin(config)
 
@@ -50,7 +48,7 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: Mapping[str, Any]) -> None:
         # Tune steps into a folder of its own; relative data paths start where the sweep began.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
-        self._run = TrialRun(self._plans[config["trial"]], self._loaded, self._parent_run_id)
+        self._run = TrialRun(config["plan"], self._loaded, self._parent_run_id)
 
     def step(self) -> dict[str, Any]:
         return self._run.next()

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 from ray import tune
@@ -37,6 +38,10 @@ class Line:
 class Standing:
     """All trials of a sweep, and the clock."""
 
+    keys: Sequence[str]
+    """Of the space."""
+    trials: int
+    """With those that nobody has suggested yet."""
     lines: dict[int, Line]
     began: float = field(default_factory=time.monotonic)
     steps_made: int = 0
@@ -51,15 +56,18 @@ class Standing:
 
     def seconds_left(self, now: float) -> float | None:
         """By the speed so far; None while there is none."""
+        if not self.steps_made:
+            return None
         left = sum(line.steps_left for line in self.lines.values())
-        return left * (now - self.began) / self.steps_made if self.steps_made else None
+        unknown = self._unknown * mean(line.plan.spec.steps for line in self.lines.values())
+        return (left + unknown) * (now - self.began) / self.steps_made
 
     def title(self, name: str, now: float) -> str:
-        counts = Counter(line.state for line in self.lines.values())
+        counts = Counter(line.state for line in self.lines.values()) + Counter(waiting=self._unknown)
         states = ", ".join(f"{counts[state]} {state}" for state in (*ENDED, "running", "waiting") if counts[state])
         left = self.seconds_left(now)
         ahead = "" if left is None else f"; about {duration(left)} left" if left else "; done"
-        return f"{name}: {len(self.lines)} trials, {states}{ahead}"
+        return f"{name}: {self.trials} trials, {states}{ahead}"
 
     def table(self, name: str, now: float) -> Table:
         """Running trials, then the best of the others."""
@@ -67,7 +75,7 @@ class Standing:
         running = [line for line in lines if line.state == "running"]
         known = [line for line in lines if line.state != "running" and line.top1 is not None]
         best = sorted(known, key=lambda line: -(line.top1 or 0.0))[:BEST_SHOWN]
-        names = short_names(list(lines[0].plan.values))
+        names = short_names(self.keys)
         table = Table(title=self.title(name, now), title_justify="left")
         for column in ("trial", *names.values(), "state", "rounds", "validation top-1 %"):
             table.add_column(column, justify="left" if column in names.values() else "right")
@@ -78,16 +86,25 @@ class Standing:
             table.add_row(str(line.plan.number), *values, line.state, rounds, accuracy)
         return table
 
+    @property
+    def _unknown(self) -> int:
+        return self.trials - len(self.lines)
+
 
 class Board(tune.Callback):
     """Keeps the table up to date while Tune works; a context that shows it."""
 
-    def __init__(self, name: str, outcomes: Sequence[Outcome], console: Console) -> None:
+    def __init__(
+        self, name: str, keys: Sequence[str], trials: int, outcomes: Sequence[Outcome], console: Console
+    ) -> None:
         """Args:
-        outcomes: how the trials stand before this start.
+        keys: of the space.
+        trials: how many there will be.
+        outcomes: how the trials that are known stand before this start.
         """
         self._name = name
-        self.standing = Standing({o.plan.number: Line(o.plan, _shown(o.state), o.rounds, o.top1) for o in outcomes})
+        lines = {o.plan.number: Line(o.plan, _shown(o.state), o.rounds, o.top1) for o in outcomes}
+        self.standing = Standing(keys, trials, lines)
         self.ended: set[int] = set()
         """Trials that came to their end in this start."""
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
@@ -108,7 +125,7 @@ class Board(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:  # noqa: ARG002
         if result.get(METRIC) is not None:
-            self.standing.note(trial.config["trial"], result[ROUND], result[METRIC])
+            self.standing.note(trial.config["plan"].number, result[ROUND], result[METRIC])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
         line = self._line(trial)
@@ -117,10 +134,11 @@ class Board(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
         self._line(trial).state = "failed"
-        self.ended.add(trial.config["trial"])
+        self.ended.add(trial.config["plan"].number)
 
     def _line(self, trial: Any) -> Line:
-        return self.standing.lines[trial.config["trial"]]
+        plan = trial.config["plan"]
+        return self.standing.lines.setdefault(plan.number, Line(plan))
 
     def _render(self) -> Table:
         return self.standing.table(self._name, time.monotonic())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from multitask.plots import (
@@ -99,10 +100,7 @@ def accuracy_rate(found: Series, theme: Theme) -> bytes:
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 9.
     """
-    figure = new_figure(WIDTH, HEIGHT, theme, "Accuracy against the learning rate")
-    axes = figure.add_axes(_box())
-    _frame(axes, found, theme)
-    axes.set_xscale("log")
+    figure, axes = _begin(found, theme, "Accuracy against the learning rate")
     ends = []
     for method, colour in _theme_colours(found, theme).items():
         points = found[method]
@@ -125,10 +123,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 3.
     """
-    figure = new_figure(WIDTH, HEIGHT, theme, "Accuracy against trained parameters")
-    axes = figure.add_axes(_box())
-    _frame(axes, found, theme)
-    axes.set_xscale("log")
+    figure, axes = _begin(found, theme, "Accuracy against trained parameters")
     names = []
     for method, colour in _theme_colours(found, theme).items():
         points = found[method]
@@ -148,15 +143,16 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
     return png(figure)
 
 
-def _box() -> tuple[float, float, float, float]:
-    return 0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, AXES / HEIGHT
-
-
-def _frame(axes: Axes, found: Series, theme: Theme) -> None:
+def _begin(found: Series, theme: Theme, title: str) -> tuple[Figure, Axes]:
+    """A figure with the accuracies on its y axis and a logarithmic x axis."""
+    figure = new_figure(WIDTH, HEIGHT, theme, title)
+    axes = figure.add_axes((0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, AXES / HEIGHT))
     values = [point.top1 for points in found.values() for point in points]
     bare(axes, theme, "y")
     axes.set_ylim(*padded(min(values), max(values)))
     axes.set_ylabel("validation top-1, %", color=theme.muted, fontsize=9)
+    axes.set_xscale("log")
+    return figure, axes
 
 
 def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""All trials of a sweep, known and checked before the first one starts."""
+"""The trials of a sweep: known and checked before the first one starts, or suggested while it runs."""
 
 import copy
 import itertools
@@ -50,36 +50,46 @@ def settings(spec: SweepSpec) -> list[dict[str, Any]]:
     return found
 
 
+def edges(spec: SweepSpec) -> list[dict[str, Any]]:
+    """The first value of every key, then each other value in its turn: what a searcher's space is checked by."""
+    first = {key: dimension.named[0] for key, dimension in spec.dimensions.items()}
+    others = [{key: value} for key, dimension in spec.dimensions.items() for value in dimension.named[1:]]
+    return [first, *({**first, **other} for other in others)]
+
+
 def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
-    """The trials, setting by setting, each with a job spec that was checked.
+    """The trials, setting by setting, each with a job spec that was checked; with a searcher those of the edges.
 
     Args:
         weights: the file that their backbones start from; by default what the job says.
     Raises:
-        SpecError: a setting's job is wrong; names the setting and the key.
+        SpecError: a setting's job is wrong, or a key has no effect; names the setting and the key.
     """
-    directory = spec.run_directory
-    plans: list[TrialPlan] = []
-    for index, values in enumerate(settings(spec)):
-        for repeat in range(spec.repeats):
-            number = len(plans)
-            raw = copy.deepcopy(spec.job)
-            for key, value in values.items():
-                set_key(raw, key, value)
-            raw |= {"name": f"{spec.name}_{number:04d}", "directory": str(directory / "trials" / f"{number:04d}")}
-            tracking = raw.get("tracking") or {}
-            raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
-            if repeat:
-                raw["seed"] = raw.get("seed", 0) + repeat
-            if weights is not None:
-                set_key(raw, "backbone.weights", weights)
-            _part_checkpoints(raw, number)
-            try:
-                plans.append(TrialPlan(number, index, values, load_spec(raw)))
-            except SpecError as error:
-                raise SpecError(f"sweep '{spec.name}', setting {describe(values)}: {error}") from None
+    found = [values for values in (edges if spec.suggested else settings)(spec) for _ in range(spec.repeats)]
+    plans = [plan_trial(spec, number, values, weights) for number, values in enumerate(found)]
     _check_differences(spec.name, plans)
     return plans
+
+
+def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights: str | None = None) -> TrialPlan:
+    """The trial of a number, with the setting that it has; as `plan_trials`."""
+    setting, repeat = divmod(number, spec.repeats)
+    directory = spec.run_directory
+    raw = copy.deepcopy(spec.job)
+    for key, value in values.items():
+        set_key(raw, key, value)
+    raw |= {"name": f"{spec.name}_{number:04d}", "directory": str(directory / "trials" / f"{number:04d}")}
+    tracking = raw.get("tracking") or {}
+    raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
+    if repeat:
+        raw["seed"] = raw.get("seed", 0) + repeat
+    if weights is not None:
+        set_key(raw, "backbone.weights", weights)
+    _part_checkpoints(raw, number)
+    try:
+        return TrialPlan(number, setting, values, load_spec(raw))
+    except SpecError as error:
+        raise SpecError(f"sweep '{spec.name}', setting {describe(values)}: {error}") from None
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -15,12 +15,12 @@ from multitask.engines.served import ray_session
 from multitask.job import Job, Loaded, load_backbone, open_split
 from multitask.report import write_sweep_report
 from multitask.runs import RunError, write_json
-from multitask.spec import JobSpec, SpecError, dump_spec, load_spec
+from multitask.spec import JobSpec, SpecError, TrackingSpec, dump_spec, load_spec
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
 from multitask.sweep.outcomes import Choice, Outcome, choices, choose, read_outcome, write_tables, write_winner
 from multitask.sweep.places import reserve
-from multitask.sweep.plan import TrialPlan, plan_trials
+from multitask.sweep.plan import TrialPlan, plan_trial, plan_trials
 from multitask.sweep.spec import AshaScheduler, SweepSpec, dump_sweep, load_sweep
 from multitask.sweep.summary import section
 from multitask.sweep.tuning import run_trials
@@ -70,17 +70,24 @@ def run_sweep(
     console = console or Console(stderr=True)
     directory = spec.run_directory
     _check_directory(spec, directory, go_on)
-    plans = plan_trials(spec, str(directory / SOURCE_BACKBONE) if spec.source else None)
+    weights = str(directory / SOURCE_BACKBONE) if spec.source else None
+    plans = plan_trials(spec, weights)
     loaded = _check_jobs(spec, plans)
+    trials = spec.samples if spec.suggested else len(plans)
     with ray_session():
-        nodes = [node.resources for node in cluster_nodes()]
-        places = reserve([plan.spec for plan in plans], nodes, spec.concurrent)
-        tracker = _make_tracker(spec, plans, directory)
+        places = reserve([plan.spec for plan in plans], cluster_nodes(), spec.concurrent, trials)
+        tracker = _make_tracker(spec, plans[0].spec.tracking, trials)
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
-        plans = [
-            replace(plan, spec=replace(placed, tracking=tracking))
-            for plan, placed in zip(plans, places.specs, strict=True)
-        ]
+
+        def ready(plan: TrialPlan) -> TrialPlan:
+            return replace(plan, spec=replace(places.placed(plan.spec), tracking=tracking))
+
+        plans = [ready(plan) for plan in plans]
+        search = None
+        if spec.suggested:
+            from multitask.sweep.searcher import Suggestions  # here, because few sweeps need Optuna
+
+            search = Suggestions(spec, lambda number, values: ready(plan_trial(spec, number, values, weights)))
         write_atomic(directory / SPEC, _text(spec))
         with tracker:
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
@@ -89,13 +96,14 @@ def run_sweep(
             verdict = read_verdict(directory)
             # After a look at the test tables nothing is chosen any more.
             complete = verdict is not None or run_trials(
-                spec, plans, loaded, places.concurrent, tracker.run_id, console
+                spec, plans, search, loaded, places.concurrent, tracker.run_id, console
             )
-            outcomes = tuple(read_outcome(plan) for plan in plans)
+            outcomes = tuple(read_outcome(plan) for plan in (plans if search is None else search.plans))
             choice = choose(outcomes)
             if complete and choice is not None and verdict is None:
                 verdict = _finish(spec, choice, directory, tracker, console)
-            _record(spec, directory, outcomes, choice, verdict, tracker)
+            if outcomes:
+                _record(spec, directory, outcomes, choice, verdict, tracker)
             if not complete:
                 raise stopped(directory)
     return SweepResult(directory, outcomes, choice, verdict, tracker.run_id)
@@ -181,15 +189,15 @@ def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
         )
 
 
-def _make_tracker(spec: SweepSpec, plans: Sequence[TrialPlan], directory: Path) -> Tracker:
+def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Tracker:
     """MLflow's run of the sweep, or the one of its earlier start."""
-    tracking, state = plans[0].spec.tracking, directory / STATE
+    state = spec.run_directory / STATE
     assert tracking.uri is not None, "`plan_trials` has set it"
     return Tracker(
         tracking.uri,
         tracking.experiment,
         spec.name,
-        params={"space": _space(spec), "trials": len(plans)},
+        params={"space": _space(spec), "trials": trials},
         tasks={},
         spec_text=_text(spec).decode(),
         resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,

@@ -42,6 +42,11 @@ class Dimension:
     def drawn(self) -> bool:
         return self.grid is None
 
+    @property
+    def named(self) -> tuple[Any, ...]:
+        """The values that stand in the sweep: all, or the two ends of a range."""
+        return self.grid or self.choice or self.log_uniform or ()
+
 
 RATE, TASK_BATCH, WEIGHT_DECAY = "optimizer.rate", "tasks.batch_size", "optimizer.weight_decay"
 READY: dict[str, dict[str, Dimension]] = {
@@ -83,6 +88,25 @@ class AshaScheduler:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoSearcher:
+    """Every setting is known before the first trial starts."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptunaSearcher:
+    """Settings are suggested while the sweep runs, each by what the trials before it found.
+
+    Source: the tree-structured Parzen estimator of Akiba et al., "Optuna", KDD 2019, arXiv:1907.10902.
+    """
+
+    name: Literal["optuna"]
+    startup_trials: Count = 10
+    """Settings at random before it learns."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepSpec:
     name: Name
     """Names the sweep, its directory and, with a number, its trials."""
@@ -93,9 +117,10 @@ class SweepSpec:
     ready: tuple[Literal["k_for_1_rates", "parasite_grid", "mist_k"], ...] = ()
     """Spaces of papers to take in; `space` may replace their keys."""
     samples: Count = 1
-    """Draws of all `choice` and `log_uniform` keys for each point of the grid."""
+    """Draws of all `choice` and `log_uniform` keys for each point of the grid; with a searcher all trials."""
     repeats: Count = 1
     """Trials of each setting, with the seeds seed, seed + 1, ... of the job; their mean counts."""
+    searcher: Annotated[NoSearcher | OptunaSearcher, Field(discriminator="name")] = NoSearcher()
     scheduler: Annotated[NoScheduler | AshaScheduler, Field(discriminator="name")] = NoScheduler()
     source: str | None = None
     """A job spec to train first; every trial starts from its backbone (best by validation)."""
@@ -108,7 +133,7 @@ class SweepSpec:
     test: bool = False
     """Measure the result on the test tables, once: the retrained models, or else the chosen trial's."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws, and of the order in which trials start under a scheduler."""
+    """Of the draws and suggestions, and of the order in which trials start under a scheduler."""
     directory: str | None = None
     """Where everything goes; runs/NAME by default."""
 
@@ -120,7 +145,13 @@ class SweepSpec:
 
     @model_validator(mode="after")
     def _samples_are_drawn(self) -> Self:
-        if self.samples > 1 and not any(dimension.drawn for dimension in self.dimensions.values()):
+        if self.suggested:
+            if self.samples == 1:
+                raise ValueError(
+                    f"samples is 1, but it is the number of all trials with searcher {self.searcher.name}; set it, for "
+                    "example samples: 20"
+                )
+        elif self.samples > 1 and not any(dimension.drawn for dimension in self.dimensions.values()):
             raise ValueError(
                 f"samples is {self.samples}, but every key has a grid, so that nothing is drawn; set repeats for "
                 "trials with other seeds"
@@ -131,6 +162,11 @@ class SweepSpec:
     def _seeds_have_one_origin(self) -> Self:
         if self.repeats > 1 and "seed" in self.dimensions:
             raise ValueError(f"repeats is {self.repeats} and space has seed; leave one of them out")
+        if self.repeats > 1 and self.suggested:
+            raise ValueError(
+                f"repeats is {self.repeats}, but searcher {self.searcher.name} makes one trial of each setting; leave "
+                "repeats out, and run best.yaml with other seeds"
+            )
         return self
 
     @model_validator(mode="after")
@@ -146,6 +182,11 @@ class SweepSpec:
         """Key -> its values: the ready spaces, then the sweep's own."""
         ready = {key: values for name in self.ready for key, values in READY[name].items()}
         return {**ready, **self.space}
+
+    @property
+    def suggested(self) -> bool:
+        """Whether settings are found while the sweep runs."""
+        return isinstance(self.searcher, OptunaSearcher)
 
     @property
     def run_directory(self) -> Path:

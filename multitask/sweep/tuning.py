@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
@@ -18,39 +18,53 @@ from multitask.job import Loaded
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
 from multitask.sweep.board import Board
 from multitask.sweep.outcomes import Outcome, read_outcome
-from multitask.sweep.places import Bundle, reserved
+from multitask.sweep.places import reserved
 from multitask.sweep.plan import TrialPlan
 from multitask.sweep.spec import AshaScheduler, SweepSpec
+
+if TYPE_CHECKING:
+    from multitask.sweep.searcher import Suggestions
 
 
 def run_trials(
     spec: SweepSpec,
     plans: Sequence[TrialPlan],
+    search: "Suggestions | None",
     loaded: Loaded,
     concurrent: int,
     parent_run_id: str,
     console: Console,
 ) -> bool:
-    """Have Tune run every trial that has not ended; returns whether all came to their end."""
+    """Have Tune run every trial that has not ended; returns whether all came to their end.
+
+    Args:
+        plans: all trials, or with `search` those that show what its trials may need.
+        search: suggests the trials.
+    """
     asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None
-    outcomes = [read_outcome(plan) for plan in plans]
-    todo = start_order(outcomes, None if asha is None else spec.seed)
-    if not todo:
+    outcomes = [read_outcome(plan) for plan in (plans if search is None else search.plans)]
+    if search is None:
+        todo = [plans[number] for number in start_order(outcomes, None if asha is None else spec.seed)]
+        trials, to_run, space = len(plans), len(todo), {"plan": tune.grid_search(todo)}
+    else:
+        trials, to_run, space = spec.samples, spec.samples, {}
+    if not to_run:
         return True
     for plan in plans:
         loaded.add(plan.spec)
-    bundles: dict[int, list[Bundle]] = {plan.number: reserved(plan.spec) for plan in plans}
-    trainable = tune.with_parameters(TrialActor, plans=tuple(plans), loaded=loaded, parent_run_id=parent_run_id)
-    trainable = tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory(bundles[config["trial"]]))
+    trainable = tune.with_parameters(TrialActor, loaded=loaded, parent_run_id=parent_run_id)
+    trainable = tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory(reserved(config["plan"].spec)))
     files = spec.run_directory / "tune"
     shutil.rmtree(files, ignore_errors=True)
-    with Board(spec.name, outcomes, console) as board, _quiet_tune():
+    with Board(spec.name, tuple(spec.dimensions), trials, outcomes, console) as board, _quiet_tune():
         tuner = tune.Tuner(
             trainable,
-            param_space={"trial": tune.grid_search(todo)},
+            param_space=space,
             tune_config=tune.TuneConfig(
                 metric=METRIC,
                 mode="max",
+                search_alg=search,
+                num_samples=1 if search is None else to_run,
                 scheduler=_scheduler(asha, max(plan.spec.steps for plan in plans)),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
@@ -65,7 +79,7 @@ def run_trials(
             ),
         )
         tuner.fit()
-    return board.ended == set(todo)
+    return len(board.ended) == to_run
 
 
 def start_order(outcomes: Sequence[Outcome], scheduler_seed: int | None) -> list[int]:

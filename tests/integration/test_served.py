@@ -1,5 +1,6 @@
 """Engines `async`, `bounded` and `sync` with real actors."""
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ import ray
 import torch
 
 from multitask.data import write_table
+from multitask.engines.actors import Refs, ServerActor
 from multitask.engines.places import PlacementError
 from multitask.engines.served import actors, decoders
 from multitask.job import Job
-from multitask.server.messages import Evaluation, StepRecord
+from multitask.server.messages import Evaluation, Push, Reply, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
 from tests.conftest import EngineRun, png, run_engine, store_of
@@ -65,6 +67,28 @@ def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> Non
     assert sorted(record.version for record in records) == list(range(1, 13))
     assert all(0 <= record.staleness < 12 for record in records)
     assert set(versions["last"].metrics) == {"pets", "cars", "food"}
+
+
+def test_pushes_that_wait_are_applied_before_values_are_published_once_for_all(make_spec: MakeSpec) -> None:
+    job = Job(make_spec({"pets": {}, "pets_too": {}}, engine={"name": "async"}))
+    server = ServerActor()
+    server.begin(job)
+
+    async def push_all() -> list[tuple[Reply, list[Refs]]]:
+        pushes = []
+        for worker, task in job.workers.items():
+            groups = [group for group in job.served() if task in group.tasks]
+            gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in groups}
+            pushes.append(server.push(Push(worker, 0, 0, loss=1.0, images=8, seconds=0.1), gradients))
+        return await asyncio.gather(*pushes)
+
+    (first, first_refs), (second, second_refs) = asyncio.run(push_all())
+
+    assert (first.applied_version, second.applied_version) == (1, 2)
+    assert (first.version, second.version) == (2, 2)
+    shared = first_refs[0].keys() & second_refs[0].keys()
+    assert shared
+    assert all(first_refs[0][name] == second_refs[0][name] for name in shared)
 
 
 def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:

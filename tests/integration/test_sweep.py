@@ -1,15 +1,18 @@
 """Sweeps on Ray Tune, with MLflow."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from rich.console import Console
@@ -19,6 +22,7 @@ from multitask.live import read_status
 from multitask.runs import evaluate_models
 from multitask.spec import JobSpec, dump_spec
 from multitask.sweep import SweepResult, run_sweep
+from multitask.sweep.searcher import NumberedSampler
 
 pytestmark = [pytest.mark.ray]
 PARENT = "mlflow.parentRunId"
@@ -95,10 +99,80 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_searcher_is_told_what_its_trials_found_and_goes_on_as_if_never_stopped(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 4, "evaluate_every": 2},
+        space={"optimizer.rate": {"log_uniform": [1e-5, 0.1]}, "tasks.method": {"choice": ["full", "last_layer"]}},
+        searcher={"name": "optuna", "startup_trials": 3},
+        samples=6,
+        concurrent=1,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished"] * 6
+    told = {outcome.plan.number: outcome.top1 or 0.0 for outcome in result.outcomes}
+    found = [dict(outcome.plan.values) for outcome in result.outcomes]
+    assert found == suggestions(told)
+    assert found[3:] != suggestions({number: -top1 for number, top1 in told.items()})[3:]
+    assert result.choice is not None
+    assert result.choice.top1 == max(told.values())
+    _, sweep, trials, _ = runs(result, tmp_path)
+    assert sweep.data.params["trials"] == "6"
+    assert trials["rates_0005"].data.params["setting.tasks.method"] == found[5]["tasks.method"]
+
+    # As if it had been killed in its fifth trial.
+    settings = tmp_path / "rates" / "settings.json"
+    settings.write_text(json.dumps(found[:5]))
+    for number in (4, 5):
+        shutil.rmtree(tmp_path / "rates" / "trials" / f"{number:04d}")
+    written = [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in result.outcomes[:4]]
+    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert [dict(outcome.plan.values) for outcome in resumed.outcomes] == found
+    assert [outcome.curve for outcome in resumed.outcomes] == [outcome.curve for outcome in result.outcomes]
+    assert [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in resumed.outcomes[:4]] == written
+
+
+def suggestions(told: Mapping[int, float]) -> list[dict[str, Any]]:
+    """What Optuna alone suggests for as many trials as were told of, each told before the next is asked for."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=NumberedSampler(0, 3))
+    found = []
+    for top1 in told.values():
+        trial = study.ask()
+        rate = trial.suggest_float("optimizer.rate", 1e-5, 0.1, log=True)
+        method = trial.suggest_categorical("tasks.method", (0, 1))
+        found.append({"optimizer.rate": rate, "tasks.method": ("full", "last_layer")[method]})
+        study.tell(trial, top1)
+    return found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_suggestion_that_makes_no_job_ends_the_sweep_and_says_so(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"schedule": {"name": "cosine"}},
+        # Each fits the first of the other, so that the edges of the space are jobs.
+        space={"steps": {"choice": [4, 2]}, "schedule.warm_up_rounds": {"choice": [1, 3]}},
+        searcher={"name": "optuna"},
+        samples=20,
+        concurrent=1,
+    )
+
+    with pytest.raises(multitask.SpecError, match="warm_up_rounds is 3, but the job has 2 steps"):
+        run_sweep(spec, console=Console(quiet=True))
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(make_spec, tmp_path, {}, space={"optimizer.rate": {"grid": [0.1, 0.2, 0.3]}}, concurrent=3)
 
-    with pytest.raises(multitask.SpecError, match="together 3; the cluster has 2 CPUs"):
+    with pytest.raises(multitask.SpecError, match=r"needs 3 workers of 1 CPU\..*room for 2 of 3"):
         run_sweep(spec, console=Console(quiet=True))
 
     assert not (tmp_path / "rates").exists()
@@ -157,6 +231,30 @@ def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> No
     # Told again what it knew, the scheduler decides the same.
     resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
     assert [outcome.rounds for outcome in resumed.outcomes] == [40, 80, 40]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = content(
+        make_spec,
+        tmp_path,
+        {"steps": 80, "evaluate_every": 20},
+        space={"optimizer.rate": {"choice": [0.03, 1e-7]}},
+        scheduler={"name": "asha", "grace_rounds": 40, "reduction": 2},
+        searcher={"name": "optuna"},
+        samples=6,
+        concurrent=1,
+    )
+
+    result = run_sweep(spec, console=Console(quiet=True))
+
+    ends = [(outcome.state, outcome.rounds) for outcome in result.outcomes]
+    assert set(ends) == {("stopped", 40), ("finished", 80)}
+    assert result.choice is not None
+    assert result.choice.trial.values == {"optimizer.rate": 0.03}
+    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert [(outcome.state, outcome.rounds) for outcome in resumed.outcomes] == ends
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -234,13 +332,23 @@ def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec,
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: MakeSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"space": {"optimizer.rate": {"grid": [0.01, 0.02, 0.03]}}},
+        {"space": {"optimizer.rate": {"log_uniform": [0.01, 0.03]}}, "searcher": {"name": "optuna"}, "samples": 3},
+    ],
+    ids=["grid", "optuna"],
+)
+def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(
+    make_spec: MakeSpec, tmp_path: Path, search: dict[str, Any]
+) -> None:
     spec = content(
         make_spec,
         tmp_path,
         {"steps": 60, "evaluate_every": 30, "checkpoints": {"every_rounds": 10}},
-        space={"optimizer.rate": {"grid": [0.01, 0.02, 0.03]}},
         concurrent=1,
+        **search,
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "jobs.cli", "sweep", str(tmp_path / "sweep.yaml")]

@@ -119,8 +119,8 @@ EAST = Node({"CPU": 4.0}, {"zone": "east"})
 
 def test_a_misfit_names_the_task_what_it_needs_and_what_each_node_has_room_for() -> None:
     demands = [
-        Demand("a", 4, {"CPU": 1.0, "data_a": 1.0}, {"zone": "west"}),
-        Demand("b", 2, {"CPU": 1.0}),
+        Demand("Task 'a'", 4, {"CPU": 1.0, "data_a": 1.0}, {"zone": "west"}),
+        Demand("Task 'b'", 2, {"CPU": 1.0}),
     ]
     assert misfit(demands, [WEST, EAST, EAST]) == (
         "Task 'a' needs 4 workers of 1 CPU, 1 data_a on nodes labelled zone=west. The cluster has room for 3 of 4: "
@@ -130,9 +130,9 @@ def test_a_misfit_names_the_task_what_it_needs_and_what_each_node_has_room_for()
 
 def test_a_misfit_of_several_tasks_names_those_alone_that_have_no_room_together() -> None:
     demands = [
-        Demand("a", 2, {"CPU": 2.0}, {"zone": "east"}),
-        Demand("far", 8, {"CPU": 1.0}, {"zone": "west"}),
-        Demand("b", 1, {"CPU": 1.0}, {"zone": "east"}),
+        Demand("Task 'a'", 2, {"CPU": 2.0}, {"zone": "east"}),
+        Demand("Task 'far'", 8, {"CPU": 1.0}, {"zone": "west"}),
+        Demand("Task 'b'", 1, {"CPU": 1.0}, {"zone": "east"}),
     ]
     assert all(fits([demand], [WEST, EAST]) for demand in demands)
     assert misfit(demands, [WEST, EAST]) == (
@@ -144,7 +144,7 @@ def test_a_misfit_of_several_tasks_names_those_alone_that_have_no_room_together(
 
 @pytest.mark.parametrize(("share", "workers"), [(0.6, 2), (0.5, 4), (0.4, 4), (0.3, 6), (1.0, 2), (2.0, 1)])
 def test_a_share_of_a_gpu_is_of_one_gpu(share: float, workers: int) -> None:
-    assert room([Demand("a", 9, {"CPU": 0.1, "GPU": share})], [Node({"CPU": 8.0, "GPU": 2.0})]) == workers
+    assert room([Demand("Task 'a'", 9, {"CPU": 0.1, "GPU": share})], [Node({"CPU": 8.0, "GPU": 2.0})]) == workers
 
 
 def test_room_is_found_for_a_thousand_workers_of_forty_tasks() -> None:

@@ -13,6 +13,8 @@ from multitask.sweep.board import Board, Line, Standing, duration
 from multitask.sweep.outcomes import Outcome
 from multitask.sweep.plan import TrialPlan
 
+KEYS = ("optimizer.rate",)
+
 
 @pytest.fixture
 def plans(make_spec: Callable[..., JobSpec]) -> list[TrialPlan]:
@@ -21,7 +23,7 @@ def plans(make_spec: Callable[..., JobSpec]) -> list[TrialPlan]:
 
 
 def test_time_left_follows_todays_speed(plans: list[TrialPlan]) -> None:
-    standing = Standing({plan.number: Line(plan) for plan in plans}, began=1000.0)
+    standing = Standing(KEYS, 4, {plan.number: Line(plan) for plan in plans}, began=1000.0)
     standing.lines[0] = Line(plans[0], "finished", 100, 80.0)  # by an earlier start
     assert standing.seconds_left(1000.0) is None
 
@@ -31,10 +33,13 @@ def test_time_left_follows_todays_speed(plans: list[TrialPlan]) -> None:
     assert standing.seconds_left(1010.0) == pytest.approx(50.0)
     standing.lines[2].state = "failed"
     assert standing.seconds_left(1010.0) == pytest.approx(30.0)
+    # Two more, that nobody has suggested yet.
+    standing.trials = 6
+    assert standing.seconds_left(1010.0) == pytest.approx(70.0)
 
 
 def test_an_evaluation_that_is_told_again_is_no_work(plans: list[TrialPlan]) -> None:
-    standing = Standing({0: Line(plans[0], "waiting", 50, 70.0)})
+    standing = Standing(KEYS, 1, {0: Line(plans[0], "waiting", 50, 70.0)})
 
     standing.note(0, 25, 60.0)
     standing.note(0, 50, 70.0)
@@ -48,11 +53,10 @@ def test_running_trials_stand_above_the_best_of_the_others(plans: list[TrialPlan
         0: Line(plans[0], "finished", 100, 60.0),
         1: Line(plans[1], "finished", 100, 90.0),
         2: Line(plans[2], "running", 50, 40.0),
-        3: Line(plans[3]),
     }
     console = Console(record=True, width=120, file=io.StringIO())
 
-    console.print(Standing(lines).table("rates", 0.0))
+    console.print(Standing(KEYS, 4, lines).table("rates", 0.0))
 
     text = console.export_text()
     assert "rates: 4 trials, 2 finished, 1 running, 1 waiting" in text
@@ -60,24 +64,24 @@ def test_running_trials_stand_above_the_best_of_the_others(plans: list[TrialPlan
 
 
 class Trial:
-    def __init__(self, number: int) -> None:
-        self.config = {"trial": number}
+    def __init__(self, plan: TrialPlan) -> None:
+        self.config = {"plan": plan}
 
 
 def test_what_tune_tells_moves_the_trials_on(plans: list[TrialPlan]) -> None:
-    outcomes = [Outcome(plan=plan, state="waiting") for plan in plans]
-    board = Board("rates", outcomes, Console(quiet=True))
+    # The others are suggested while the sweep runs.
+    board = Board("rates", KEYS, 4, [Outcome(plan=plans[0], state="waiting")], Console(quiet=True))
     about: dict[str, Any] = {"iteration": 0, "trials": []}
 
-    for number in range(3):
-        board.on_trial_start(trial=Trial(number), **about)
-    board.on_trial_result(trial=Trial(0), result={"round": 100, "validation_top1": 70.0}, **about)
-    board.on_trial_complete(trial=Trial(0), **about)
-    board.on_trial_result(trial=Trial(1), result={"round": 50, "validation_top1": 20.0}, **about)
-    board.on_trial_complete(trial=Trial(1), **about)
-    board.on_trial_error(trial=Trial(2), **about)
+    for plan in plans[:3]:
+        board.on_trial_start(trial=Trial(plan), **about)
+    board.on_trial_result(trial=Trial(plans[0]), result={"round": 100, "validation_top1": 70.0}, **about)
+    board.on_trial_complete(trial=Trial(plans[0]), **about)
+    board.on_trial_result(trial=Trial(plans[1]), result={"round": 50, "validation_top1": 20.0}, **about)
+    board.on_trial_complete(trial=Trial(plans[1]), **about)
+    board.on_trial_error(trial=Trial(plans[2]), **about)
 
-    assert [line.state for line in board.standing.lines.values()] == ["finished", "stopped", "failed", "waiting"]
+    assert [line.state for line in board.standing.lines.values()] == ["finished", "stopped", "failed"]
     assert board.ended == {0, 1, 2}
 
 

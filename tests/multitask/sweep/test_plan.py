@@ -78,6 +78,15 @@ def test_log_uniform_is_uniform_in_the_logarithm() -> None:
     assert all(abs(share - 0.25) < 0.05 for share in shares)
 
 
+def test_the_edges_have_each_named_value_and_both_ends(make_sweep: Callable[..., SweepSpec]) -> None:
+    space = {"optimizer.rate": {"log_uniform": [0.01, 0.1]}, "tasks.method": {"choice": ["full", "last_layer"]}}
+
+    plans = plan_trials(make_sweep(space=space, searcher={"name": "optuna"}, samples=9))
+
+    found = [(plan.spec.optimizer.rate, plan.spec.tasks[0].method) for plan in plans]
+    assert found == [(0.01, "full"), (0.1, "full"), (0.01, "last_layer")]
+
+
 def test_repeats_differ_in_their_seed_alone(make_sweep: Callable[..., SweepSpec]) -> None:
     plans = plan_trials(make_sweep(job={"seed": 7}, space={"optimizer.rate": {"grid": [0.1, 0.2]}}, repeats=2))
 
@@ -147,6 +156,11 @@ def test_a_ready_space_may_be_changed(make_sweep: Callable[..., SweepSpec]) -> N
         ({"space": {"optimizer.rate": {"log_uniform": [0.1, 0.01]}}}, "the first number has to be below the second"),
         ({"space": {"steps": {"grid": [1]}}, "samples": 2}, "nothing is drawn"),
         ({"space": {"seed": {"grid": [1]}}, "repeats": 2}, "leave one of them out"),
+        ({"space": {"steps": {"grid": [1]}}, "searcher": {"name": "optuna"}}, "the number of all trials with searcher"),
+        (
+            {"space": {"steps": {"grid": [1]}}, "searcher": {"name": "optuna"}, "samples": 9, "repeats": 2},
+            "searcher optuna makes one trial of each setting",
+        ),
         ({"space": {"steps": {"grid": [1]}}, "sheduler": {}}, "did you mean scheduler"),
         ({"space": {"steps": {"grid": [1]}}, "job": {"directory": "x"}}, "the sweep sets this key"),
     ],
@@ -158,6 +172,7 @@ def test_a_wrong_sweep_names_the_key(
         make_sweep(**changes)
 
 
+@pytest.mark.parametrize("searcher", [{"name": "none"}, {"name": "optuna"}])
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -167,10 +182,11 @@ def test_a_wrong_sweep_names_the_key(
     ],
 )
 def test_a_setting_that_fits_no_job_is_named(
-    make_sweep: Callable[..., SweepSpec], space: dict[str, Any], message: str
+    make_sweep: Callable[..., SweepSpec], searcher: dict[str, Any], space: dict[str, Any], message: str
 ) -> None:
+    samples = {"samples": 9} if searcher["name"] == "optuna" else {}
     with pytest.raises(SpecError, match=message):
-        plan_trials(make_sweep(space=space))
+        plan_trials(make_sweep(space=space, searcher=searcher, **samples))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +201,8 @@ def test_a_setting_that_fits_no_job_is_named(
 def test_a_key_without_effect_is_refused(make_sweep: Callable[..., SweepSpec], space: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="are one and the same job"):
         plan_trials(make_sweep(space=space))
+    with pytest.raises(SpecError, match="are one and the same job"):
+        plan_trials(make_sweep(space=space, searcher={"name": "optuna"}, samples=9))
 
 
 def test_a_value_that_is_drawn_twice_is_two_trials(make_sweep: Callable[..., SweepSpec]) -> None:
