@@ -180,12 +180,12 @@ class TaskWorker:
         Raises:
             TrainingError: the loss is not finite.
         """
-        start = time.perf_counter()
-        for gradient in self._gradients.values():
-            gradient.zero_()
         loss, images, skipped = 0.0, 0, 0
         bad_images: tuple[str, ...] = ()
         with ONE_AT_A_TIME, self._own_random_numbers():
+            start = time.perf_counter()
+            for gradient in self._gradients.values():
+                gradient.zero_()
             for number in range(self._accumulate):
                 batch = next(self._batches)
                 if number == self._accumulate - 1 and self._clip_norm is None:  # clipping changes them all once more

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -295,31 +295,17 @@ class RemoteServer:
                 time.sleep(RETRY_S)
 
 
-class _Fetched:
-    """Values that this process has fetched: one copy for all of its workers, of each group the newest.
-
-    Two threads that fetch one object of another node were seen to wait for ever (Ray 2.60.0).
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._found: dict[str, tuple[list[ray.ObjectRef[GroupValues]], list[GroupValues]]] = {}
-
-    def values(self, refs: Mapping[str, list["ray.ObjectRef[GroupValues]"]]) -> Values:
-        """Group -> its values, a range for each shard."""
-        with self._lock:
-            asked = {name: parts for name, parts in refs.items() if self._found.get(name, ([],))[0] != parts}
-            found = iter(ray.get([part for parts in asked.values() for part in parts]))
-            self._found |= {name: (parts, [next(found) for _ in parts]) for name, parts in asked.items()}
-            return {name: self._found[name][1] for name in refs}
-
-
-_FETCHED = _Fetched()
+_FETCHING = threading.Lock()
+"""Held by the worker that fetches values, of several in one process: two that fetched one object of another node at the
+same time were seen to wait for ever (Ray 2.60.0)."""
 
 
 def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
     reply, shards = answer
-    return reply, _FETCHED.values({name: [refs[name] for refs in shards] for name in shards[0]})
+    names = list(shards[0])
+    with _FETCHING:
+        found = iter(ray.get([refs[name] for name in names for refs in shards]))
+    return reply, {name: [next(found) for _ in shards] for name in names}
 
 
 class ServedWorker:
@@ -387,10 +373,6 @@ class ServedWorker:
         """End `train` after the next answer, for another process to go on where the server stands then."""
         self._server.leaving = True
 
-    @property
-    def has_left(self) -> bool:
-        return self._server.leaving
-
     def private_state(self) -> dict[str, torch.Tensor]:
         """Copies of the task's private tensors as this worker holds them."""
         return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
@@ -417,11 +399,13 @@ class WorkerActor(ServedWorker):
             guest = self._guests.get(name)
             if guest is None or guest.incarnation < incarnation:
                 guest = self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
-        answer = getattr(guest, method)(*arguments)
-        if guest.has_left and method != "leave":
-            with self._coming_and_going:
-                self._guests = {key: other for key, other in self._guests.items() if other is not guest}
-        return answer
+        return getattr(guest, method)(*arguments)
+
+    def dismiss(self, name: str, incarnation: int) -> None:
+        """Let a guest go, which has left: its model takes memory."""
+        with self._coming_and_going:
+            if self._guests[name].incarnation == incarnation:
+                del self._guests[name]
 
 
 class DecodeActor:

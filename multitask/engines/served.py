@@ -95,6 +95,8 @@ class Crew:
         """Worker -> its own process, for those that have one."""
         self._coming: dict[str, tuple[Actor, ray.ObjectRef[str]]] = {}
         """Guest -> the process that it is to have, and the node of that once it runs."""
+        self._grown: dict[str, str] = {}
+        """Worker that was a guest -> the node of its own process."""
 
     def _start(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
         """A worker's process; another one that takes its place asks for the same."""
@@ -144,31 +146,38 @@ class Crew:
             call = self.process(name).host.remote(name, self.incarnations[name], method, *arguments)
         return call
 
+    def together(self, name: str) -> list[str]:
+        """All workers in the process of one."""
+        process = self.process(name)
+        return [other for other in self.job.workers if self.process(other) == process]
+
     def replace(self, name: str) -> list[str]:
-        """A new process, from the latest checkpoint, where that of a worker is lost; one that can be a guest is one.
+        """Where the process of a worker is lost, start another one, from the latest checkpoint, unless its worker can
+        be a guest again.
 
         Returns:
-            All workers that were in the lost process.
+            The workers that go on elsewhere: those that were in the lost process, and one that made room for another.
         """
-        lost = self.process(name)
-        ray.kill(lost)
-        moved = [other for other in self.job.workers if self.process(other) == lost]
+        lost = self.together(name)
+        needed = [other for other in lost if other not in self.hosts]
+        moved = lost + (self._dispensable(lost) if needed else [])
+        for process in {self.process(other) for other in moved}:
+            ray.kill(process)
         for other in moved:
             self.incarnations[other] += 1
             self.workers.pop(other, None)
-        for other in moved:
-            if other not in self.hosts:
-                job = ray.put(self.job.restored(self.store.latest()))
-                self.workers[other] = self._start(job, other, self.incarnations[other])
-                self._make_room(self.job.workers[other])
+            self._grown.pop(other, None)
+        for other in needed:
+            job = ray.put(self.job.restored(self.store.latest()))
+            self.workers[other] = self._start(job, other, self.incarnations[other])
         return moved
 
-    def _make_room(self, task: str) -> None:
-        """End a process that its worker can be without: nodes may be too few now for it and one that is needed."""
-        for name in reversed(self.hosts):
-            if self.job.workers[name] == task and name in self.workers:
-                ray.kill(self.workers[name])
-                return
+    def _dispensable(self, lost: Collection[str]) -> list[str]:
+        """Who makes room, one of the same task if possible: nodes may be too few now for it and one that is needed."""
+        tasks = {self.job.workers[name] for name in lost}
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
+        return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
 
     def ask_for_places(self, names: Iterable[str]) -> None:
         """Let Ray look for a place for each guest among these workers: an autoscaler sees what is wanted."""
@@ -196,9 +205,12 @@ class Crew:
 
     def move(self, name: str) -> None:
         """A guest has left its host: it goes on in the process that runs for it."""
+        left = self.incarnations[name]
         self.incarnations[name] += 1
         if name in self._coming:
-            self.workers[name], _ = self._coming.pop(name)
+            self.process(name).dismiss.remote(name, left)
+            self.workers[name], node = self._coming.pop(name)
+            self._grown[name] = ray.get(node)
 
     def end(self) -> None:
         self.withdraw()
@@ -321,9 +333,9 @@ class _Session:
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
-                    lost = self._replace(name, str(error))
-                    calls = {call: other for call, other in calls.items() if other not in lost}
-                    calls |= {crew.call(other, "catch_up", phases): other for other in lost}
+                    moved = self._replace(name, str(error))
+                    calls = {call: other for call, other in calls.items() if other not in moved}
+                    calls |= {crew.call(other, "catch_up", phases): other for other in moved}
             self._move_guests(calls.values() if method == "train" else ())
             self._poll()
         return results
@@ -334,7 +346,7 @@ class _Session:
         if not training or self._outcome.lost_at or self._pausing:
             crew.withdraw()
             return
-        crew.ask_for_places(training)
+        crew.ask_for_places(set(training) - self._leaving)  # a process asked for now would come too late for these
         for name, node in crew.arrived().items():
             if name in training and name not in self._leaving:
                 self._leaving.add(name)
@@ -425,24 +437,25 @@ class _Session:
                 raise TrainingError(f"The parameter server did not answer within {timeout_s:g} s.") from None
 
     def _replace(self, name: str, reason: str) -> list[str]:
-        """Give a worker another process; returns all workers that were in the lost one."""
+        """Give a worker another process; returns all workers that go on elsewhere now."""
         self._lose(name, f"{self._who(name)} was lost: {reason}")
-        restarts, step = self._restarts[name]
-        restarts = restarts + 1 if self._steps[name] <= step else 1
-        self._restarts[name] = restarts, self._steps[name]
-        if restarts > RESTARTS_WITHOUT_A_STEP:
-            raise TrainingError(
-                f"{self._who(name)} was lost {restarts} times without a step made after step {step}: {reason}",
-                self._about(name),
-            )
+        for other in self._crew.together(name):
+            restarts, step = self._restarts[other]
+            restarts = restarts + 1 if self._steps[other] <= step else 1
+            self._restarts[other] = restarts, self._steps[other]
+            if restarts > RESTARTS_WITHOUT_A_STEP:
+                raise TrainingError(
+                    f"{self._who(other)} was lost {restarts} times without a step made after step {step}: {reason}",
+                    self._about(other),
+                )
         message = "%s was lost; another process goes on from its last checkpoint."
         log.warning(message, self._who(name), extra=self._about(name))
-        lost = self._crew.replace(name)
-        for other in lost:
+        moved = self._crew.replace(name)
+        for other in moved:
             self._outcome.lose(other)
-        self._leaving -= set(lost)
-        self._trained -= set(lost)
-        return lost
+        self._leaving -= set(moved)
+        self._trained -= set(moved)
+        return moved
 
     def _lose(self, what: str, message: str) -> None:
         self._outcome.lose(what if self._crew.heals else ALL)

@@ -70,6 +70,28 @@ def test_a_killed_worker_is_replaced_while_the_others_go_on(make_spec: MakeSpec)
     assert set(ran.outcome.versions["last"].metrics) == {"pets", "cars"}
 
 
+def test_a_guest_that_is_lost_once_it_has_grown_is_one_again_until_it_finds_a_place(make_spec: MakeSpec) -> None:
+    tasks = {"pets": {"workers": 2, "min_workers": 1}}
+    spec = make_spec(tasks, engine={"name": "async"}, steps=100_000, evaluate_every=100_000)
+    where: list[int] = []
+
+    def kill_what_has_grown(records: list[StepRecord]) -> None:
+        for record in records:
+            if record.worker == "pets/1" and where[-1:] != [record.process]:
+                where.append(record.process)
+                if len(where) == 2:
+                    os.kill(record.process, signal.SIGKILL)
+
+    ran = run_engine(Job(spec), wants_pause=lambda: len(where) == 4, watch=kill_what_has_grown)
+
+    assert {record.process for record in ran.records if record.worker == "pets/0"} == {where[0]}
+    assert where[2] == where[0]
+    assert len(set(where)) == 3
+    assert len(ran.outcome.recoveries) == 1
+    for name, worker in ran.progress.workers.items():
+        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
+
+
 def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSpec) -> None:
     spec = make_spec(engine={"name": "async", "in_flight": 1}, steps=300, evaluate_every=10_000, checkpoints=EACH_ROUND)
     killer = Killer(title="ServerActor", after=60)

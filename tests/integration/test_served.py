@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,6 +253,25 @@ def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_
     if engine == SYNC:
         local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
         assert all_values(ran.outcome.versions["last"]) == all_values(local.outcome.versions["last"])
+
+
+@pytest.mark.slow
+def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
+    """Whichever task it is of: nodes may be too few now for both."""
+    job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
+    with actors(job, store_of(job)) as crew:
+        crew.ask_for_places(["cars/1"])
+        ray.get([crew.call(name, "node") for name in job.workers])
+        while not crew.arrived():
+            time.sleep(0.1)
+        crew.move("cars/1")
+        assert crew.together("cars/1") == ["cars/1"]
+
+        moved = crew.replace("pets/0")
+
+        assert moved == ["pets/0", "cars/1"]
+        assert crew.together("cars/1") == ["cars/0", "cars/1"]
+        assert crew.together("pets/0") == ["pets/0"]
 
 
 # Engine `sync`, shards.
