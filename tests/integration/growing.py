@@ -1,10 +1,10 @@
 """Runs a job on a simulated cluster of one node, to which another is added once the job trains.
 
-`python -m tests.integration.growing SPEC FOUND [first | added]` writes one JSON object to the file FOUND: `places`
+`python -m tests.integration.growing SPEC FOUND [lose]` writes one JSON object to the file FOUND: `places`
 (worker -> names of the nodes where it was, in that order), `made` (worker -> its steps, in the order in which they
 counted), `processes` (worker -> the process of each of them), `losses` (times that something was lost) and `final`
-(SHA-256 of the values in the last checkpoint). The node that the last argument names is lost once a worker trains on
-the added one. When all this has happened the job stops: how fast nodes and processes start decides nothing.
+(SHA-256 of the values in the last checkpoint). With `lose` the first node is lost once a worker trains on the added
+one. When all this has happened the job stops: how fast nodes and processes start decides nothing.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ HEAD = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"health_ch
 class Nodes:
     """The cluster, which changes as the job goes on."""
 
-    def __init__(self, cluster: Cluster, lost: str | None) -> None:
-        self._cluster, self._lost = cluster, lost
-        self._nodes = {"first": cluster.add_node(num_cpus=1)}
-        self.names = {self._nodes["first"].node_id: "first"}
+    def __init__(self, cluster: Cluster, lose_first: bool) -> None:
+        self._cluster, self._lose_first = cluster, lose_first
+        self._first = cluster.add_node(num_cpus=1)
+        self.names = {self._first.node_id: "first"}
         self._processes: set[int] = set()
         self._since: dict[str, int] = {}
         """Worker -> steps made since the last thing happened."""
@@ -45,24 +45,23 @@ class Nodes:
         self._processes |= more
         for record in records:
             self._since[record.worker] = 1 + (0 if more else self._since.get(record.worker, 0))
-        if "added" not in self._nodes and self._processes:
-            self._nodes["added"] = self._cluster.add_node(num_cpus=1)
-            self.names[self._nodes["added"].node_id] = "added"
-        if self._lost in self._nodes and len(self._processes) > 1:
-            self._cluster.remove_node(self._nodes[self._lost], allow_graceful=False)
-            self._lost = None
+        if len(self.names) == 1 and self._processes:
+            self.names[self._cluster.add_node(num_cpus=1).node_id] = "added"
+        if self._lose_first and len(self._processes) > 1:
+            self._cluster.remove_node(self._first, allow_graceful=False)
+            self._lose_first = False
             self._since = {}
 
     def done(self) -> bool:
         """Two processes have trained, or, after a loss, both workers again."""
         made = [self._since.get(worker, 0) for worker in ("pets/0", "pets/1")]
-        return len(self._processes) > 1 and self._lost is None and min(made) > 20
+        return len(self._processes) > 1 and not self._lose_first and min(made) > 20
 
 
 def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
-        nodes = Nodes(cluster, sys.argv[3] if len(sys.argv) > 3 else None)
+        nodes = Nodes(cluster, lose_first=sys.argv[3:] == ["lose"])
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         places = Places(nodes.names)
         logging.getLogger("multitask").setLevel(logging.INFO)

@@ -210,11 +210,10 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["scale_bias+last_layer", "full"])
-def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: MakeSpec, method: str) -> None:
+def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: MakeSpec) -> None:
     """Two CPUs for two processes of one each: the third and fourth worker are guests to the end."""
     tasks = {"pets": {"workers": 3}, "cars": {}}
-    changes = {"steps": 30, "evaluate_every": 15, "task_defaults": {"method": method}}
+    changes = {"steps": 30, "evaluate_every": 15}
     dropout = {"options": {"dropout": 0.5}}  # its random numbers are the process's own
     local = run_engine(Job(make_spec(tasks, engine=ROUNDS, backbone=dropout, **changes)))
     tasks["pets"]["min_workers"] = 1
@@ -229,14 +228,7 @@ def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine",
-    [
-        SYNC,
-        {"name": "async", "in_flight": 1, "shards": 2},
-        {"name": "bounded", "staleness": 2},
-    ],
-)
+@pytest.mark.parametrize("engine", [SYNC, {"name": "async", "in_flight": 1, "shards": 2}])
 def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec, engine: dict) -> None:
     tasks = {"pets": {"workers": 2, "min_workers": 1}}
     changes = {"steps": 400, "evaluate_every": 200}
