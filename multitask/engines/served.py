@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -179,18 +179,18 @@ class Crew:
         grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
         return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
 
-    def ask_for_places(self, names: Iterable[str]) -> None:
-        """Let Ray look for a place for each guest among these workers: an autoscaler sees what is wanted."""
+    def ask_for_places(self, names: Collection[str]) -> None:
+        """Let Ray look for a place for each guest among these workers, and for no other: an autoscaler acts on it."""
+        for name in self._coming.keys() - set(names):
+            self._take_back(name)
         for name in names:
             if name not in self.workers and name not in self._coming:
                 actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
                 self._coming[name] = actor, actor.node.remote()
 
-    def withdraw(self) -> None:
-        """Ask for no places, while a worker waits for one that cannot do without."""
-        for actor, _ in self._coming.values():
-            ray.kill(actor)
-        self._coming = {}
+    def _take_back(self, name: str) -> None:
+        actor, _ = self._coming.pop(name)
+        ray.kill(actor)
 
     def arrived(self) -> dict[str, str]:
         """Guest -> Ray's name of the node where a process runs for it."""
@@ -204,16 +204,19 @@ class Crew:
         return found
 
     def move(self, name: str) -> None:
-        """A guest has left its host: it goes on in the process that runs for it."""
+        """A guest has left its host: it goes on in the process that runs for it, or as a guest where none does now."""
         left = self.incarnations[name]
         self.incarnations[name] += 1
-        if name in self._coming:
+        arrived = self.arrived()
+        if name in arrived:
             self.process(name).dismiss.remote(name, left)
-            self.workers[name], node = self._coming.pop(name)
-            self._grown[name] = ray.get(node)
+            self.workers[name], _ = self._coming.pop(name)
+            self._grown[name] = arrived[name]
+        elif name in self._coming:
+            self._take_back(name)
 
     def end(self) -> None:
-        self.withdraw()
+        self.ask_for_places(())
         for actor in (*self.workers.values(), self.server, *self.shards):
             ray.kill(actor)
         if self._group is not None:
@@ -341,14 +344,14 @@ class _Session:
         return results
 
     def _move_guests(self, training: Collection[str]) -> None:
-        """Look for places for the guests among workers that train; one that has found its own leaves its host."""
+        """Look for places for the guests among workers that train; one that has found its own leaves its host.
+
+        For none while a worker that was lost waits for a place.
+        """
         crew = self._crew
-        if not training or self._outcome.lost_at or self._pausing:
-            crew.withdraw()
-            return
-        crew.ask_for_places(set(training) - self._leaving)  # a process asked for now would come too late for these
+        crew.ask_for_places(() if self._outcome.lost_at or self._pausing else training)
         for name, node in crew.arrived().items():
-            if name in training and name not in self._leaving:
+            if name not in self._leaving:
                 self._leaving.add(name)
                 log.info("Started on node %s.", node, extra=self._about(name))
                 crew.call(name, "leave")

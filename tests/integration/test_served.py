@@ -248,6 +248,22 @@ def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_
 
 
 @pytest.mark.slow
+def test_a_guest_moves_only_into_a_process_that_runs_and_is_still_asked_for(make_spec: MakeSpec) -> None:
+    job = Job(make_spec({"pets": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
+    with actors(job, store_of(job)) as crew:
+        crew.ask_for_places(["pets/1"])
+        crew.move("pets/1")
+        assert crew.together("pets/1") == ["pets/0", "pets/1"]
+
+        crew.ask_for_places(["pets/1"])
+        while not crew.arrived():
+            time.sleep(0.1)
+        crew.ask_for_places(["pets/0"])
+        crew.move("pets/1")
+        assert crew.together("pets/1") == ["pets/0", "pets/1"]
+
+
+@pytest.mark.slow
 def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
     """Whichever task it is of: nodes may be too few now for both."""
     job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))

@@ -1,7 +1,7 @@
-"""What engine `served` decides when workers are lost or get a place, on a crew that is made up."""
+"""What becomes of guests and their hosts, without processes."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,32 +18,18 @@ MakeSpec = Callable[..., JobSpec]
 GROWING = {"pets": {"workers": 2, "min_workers": 1}}
 
 
-class FakeCrew:
-    """One process for all workers, and a place for every guest that asks."""
+class OneProcess:
+    """A crew whose workers are all in one process."""
 
     heals = True
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.coming: set[str] = set()
-        self.told: list[tuple[str, str]] = []
 
     def together(self, _: str) -> list[str]:
         return list(self.job.workers)
 
     replace = together
-
-    def ask_for_places(self, names: Iterable[str]) -> None:
-        self.coming |= {name for name in names if name == "pets/1"}
-
-    def withdraw(self) -> None:
-        self.coming = set()
-
-    def arrived(self) -> dict[str, str]:
-        return dict.fromkeys(self.coming, "a node")
-
-    def call(self, name: str, method: str) -> None:
-        self.told.append((name, method))
 
 
 @pytest.fixture
@@ -51,32 +37,9 @@ def job(make_spec: MakeSpec) -> Job:
     return Job(make_spec(GROWING, engine={"name": "async"}))
 
 
-def session(crew: FakeCrew) -> served._Session:
-    driver = Driver(lambda *_: None, store_of(crew.job))
-    return served._Session(crew, driver, Outcome())  # type: ignore[arg-type]
-
-
-def test_a_guest_whose_place_was_taken_back_while_it_left_is_given_another_once_it_is_back(job: Job) -> None:
-    """It would move into a process that does not run yet, and perhaps never will."""
-    crew, training = FakeCrew(job), ["pets/0", "pets/1"]
-    mine = session(crew)
-    mine._move_guests(training)
-    assert crew.told == [("pets/1", "leave")]
-    mine._outcome.lose("pets/0")
-    mine._move_guests(training)
-    assert not crew.coming
-    mine._outcome.back("pets/0")
-
-    mine._move_guests(training)
-    assert not crew.coming
-
-    mine._leaving.clear()
-    mine._move_guests(training)
-    assert crew.coming == {"pets/1"}
-
-
 def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whatever_its_host_makes(job: Job) -> None:
-    mine = session(FakeCrew(job))
+    driver = Driver(lambda *_: None, store_of(job))
+    mine = served._Session(OneProcess(job), driver, Outcome())  # type: ignore[arg-type]
     for step in range(served.RESTARTS_WITHOUT_A_STEP):
         mine._steps["pets/0"] = step
         mine._replace("pets/0", "out of memory")
