@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -375,14 +376,23 @@ class _Session:
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
-        timeout_s = self._job.spec.resources.step_timeout_s
-        for name in self._call("silent", timeout_s):
-            if name not in self._outcome.lost_at:
-                message = "%s made no step for %g s; its process is ended."
-                log.warning(message, self._who(name), timeout_s, extra=self._about(name))
-                ray.kill(crew.process(name))
+        for name, silent_s in self._hanging().items():
+            message = "%s made no step for %g s; its process is ended."
+            log.warning(message, self._who(name), silent_s, extra=self._about(name))
+            ray.kill(crew.process(name))
         self._check_places()
         return told
+
+    def _hanging(self) -> dict[str, float]:
+        """Worker -> how long it was silent; one that shares its process waits until the others have had their turns."""
+        in_process = Counter(map(self._crew.process, self._job.workers))
+        found: dict[str, float] = {}
+        for turns in set(in_process.values()):
+            silent_s = turns * self._job.spec.resources.step_timeout_s
+            for name in self._call("silent", silent_s):
+                if in_process[self._crew.process(name)] == turns and name not in self._outcome.lost_at:
+                    found[name] = silent_s
+        return found
 
     def _check_places(self) -> None:
         """Successors find no place where the cluster has become too small."""

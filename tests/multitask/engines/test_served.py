@@ -29,6 +29,9 @@ class OneProcess:
     def together(self, _: str) -> list[str]:
         return list(self.job.workers)
 
+    def process(self, _: str) -> str:
+        return "the one"
+
     replace = together
 
 
@@ -37,15 +40,27 @@ def job(make_spec: MakeSpec) -> Job:
     return Job(make_spec(GROWING, engine={"name": "async"}))
 
 
+def session(job: Job) -> served._Session:
+    return served._Session(OneProcess(job), Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
+
+
 def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whatever_its_host_makes(job: Job) -> None:
-    driver = Driver(lambda *_: None, store_of(job))
-    mine = served._Session(OneProcess(job), driver, Outcome())  # type: ignore[arg-type]
+    mine = session(job)
     for step in range(served.RESTARTS_WITHOUT_A_STEP):
         mine._steps["pets/0"] = step
         mine._replace("pets/0", "out of memory")
     mine._steps["pets/0"] += 1
     with pytest.raises(TrainingError, match="Worker 'pets/1' of task 'pets' was lost 4 times without a step made"):
         mine._replace("pets/0", "out of memory")
+
+
+def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = session(job)
+    silent_s = 1.5 * job.spec.resources.step_timeout_s
+    monkeypatch.setattr(mine, "_call", lambda _, seconds: ["pets/1"] if silent_s > seconds else [])
+    assert not mine._hanging()
+    silent_s = 2.5 * job.spec.resources.step_timeout_s
+    assert mine._hanging() == {"pets/1": 2 * job.spec.resources.step_timeout_s}
 
 
 def test_a_host_lets_a_guest_go_that_has_left(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
