@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -295,17 +295,34 @@ class RemoteServer:
                 time.sleep(RETRY_S)
 
 
-_FETCHING = threading.Lock()
-"""Held by the worker that fetches values, of several in one process: two that fetched one object of another node at the
-same time were seen to wait for ever (Ray 2.60.0)."""
+class _Fetched:
+    """Values that this process fetches; where several workers share it, one copy for all, of each group the newest.
+
+    Two threads that fetched the same objects, each letting go of them when it had its own copy, were seen to wait for
+    ever (Ray 2.60.0). A worker alone in its process holds no values longer than it needs them.
+    """
+
+    def __init__(self) -> None:
+        self.shared = False
+        self._lock = threading.Lock()
+        self._newest: dict[str, tuple[list[ray.ObjectRef[GroupValues]], list[GroupValues]]] = {}
+
+    def values(self, refs: Mapping[str, list["ray.ObjectRef[GroupValues]"]]) -> Values:
+        """Group -> its values, a range for each shard."""
+        with self._lock:
+            asked = {name: parts for name, parts in refs.items() if self._newest.get(name, ([],))[0] != parts}
+            found = iter(ray.get([part for parts in asked.values() for part in parts]))
+            newest = self._newest | {name: (parts, [next(found) for _ in parts]) for name, parts in asked.items()}
+            self._newest = newest if self.shared else {}
+            return {name: newest[name][1] for name in refs}
+
+
+_FETCHED = _Fetched()
 
 
 def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
     reply, shards = answer
-    names = list(shards[0])
-    with _FETCHING:
-        found = iter(ray.get([refs[name] for name in names for refs in shards]))
-    return reply, {name: [next(found) for _ in shards] for name in names}
+    return reply, _FETCHED.values({name: [refs[name] for refs in shards] for name in shards[0]})
 
 
 class ServedWorker:
@@ -399,6 +416,7 @@ class WorkerActor(ServedWorker):
             guest = self._guests.get(name)
             if guest is None or guest.incarnation < incarnation:
                 guest = self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
+                _FETCHED.shared = True
         return getattr(guest, method)(*arguments)
 
     def dismiss(self, name: str, incarnation: int) -> None:
@@ -406,6 +424,7 @@ class WorkerActor(ServedWorker):
         with self._coming_and_going:
             if self._guests[name].incarnation == incarnation:
                 del self._guests[name]
+                _FETCHED.shared = bool(self._guests)
 
 
 class DecodeActor:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import ray
 import torch
 
 from multitask.data import write_table
-from multitask.engines.actors import Refs, ServerActor
+from multitask.engines.actors import Refs, ServerActor, _Fetched
 from multitask.engines.places import PlacementError
 from multitask.engines.served import actors, decoders
 from multitask.job import Job
-from multitask.server.messages import Evaluation, Push, Reply, StepRecord
+from multitask.server.messages import Evaluation, GroupValues, Push, Reply, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
 from tests.conftest import EngineRun, png, run_engine, store_of
@@ -207,6 +208,19 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
 
 
 # Fewer places than workers.
+
+
+def test_a_process_holds_the_newest_values_only_where_several_workers_share_it() -> None:
+    earlier, newer = ({"g": [ray.put(GroupValues(np.zeros(3, np.float32), np.zeros(0, np.int64)))]} for _ in range(2))
+    fetched = _Fetched()
+    alone = weakref.ref(fetched.values(earlier)["g"][0])
+    assert alone() is None
+
+    fetched.shared = True
+    shared = weakref.ref(fetched.values(earlier)["g"][0])
+    assert fetched.values(earlier)["g"][0] is shared()
+    fetched.values(newer)
+    assert shared() is None
 
 
 @pytest.mark.slow
