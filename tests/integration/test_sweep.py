@@ -393,10 +393,14 @@ def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_at_a_time_lose_and_misplace_no_metric_on_a_tracking_server(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_trials_at_a_time_lose_and_misplace_no_metric_on_a_tracking_server(
+    make_spec: MakeSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tracking_server(tmp_path / "server") as address:
         sweep_at_a_time(make_spec, tmp_path, [0.001, 0.002, 0.003, 0.004], address)
     assert not (tmp_path / "mlflow.db").exists()
+    # That is for what a verb prints, as JSON perhaps.
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
