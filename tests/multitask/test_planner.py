@@ -73,8 +73,8 @@ def test_the_shipped_laws_are_those_of_the_shipped_figures() -> None:
 
 
 def test_the_model_meets_the_servers_points() -> None:
-    """Workers that only push, all on one machine: the smallest and the largest numbers of them made the laws, the others
-    had no part in them."""
+    """Workers that only push, all on one machine: the smallest and the largest numbers of them made the laws, and the
+    others had no part in them."""
     rows = [row for row in figures()["rows"] if "GB/s" in row]
     counts = sorted({row["workers"] for row in rows})
     assert (counts[0], counts[-1]) == (1, 16)
