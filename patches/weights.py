@@ -62,8 +62,8 @@ def _from_torchvision(name: str, weights: str) -> dict[str, Tensor]:
         message = unknown_name_message(f"weights of backbone '{name}'", weights, known)
         raise BackboneError(f"{message} A file must end in {', '.join(FILE_TYPES)}.")
     try:
-        return dict(known[weights].get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:
+        return dict(known[weights].get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise BackboneError(
             f"Weights '{weights}' of backbone '{name}' could not be fetched: {error}. "
             "Fetch them on a machine with a network and give the file's path instead."

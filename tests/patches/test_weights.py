@@ -128,10 +128,9 @@ def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """What torchvision would fetch: a 1000-class MobileNetV2."""
     state = patches.load_backbone("mobilenet_v2", seed=9).network.state_dict()
 
-    def get_state_dict(weights: WeightsEnum, progress: bool, check_hash: bool) -> dict[str, torch.Tensor]:
+    def get_state_dict(weights: WeightsEnum, **options: bool) -> dict[str, torch.Tensor]:
         assert weights is MobileNet_V2_Weights.IMAGENET1K_V2
-        assert check_hash
-        assert not progress
+        assert options == {"progress": False, "check_hash": True, "weights_only": True}
         return state
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
@@ -176,4 +175,13 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
     with pytest.raises(BackboneError, match=r"no route.*give the file's path"):
+        patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
+
+
+def test_fetched_weights_are_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fetched = tmp_path / "checkpoints" / Path(MobileNet_V2_Weights.IMAGENET1K_V2.url).name
+    fetched.parent.mkdir()
+    torch.save(small_backbone().network, fetched)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(BackboneError, match="Weights only load failed"):
         patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
