@@ -12,20 +12,22 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks._common import Goal, at_most, environment, finish, make_parser
 from benchmarks._turns import WARM_UP, started, take_turn
-from benchmarks.engines import BATCH, OVERLAPPED, RESOLUTIONS, SYNC, ServerEngine, Setting, write_tables
+from benchmarks.engines import ALLREDUCE, BATCH, OVERLAPPED, RESOLUTIONS, SYNC, Setting, make_rows, write_tables
 from multitask.engines.served import ray_session
-from multitask.job import Job
 from multitask.pace import cores_here, lay_out
 from multitask.planner import estimate
 
-ENGINES: dict[str, dict[str, Any]] = {OVERLAPPED: {"name": "async", "in_flight": 1}, SYNC: {"name": "sync"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    OVERLAPPED: {"name": "async", "in_flight": 1},
+    SYNC: {"name": "sync"},
+    ALLREDUCE: {"name": "allreduce"},
+}
 WITHIN = 0.25
 NETWORK_GBIT = 10.0
 """Of no account on one machine."""
@@ -71,9 +73,9 @@ def compare(setting: Setting, rounds: int, steps: int) -> dict[str, list[Round]]
     specs = {name: setting.spec(shared=True, engine=engine) for name, engine in ENGINES.items()}
     found: dict[str, list[Round]] = {name: [] for name in specs}
     with ExitStack() as alive:
-        engines = {}
-        for name, spec in specs.items():
-            engines[name] = alive.enter_context(started(partial(ServerEngine, Job(spec))))
+        engines, rows = {}, make_rows(setting)
+        for name in specs:
+            engines[name] = alive.enter_context(started(rows[name]))
             engines[name].turn(WARM_UP)
         for number in range(rounds):
             layout = lay_out(specs[OVERLAPPED], nodes=1, cores=cores_here(), network_gbit=NETWORK_GBIT)
