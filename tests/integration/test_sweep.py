@@ -26,6 +26,7 @@ from multitask.runs import evaluate_models
 from multitask.spec import JobSpec, dump_spec
 from multitask.sweep import SweepResult, run_sweep
 from multitask.sweep.searcher import NumberedSampler
+from tests.conftest import wait_until
 
 pytestmark = [pytest.mark.ray]
 PARENT = "mlflow.parentRunId"
@@ -365,11 +366,8 @@ def tracking_server(folder: Path) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
-        while not answers(f"{address}/health"):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        wait_until(lambda: server.poll() is not None or answers(f"{address}/health"))
+        assert server.poll() is None, log.read_text()
         yield address
     finally:
         with contextlib.suppress(ProcessLookupError):
