@@ -309,6 +309,8 @@ def _resolve(uri: str) -> tuple[str, Path | None]:
 def _connect(uri: str, database: Path | None) -> "MlflowClient":
     """A client that says nothing on the terminal and sends no usage data, unless the user's environment asks for it."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # At the end of a run on a server: stdout is for what a verb prints, as JSON perhaps.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:  # set after the import, which sets levels itself

@@ -1,6 +1,7 @@
 """What the tests share: generated tables, a small job spec, one local Ray."""
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,14 @@ class EngineRun:
     records: list[StepRecord]
     evaluations: list[Evaluation]
     progress: Progress
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Look again and again; fails when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 def store_of(job: Job) -> CheckpointStore:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from multitask.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TaskWorker, TrainingError
-from tests.conftest import EngineRun, run_engine, store_of
+from tests.conftest import EngineRun, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -35,10 +34,8 @@ ROUNDS = {"name": "local", "schedule": "rounds"}
 @pytest.fixture(autouse=True)
 def places_are_given_back(ray_cluster: None) -> Iterator[None]:  # noqa: ARG001
     yield
-    deadline = time.monotonic() + 30  # Ray Train gives the places of a group that failed back from another process
-    while (states := {group["state"] for group in placement_group_table().values()}) - {"REMOVED"}:
-        assert time.monotonic() < deadline, f"places are not given back: {states}"
-        time.sleep(0.2)
+    # Ray Train gives the places of a group that failed back from another process.
+    wait_until(lambda: {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}, timeout_s=30)
 
 
 def losses(records: list[StepRecord]) -> dict[tuple[str, int], float]:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from multitask.runs import write_spec
 from multitask.server.messages import StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
-from tests.conftest import EngineRun, run_engine
+from tests.conftest import EngineRun, run_engine, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -199,13 +198,6 @@ def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     """Exit status, and what it wrote to stderr."""
     _, errors = process.communicate(timeout=180)
     return process.returncode, errors.decode()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: MakeSpec, tmp_path: Path) -> None:

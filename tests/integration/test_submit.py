@@ -6,8 +6,7 @@ import secrets
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from multitask.live import read_status
 from multitask.runs import write_spec
 from multitask.spec import JobSpec, load_spec
 from multitask.tracking import PARENT_TAG
-from tests.conftest import png
+from tests.conftest import png, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MEASURED = {
@@ -125,13 +124,6 @@ def write_chaos(folder: Path, run: Path, engine: str, steps: int, **changes: Any
 
 def steps_made(run: Path) -> int:
     return read_status(run)["tasks"]["one"]["made"] if (run / "status.json").is_file() else 0
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 @pytest.mark.timeout(600)

@@ -1,16 +1,19 @@
 """Sweeps on Ray Tune, with MLflow."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import optuna
 import pytest
@@ -23,6 +26,7 @@ from multitask.runs import evaluate_models
 from multitask.spec import JobSpec, dump_spec
 from multitask.sweep import SweepResult, run_sweep
 from multitask.sweep.searcher import NumberedSampler
+from tests.conftest import wait_until
 
 pytestmark = [pytest.mark.ray]
 PARENT = "mlflow.parentRunId"
@@ -36,11 +40,15 @@ def content(make_spec: MakeSpec, tmp_path: Path, job: dict[str, Any], **changes:
     return {"name": "rates", "directory": str(tmp_path / "rates"), "job": own, **changes}
 
 
-def runs(result: SweepResult, tmp_path: Path) -> tuple[Any, Any, dict[str, Any], dict[str, list[Any]]]:
-    """MLflow's client, the sweep's run, trial name -> run, trial name -> its tasks' runs."""
+def runs(result: SweepResult, uri: str | None = None) -> tuple[Any, Any, dict[str, Any], dict[str, list[Any]]]:
+    """MLflow's client, the sweep's run, trial name -> run, trial name -> its tasks' runs.
+
+    Args:
+        uri: of the store; by default the file beside the sweep's directory.
+    """
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(tracking_uri=uri or f"sqlite:///{result.directory.parent}/mlflow.db")
     sweep = client.get_run(result.mlflow_run_id)
     every = client.search_runs([sweep.info.experiment_id], max_results=1000)
     below: dict[str, list[Any]] = {}
@@ -75,7 +83,7 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         again.result["tasks"]["pets"]["curve"] == multitask.Run(winner.plan.directory).result["tasks"]["pets"]["curve"]
     )
 
-    client, sweep, trials, tasks = runs(result, tmp_path)
+    client, sweep, trials, tasks = runs(result)
     assert sweep.info.status == "FINISHED"
     assert {name: run.info.status for name, run in trials.items()} == {
         "rates_0000": "FINISHED",
@@ -121,7 +129,7 @@ def test_a_searcher_is_told_what_its_trials_found_and_goes_on_as_if_never_stoppe
     assert found[3:] != suggestions({number: -top1 for number, top1 in told.items()})[3:]
     assert result.choice is not None
     assert result.choice.top1 == max(told.values())
-    _, sweep, trials, _ = runs(result, tmp_path)
+    _, sweep, trials, _ = runs(result)
     assert sweep.data.params["trials"] == "6"
     assert trials["rates_0005"].data.params["setting.tasks.method"] == found[5]["tasks.method"]
 
@@ -203,7 +211,7 @@ def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoi
 
     assert [outcome.state for outcome in result.outcomes] == ["finished"]
     assert read_status(directory)["process"] not in [os.getpid(), *lost]
-    client, _, _, tasks = runs(result, tmp_path)
+    client, _, _, tasks = runs(result)
     steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
     assert set(steps) == set(range(60))
     assert steps.count(0) == 1
@@ -281,7 +289,7 @@ def test_the_chosen_setting_is_trained_on_all_that_is_not_test_and_tested_once(
     assert (result.verdict.directory, result.verdict.version) == (str(retrained.directory), "last")
     _, models = retrained.models("last")
     assert result.verdict.tasks == evaluate_models(models, retrained.spec, "test")
-    _, sweep, trials, _ = runs(result, tmp_path)
+    _, sweep, trials, _ = runs(result)
     assert set(trials) == {"rates_0000", "rates_0001", retrained.spec.name}
     assert sweep.data.metrics["test_top1"] == result.verdict.top1
 
@@ -306,29 +314,91 @@ def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path
     assert [outcome.state for outcome in result.outcomes] == ["finished"]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec, tmp_path: Path) -> None:
-    rates = [0.001 * (number + 1) for number in range(8)]
+def sweep_at_a_time(make_spec: MakeSpec, tmp_path: Path, rates: Sequence[float], uri: str | None = None) -> None:
+    """Run all trials at a time, and count in MLflow what they should have written: all of it once, where it belongs."""
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 20, "evaluate_every": 5, "resources": {"cpus_per_worker": 0.25}},
-        space={"optimizer.rate": {"grid": rates}},
-        concurrent=8,
+        {"steps": 20, "evaluate_every": 5, "resources": {"cpus_per_worker": 2 / len(rates)}},
+        space={"optimizer.rate": {"grid": list(rates)}},
+        concurrent=len(rates),
+        retries=0,
     )
 
-    result = run_sweep(spec, console=Console(quiet=True))
+    result = run_sweep(spec, mlflow_uri=uri, console=Console(quiet=True))
 
-    client, _, trials, tasks = runs(result, tmp_path)
-    assert len(trials) == 8
-    for number, rate in enumerate(rates):
-        (task,) = tasks[f"rates_{number:04d}"]
-        for name in ("loss", "rate", "staleness", "samples_per_s"):
-            history = client.get_metric_history(task.info.run_id, name)
-            assert sorted(metric.step for metric in history) == list(range(20)), (number, name)
-        assert {metric.value for metric in client.get_metric_history(task.info.run_id, "rate")} == {rate}
-        assert len(client.get_metric_history(task.info.run_id, "validation_top1")) == 4
+    client, sweep, trials, tasks = runs(result, uri)
+    assert sorted(trials) == [f"rates_{number:04d}" for number in range(len(rates))]
+    assert len(client.search_runs([sweep.info.experiment_id], max_results=1000)) == 1 + 2 * len(rates)
+    for rate, outcome in zip(rates, result.outcomes, strict=True):
+        assert [round_ for round_, _ in outcome.curve] == [5, 10, 15, 20]
+        (task,) = tasks[outcome.plan.spec.name]
+
+        def history(name: str, run_id: str = task.info.run_id) -> list[tuple[int, float]]:
+            return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, name))
+
+        of_steps = {name for name in task.data.metrics if not name.startswith("validation_")}
+        assert of_steps >= {"loss", "rate", "staleness", "samples_per_s"}
+        for name in of_steps:
+            assert [step for step, _ in history(name)] == list(range(20)), (rate, name)
+        assert {value for _, value in history("rate")} == {rate}
+        assert tuple(history("validation_top1")) == outcome.curve
+
+
+@contextlib.contextmanager
+def tracking_server(folder: Path) -> Iterator[str]:
+    """MLflow's own server on this machine, with everything it keeps in a folder; its address."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    # Without the processes that would run MLflow's own jobs.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log, address = folder / "log.txt", f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *where, *store],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: server.poll() is not None or answers(f"{address}/health"))
+        assert server.poll() is None, log.read_text()
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec, tmp_path: Path) -> None:
+    sweep_at_a_time(make_spec, tmp_path, [0.001 * (number + 1) for number in range(8)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_at_a_time_lose_and_misplace_no_metric_on_a_tracking_server(
+    make_spec: MakeSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tracking_server(tmp_path / "server") as address:
+        sweep_at_a_time(make_spec, tmp_path, [0.001, 0.002, 0.003, 0.004], address)
+    assert not (tmp_path / "mlflow.db").exists()
+    # That is for what a verb prints, as JSON perhaps.
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
