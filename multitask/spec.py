@@ -293,8 +293,8 @@ class ResourcesSpec:
     start_timeout_s: Rate = 300.0
     """How long workers may take to start before the job gives up and says who is missing."""
     step_timeout_s: Rate = 600.0
-    """How long a worker may be silent, though it waits for nobody, before it is taken for lost; as many times as long
-    for each of several in one process."""
+    """How long a worker may be silent, though it waits for nobody, before it is taken for lost; while workers share a
+    process, as many times as long as there are in the fullest."""
 
     @model_validator(mode="after")
     def _gpus_are_whole_or_shared(self) -> Self:

@@ -110,9 +110,11 @@ class Crew:
                 "label_selector": task.labels or None,
             }
         else:
-            place = {"scheduling_strategy": self._place(self.job.shards + self._placed.index(name))}
-            threads = 2 + sum(host == name for host in self.hosts.values())
-            place |= {"max_concurrency": threads} if threads > 2 else {}
+            guests = sum(host == name for host in self.hosts.values())
+            place = {
+                "scheduling_strategy": self._place(self.job.shards + self._placed.index(name)),
+                "max_concurrency": 2 + guests if guests else 1,
+            }
         starter = self._worker_class.options(
             num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), resources=task.resources, **place
         )
@@ -180,44 +182,33 @@ class Crew:
         grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
         return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
 
-    def ask_for_places(self, names: Collection[str]) -> None:
-        """Let Ray look for a place for each guest among these workers, and for no other: an autoscaler acts on it."""
+    def grow(self, names: Collection[str]) -> dict[str, str]:
+        """Let Ray look for a place for each guest among these workers, and for no other (an autoscaler acts on it), and
+        give those for which a process runs to it. Their hosts make no more steps of them.
+
+        Returns:
+            Worker that has its own process now -> Ray's name of the node.
+        """
         for name in self._coming.keys() - set(names):
-            self._take_back(name)
-        for name in names:
-            if name not in self.workers and name not in self._coming:
+            ray.kill(self._coming.pop(name)[0])
+        moved: dict[str, str] = {}
+        for name in [name for name in self.hosts if name in names and name not in self.workers]:
+            if name not in self._coming:
                 actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
                 self._coming[name] = actor, actor.node.remote()
-
-    def _take_back(self, name: str) -> None:
-        actor, _ = self._coming.pop(name)
-        ray.kill(actor)
-
-    def arrived(self) -> dict[str, str]:
-        """Guest -> Ray's name of the node where a process runs for it."""
-        found: dict[str, str] = {}
-        for name, (_, node) in list(self._coming.items()):
-            running, _ = ray.wait([node], timeout=0)
-            try:
-                found |= {name: ray.get(node)} if running else {}
-            except RayActorError:  # lost while it started; another one is asked for
-                del self._coming[name]
-        return found
-
-    def move(self, name: str) -> None:
-        """A guest has left its host: it goes on in the process that runs for it, or as a guest where none does now."""
-        left = self.incarnations[name]
-        self.incarnations[name] += 1
-        arrived = self.arrived()
-        if name in arrived:
-            self.process(name).dismiss.remote(name, left)
-            self.workers[name], _ = self._coming.pop(name)
-            self._grown[name] = arrived[name]
-        elif name in self._coming:
-            self._take_back(name)
+            actor, node = self._coming[name]
+            if not ray.wait([node], timeout=0)[0]:
+                continue
+            del self._coming[name]
+            with contextlib.suppress(RayActorError):  # lost while it started; another one is asked for the next time
+                moved[name] = self._grown[name] = ray.get(node)
+                self.process(name).dismiss.remote(name)
+                self.workers[name] = actor
+                self.incarnations[name] += 1
+        return moved
 
     def end(self) -> None:
-        self.ask_for_places(())
+        self.grow(())
         for actor in (*self.workers.values(), self.server, *self.shards):
             ray.kill(actor)
         if self._group is not None:
@@ -287,8 +278,6 @@ class _Session:
         self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
-        self._leaving: set[str] = set()
-        """Guests that are to leave their host, for a process of their own."""
         self._pausing = False
         self.made_steps = False
 
@@ -318,18 +307,13 @@ class _Session:
         results = {}
         while calls:
             done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
+            moved: list[str] = []
             for call in done:
-                name = calls.pop(call, None)
-                if name is None:  # its process was lost with another's, and it has been called anew
+                name = calls.pop(call)
+                if name in moved:  # lost with another's process
                     continue
                 try:
-                    result = ray.get(call)
-                    if name in self._leaving:
-                        self._leaving.discard(name)
-                        crew.move(name)
-                        calls[crew.call(name, "catch_up", phases)] = name
-                        continue
-                    results[name] = result
+                    results[name] = ray.get(call)
                     self._trained |= {name} if method == "train" else set()
                     self._outcome.back(name)
                 except RayTaskError as error:
@@ -337,25 +321,22 @@ class _Session:
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
-                    moved = self._replace(name, str(error))
-                    calls = {call: other for call, other in calls.items() if other not in moved}
-                    calls |= {crew.call(other, "catch_up", phases): other for other in moved}
-            self._move_guests(calls.values() if method == "train" else ())
+                    moved += self._replace(name, str(error))
+            moved += self._grow(calls.values() if method == "train" else ())
+            calls = {call: name for call, name in calls.items() if name not in moved}
+            calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
         return results
 
-    def _move_guests(self, training: Collection[str]) -> None:
-        """Look for places for the guests among workers that train; one that has found its own leaves its host.
+    def _grow(self, training: Collection[str]) -> Collection[str]:
+        """Guests among workers that train which go on in a process of their own now.
 
-        For none while a worker that was lost waits for a place.
+        None is looked for while a worker that was lost waits for a place.
         """
-        crew = self._crew
-        crew.ask_for_places(() if self._outcome.lost_at or self._pausing else training)
-        for name, node in crew.arrived().items():
-            if name not in self._leaving:
-                self._leaving.add(name)
-                log.info("Started on node %s.", node, extra=self._about(name))
-                crew.call(name, "leave")
+        moved = self._crew.grow(() if self._outcome.lost_at or self._pausing else training)
+        for name, node in moved.items():
+            log.info("Started on node %s.", node, extra=self._about(name))
+        return moved
 
     def _poll(self) -> bool:
         """Tell the driver what happened; look after the server and after workers that hang.
@@ -363,7 +344,6 @@ class _Session:
         Returns:
             Everything that the server gave out could be told.
         """
-        crew = self._crew
         self._watch_server()
         news = self._call("drain")
         told = take(self._job, self._driver, self._outcome, news, self._kept)
@@ -376,23 +356,19 @@ class _Session:
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
-        for name, silent_s in self._hanging().items():
-            message = "%s made no step for %g s; its process is ended."
-            log.warning(message, self._who(name), silent_s, extra=self._about(name))
-            ray.kill(crew.process(name))
+        self._end_what_hangs()
         self._check_places()
         return told
 
-    def _hanging(self) -> dict[str, float]:
-        """Worker -> how long it was silent; one that shares its process waits until the others have had their turns."""
-        in_process = Counter(map(self._crew.process, self._job.workers))
-        found: dict[str, float] = {}
-        for turns in set(in_process.values()):
-            silent_s = turns * self._job.spec.resources.step_timeout_s
-            for name in self._call("silent", silent_s):
-                if in_process[self._crew.process(name)] == turns and name not in self._outcome.lost_at:
-                    found[name] = silent_s
-        return found
+    def _end_what_hangs(self) -> None:
+        """One that shares its process waits until the others there have had their turns."""
+        turns = max(Counter(map(self._crew.process, self._job.workers)).values())
+        silent_s = turns * self._job.spec.resources.step_timeout_s
+        for name in self._call("silent", silent_s):
+            if name not in self._outcome.lost_at:
+                message = "%s made no step for %g s; its process is ended."
+                log.warning(message, self._who(name), silent_s, extra=self._about(name))
+                ray.kill(self._crew.process(name))
 
     def _check_places(self) -> None:
         """Successors find no place where the cluster has become too small."""
@@ -466,7 +442,6 @@ class _Session:
         moved = self._crew.replace(name)
         for other in moved:
             self._outcome.lose(other)
-        self._leaving -= set(moved)
         self._trained -= set(moved)
         return moved
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +11,14 @@ import ray
 import torch
 
 from multitask.data import write_table
-from multitask.engines.actors import Refs, ServerActor, _Fetched
+from multitask.engines.actors import Refs, ServerActor
 from multitask.engines.places import PlacementError
 from multitask.engines.served import actors, decoders
 from multitask.job import Job
-from multitask.server.messages import Evaluation, GroupValues, Push, Reply, StepRecord
+from multitask.server.messages import Evaluation, Push, Reply, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
-from tests.conftest import EngineRun, png, run_engine, store_of
+from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -210,19 +208,6 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
 # Fewer places than workers.
 
 
-def test_a_process_holds_the_newest_values_only_where_several_workers_share_it() -> None:
-    earlier, newer = ({"g": [ray.put(GroupValues(np.zeros(3, np.float32), np.zeros(0, np.int64)))]} for _ in range(2))
-    fetched = _Fetched()
-    alone = weakref.ref(fetched.values(earlier)["g"][0])
-    assert alone() is None
-
-    fetched.shared = True
-    shared = weakref.ref(fetched.values(earlier)["g"][0])
-    assert fetched.values(earlier)["g"][0] is shared()
-    fetched.values(newer)
-    assert shared() is None
-
-
 @pytest.mark.slow
 def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: MakeSpec) -> None:
     """Two CPUs for two processes of one each: the third and fourth worker are guests to the end."""
@@ -242,39 +227,28 @@ def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [SYNC, {"name": "async", "in_flight": 1, "shards": 2}])
-def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec, engine: dict) -> None:
+def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec) -> None:
+    """Under `sync` the same is in test_placement.py, with the bits."""
     tasks = {"pets": {"workers": 2, "min_workers": 1}}
-    changes = {"steps": 400, "evaluate_every": 200}
-    ran = run_engine(Job(make_spec(tasks, engine=engine, **changes)))
+    engine = {"name": "async", "in_flight": 1, "shards": 2}
+    where: list[int] = []  # the guest was, step by step
 
-    first, *_, last = (record.process for record in ran.records if record.worker == "pets/1")
+    def watch(records: list[StepRecord]) -> None:
+        where.extend(record.process for record in records if record.worker == "pets/1")
+
+    ran = run_engine(
+        Job(make_spec(tasks, engine=engine, steps=100_000, evaluate_every=100_000)),
+        wants_pause=lambda: len(set(where)) == 2 and where[0] not in where[-20:],
+        watch=watch,
+    )
+
     host = {record.process for record in ran.records if record.worker == "pets/0"}
-    assert {first} == host
-    assert {last} != host
+    assert host == {where[0]}
+    assert len(set(where)) == 2
     assert not ran.outcome.recoveries
     for name, worker in ran.progress.workers.items():
-        assert [record.step for record in ran.records if record.worker == name] == list(range(400))
-        assert (worker.position, worker.redone, worker.lost, worker.refused) == (400 * 8, 0, 0, 0)
-    if engine == SYNC:
-        local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
-        assert all_values(ran.outcome.versions["last"]) == all_values(local.outcome.versions["last"])
-
-
-@pytest.mark.slow
-def test_a_guest_moves_only_into_a_process_that_runs_and_is_still_asked_for(make_spec: MakeSpec) -> None:
-    job = Job(make_spec({"pets": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
-    with actors(job, store_of(job)) as crew:
-        crew.ask_for_places(["pets/1"])
-        crew.move("pets/1")
-        assert crew.together("pets/1") == ["pets/0", "pets/1"]
-
-        crew.ask_for_places(["pets/1"])
-        while not crew.arrived():
-            time.sleep(0.1)
-        crew.ask_for_places(["pets/0"])
-        crew.move("pets/1")
-        assert crew.together("pets/1") == ["pets/0", "pets/1"]
+        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
+        assert (worker.position, worker.redone, worker.lost, worker.refused) == (worker.step * 8, 0, 0, 0)
 
 
 @pytest.mark.slow
@@ -282,11 +256,8 @@ def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_nee
     """Whichever task it is of: nodes may be too few now for both."""
     job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
     with actors(job, store_of(job)) as crew:
-        crew.ask_for_places(["cars/1"])
         ray.get([crew.call(name, "node") for name in job.workers])
-        while not crew.arrived():
-            time.sleep(0.1)
-        crew.move("cars/1")
+        wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
         assert crew.together("cars/1") == ["cars/1"]
 
         moved = crew.replace("pets/0")

@@ -55,15 +55,18 @@ def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whateve
 
 
 def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = session(job)
+    mine, ended = session(job), []
     silent_s = 1.5 * job.spec.resources.step_timeout_s
     monkeypatch.setattr(mine, "_call", lambda _, seconds: ["pets/1"] if silent_s > seconds else [])
-    assert not mine._hanging()
+    monkeypatch.setattr(served.ray, "kill", ended.append)
+    mine._end_what_hangs()
+    assert not ended
     silent_s = 2.5 * job.spec.resources.step_timeout_s
-    assert mine._hanging() == {"pets/1": 2 * job.spec.resources.step_timeout_s}
+    mine._end_what_hangs()
+    assert ended == ["the one"]
 
 
-def test_a_host_lets_a_guest_go_that_has_left(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[ServedWorker]] = []
 
     def make(*arguments: Any) -> ServedWorker:
@@ -74,11 +77,36 @@ def test_a_host_lets_a_guest_go_that_has_left(job: Job, monkeypatch: pytest.Monk
     monkeypatch.setattr(actors, "ServedWorker", make)
     monkeypatch.setattr(actors, "log_to_stderr", lambda _: None)
     host = WorkerActor(job, "pets/0", 0, None)
-    for incarnation in (0, 1):  # it left, and was lost where it went
-        host.host("pets/1", incarnation, "about")
-    assert [guest() is None for guest in made] == [True, False]
+    for _ in range(2):
+        host.host("pets/1", 0, "about")
+    assert [guest() is None for guest in made] == [False]
+    host.dismiss("pets/1")
+    assert made[0]() is None
 
-    host.dismiss("pets/1", 0)
-    assert made[1]() is not None
-    host.dismiss("pets/1", 1)
-    assert made[1]() is None
+
+class Reference:
+    """Of an object in Ray's store."""
+
+
+def test_no_thread_receives_a_reference_while_another_lets_go_of_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go: list[bool] = []
+    store: dict[int, Any] = {}
+
+    def reference(to: Any) -> Reference:
+        made = Reference()
+        weakref.finalize(made, lambda: let_go.append(actors._TAKING.locked()))
+        store[id(made)] = to
+        return made
+
+    def get(what: Any) -> Any:
+        assert actors._TAKING.locked()
+        return [store[id(one)] for one in what] if isinstance(what, list) else store.pop(id(what))
+
+    monkeypatch.setattr(actors.ray, "wait", lambda _: None)
+    monkeypatch.setattr(actors.ray, "get", get)
+    answer = [
+        reference(("the reply", [{"shared": reference("values of the first shard")}, {"shared": reference("second")}]))
+    ]
+
+    assert actors._take(answer) == ("the reply", {"shared": ["values of the first shard", "second"]})  # type: ignore[arg-type, comparison-overlap]
+    assert let_go == [True] * 3
