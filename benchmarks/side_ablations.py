@@ -50,7 +50,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-RATES = {"dtl": (3e-3, 1e-2, 3e-2), "mist": (3e-3, 1e-2, 3e-2), "parasite": (3e-4, 1e-3, 3e-3)}
+RATES = {"dtl": (1e-2, 3e-2, 1e-1), "mist": (3e-3, 1e-2, 3e-2), "parasite": (3e-4, 1e-3, 3e-3)}
 BEST_RATIO = 0.2
 VARIANTS = {
     VIT: (
@@ -121,6 +121,7 @@ def main() -> None:
     epochs = dict(zip(BACKBONES, arguments.epochs, strict=True))
     study = Study(backbones, splits, arguments.train_images, epochs)
     probes = {title: summary([probe(study, title, seed) for seed in SEEDS]) for title in PROBES}
+    print(f"Linear probes: {probes}", flush=True)
     with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=set_up, initargs=(study,)) as pool:
         rows = run_variants(pool, study)
     tables = {
