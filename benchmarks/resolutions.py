@@ -4,8 +4,8 @@ One small MobileNetV2 learns all four by turns in one process, three ways: each 
 running statistics and shares the rest, last layer included; all is shared; or all is private. The fair baseline is a
 fourth: all shared, then each resolution's running statistics measured anew on its own training images, so that what it
 lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1, in runs of a third of the
-steps with the first seed; the fair baseline has its own. Top-1 is on test images, of the version that is best on
-validation images, or of the last one where statistics are measured anew.
+steps with the first seed; the fair baseline has its own. As many runs train at a time as there are cores. Top-1 is on
+test images, of the version that is best on validation images, or of the last one where statistics are measured anew.
 
 The first way's models then make a cascade, fitted on half of the validation images: what it answers on the test images
 and costs in MACs beside the model that was best on that half, which is its reference, and beside the cheapest model
@@ -16,10 +16,12 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from io import StringIO
-from itertools import islice
+from itertools import islice, product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -30,7 +32,7 @@ from torch import Tensor
 import multitask
 import patches
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
-from multitask.cascade import Cascade, CascadeModel, OperatingPoint, View, check
+from multitask.cascade import Cascade, CascadeModel, OperatingPoint, Predictions, View, check
 from multitask.cascade.from_run import cascade_from_run
 from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import Rule
@@ -52,8 +54,6 @@ BATCH, BATCHES, REPEATS = 256, 8, 7
 """Images at once, batches and repeats of the cascade's timing."""
 SLACK = 0.0025
 """As `multitask cascade fit` has it."""
-Trained = Callable[[str, float, int, int], Run]
-"""From method, rate, seed and steps to a finished run."""
 Answer = Callable[[list[Tensor]], object]
 
 
@@ -132,27 +132,30 @@ def main() -> None:
     arguments = parser.parse_args()
     steps, seeds = arguments.steps or load_spec(SPEC).steps, arguments.seeds
     around = environment()
-    found: list[Measured] = []
-    cascades: list[Cascaded] = []
-    with tempfile.TemporaryDirectory() as folder:
-        trained = cache(partial(train, Path(folder)))
-        tried = {
-            (way, rate): tune(trained, way, rate, seeds[0], max(1, steps // TUNING))
-            for way in WAYS
-            for rate in arguments.rates
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(threads(), mp_context=get_context("spawn")) as pool,
+    ):
+        trained = cache(partial(pool.submit, train, Path(folder)))
+        tuned = {
+            (way, rate): trained(way.method, rate, seeds[0], max(1, steps // TUNING))
+            for way, rate in product(WAYS, arguments.rates)
         }
+        scores = {(way, rate): pool.submit(tune, way, run.result()) for (way, rate), run in tuned.items()}
+        tried = {setting: score.result() for setting, score in scores.items()}
         rates = {way: best_rate(tried, way) for way in WAYS}
-        for seed in seeds:
-            for way in WAYS:
-                run = trained(way.method, rates[way], seed, steps)
-                found.append(measure(way, run))
-                if way is PRIVATE:
-                    cascades.append(cascade(run))
+        runs = [(way, trained(way.method, rates[way], seed, steps)) for seed, way in product(seeds, WAYS)]
+        measuring = [pool.submit(measure, way, run.result()) for way, run in runs]
+        fitting = [pool.submit(fit, run.result()) for way, run in runs if way is PRIVATE]
+        found = [measured.result() for measured in measuring]
+        fitted = [future.result() for future in fitting]
+        # The processes have nothing to do any more, so nothing computes beside what is timed.
+        cascades = [cascade(*one) for one in fitted]
     finish(
         arguments.out,
         tables={
             f"Fashion-MNIST, test top-1, mean of {len(seeds)} seeds": [
-                summary([measured for measured in found if measured.way is way]) for way in WAYS
+                summary([measured for measured in found if measured.way == way]) for way in WAYS
             ],
             "Cascades over private scales and biases, test images": [columns(one, ANSWERS) for one in cascades],
             "Their costs, beside the best single model's": [columns(one, COSTS) for one in cascades],
@@ -182,12 +185,12 @@ def main() -> None:
 
 
 def threads() -> int:
-    """Of torch: nothing else computes here."""
+    """Cores: runs at a time, of one thread each, and threads of what is timed."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Run:
-    """All resolutions, as `multitask train` does it."""
+def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Path:
+    """All resolutions, as `multitask train` does it; the run's directory."""
     changes = {
         "task_defaults": {"method": method},
         "optimizer": {"rate": rate},
@@ -195,13 +198,13 @@ def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Run:
         "evaluate_every": max(1, steps // 3),
         "seed": seed,
         "engine": {"name": "local"},
-        "resources": {"threads_per_worker": threads()},
+        "resources": {"threads_per_worker": 1},
         "checkpoints": {"every_minutes": None},
         "directory": str(folder / f"{method}_{rate:g}_{seed}_{steps}"),
     }
     run = multitask.train(load_spec(SPEC, changes), console=Console(file=StringIO()))
     print(f"{method}, rate {rate:g}, seed {seed}: {steps} steps in {run.result['seconds']:.0f} s", flush=True)
-    return run
+    return run.directory
 
 
 def models_of(way: Way, run: Run) -> dict[str, patches.PatchedModel]:
@@ -222,9 +225,9 @@ def reestimated(run: Run) -> dict[str, patches.PatchedModel]:
     return models
 
 
-def tune(trained: Trained, way: Way, rate: float, seed: int, steps: int) -> float:
-    """Top-1 of a rate, mean over the resolutions, on the validation images that training evaluates on."""
-    run = trained(way.method, rate, seed, steps)
+def tune(way: Way, directory: Path) -> float:
+    """Top-1 of a run, mean over the resolutions, on the validation images that training evaluates on."""
+    run = Run(directory)
     models = models_of(way, run)
     with torch_threads(run.spec.resources.threads_per_worker):
         return mean(
@@ -239,8 +242,9 @@ def best_rate(tried: Mapping[tuple[Way, float], float], way: Way) -> float:
     return max((rate for other, rate in tried if other is way), key=lambda rate: tried[way, rate])
 
 
-def measure(way: Way, run: Run) -> Measured:
+def measure(way: Way, directory: Path) -> Measured:
     """A way's models on the test images."""
+    run = Run(directory)
     test = evaluate_models(models_of(way, run), run.spec, "test")
     top1 = tuple(test[task.name]["top1"] for task in run.spec.tasks)
     print(f"{way.title}, seed {run.spec.seed}: {' '.join(f'{value:.2f}' for value in top1)}", flush=True)
@@ -248,14 +252,19 @@ def measure(way: Way, run: Run) -> Measured:
     return Measured(way, rate, run.spec.seed, top1, result["parameters"], result["seconds"])
 
 
-def cascade(run: Run) -> Cascaded:
-    """What a cascade over the run's tasks saves."""
-    fitted, test = cascade_from_run(run, run.directory / "resolutions.cascade", slack=SLACK)
+def fit(directory: Path) -> tuple[Path, Cascade, Predictions]:
+    """A cascade over a run's tasks, and the predictions on the test images."""
+    return directory, *cascade_from_run(Run(directory), directory / "resolutions.cascade", slack=SLACK)
+
+
+def cascade(directory: Path, fitted: Cascade, test: Predictions) -> Cascaded:
+    """What a cascade over a run's tasks saves."""
     checked = check(fitted, test)
+    run = Run(directory)
     _, models = run.models("best")
     views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
     timed = [CascadeModel(one, models, views) for one in (fitted, alone(fitted, fitted.reference))]
-    with torch_threads(run.spec.resources.threads_per_worker):
+    with torch_threads(threads()):
         seconds, reference_s = time_in_turns(timed, batches(run))
     cascaded = Cascaded(
         seed=run.spec.seed,
@@ -342,7 +351,7 @@ def means(measured: Sequence[Measured]) -> list[float]:
 
 
 def make_goals(found: Sequence[Measured], cascades: Sequence[Cascaded]) -> list[Goal]:
-    by_way: Mapping[Way, list[float]] = {way: means([one for one in found if one.way is way]) for way in WAYS}
+    by_way: Mapping[Way, list[float]] = {way: means([one for one in found if one.way == way]) for way in WAYS}
     private, shared, independent = (by_way[way] for way in (PRIVATE, SHARED, INDEPENDENT))
     lowest = f"Private - all shared at {min(resolutions())} px, points of top-1"
     return [

@@ -8,7 +8,7 @@ Source: Denning and Buzen, "The Operational Analysis of Queueing Network Models"
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,10 @@ class ServerCosts:
 # fit() of benchmarks/results/server_throughput_2cpu_2026-11-27.json, which
 # `python -m benchmarks.server_throughput --out FILE` wrote; a test compares them.
 SERVER_COSTS = ServerCosts(
-    trip=Law(shard_s=0.01647, copies=5.334),
-    own=Law(shard_s=0.004793, copies=1.755),
-    thread=Law(shard_s=0.006906, copies=2.731),
-    cores=Law(shard_s=0.02599, copies=8.236),
+    trip=Law(shard_s=0.01613, copies=5.617),
+    own=Law(shard_s=0.004677, copies=1.854),
+    thread=Law(shard_s=0.006386, copies=3.068),
+    cores=Law(shard_s=0.02536, copies=8.746),
 )
 
 
@@ -326,10 +326,11 @@ def fit(figures: Mapping[str, Any]) -> ServerCosts:
         for row in figures["rows"]
         if row["table"].startswith(f"One push and pull in ms, {fewest} worker")
     }
+    copies_s = copy_seconds(figures)
     points: dict[str, list[Point]] = {"trip": [], "own": [], "thread": [], "cores": []}
     for row in rows:
         stage, shards, push_s = stages[row["model"], row["shards"]], row["shards"], 1 / pushes_per_s(row, figures)
-        copy_s = stage["memcpy"] / 1000
+        copy_s = copies_s[row["model"]]
         if row["workers"] == fewest:
             points["trip"].append((shards, copy_s, fewest * push_s))
             points["own"].append((shards, copy_s, _seconds(stage, "put", "map", "copy")))
@@ -349,6 +350,19 @@ def pushes_per_s(row: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
     """Of a row of `benchmarks.server_throughput`, whose bytes go up and come back."""
     floats = figures["settings"]["floats"][row["model"]]
     return float(row["GB/s"]) * 1e9 / (2 * FLOAT_BYTES * floats)
+
+
+def copy_seconds(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Model -> seconds of one copy of its bytes in memory, in `benchmarks.server_throughput`.
+
+    The median of all its sessions: the machine's speed changes from one to the next, and each session's pushes meet
+    several speeds while its copies meet one.
+    """
+    sessions: dict[str, list[float]] = {}
+    for row in figures["rows"]:
+        if "GB/s" in row:
+            sessions.setdefault(row["model"], []).append(row["ms"] / row["memcpys"] / 1000)
+    return {model: median(copies) for model, copies in sessions.items()}
 
 
 def _seconds(stage: Mapping[str, float], *names: str) -> float:

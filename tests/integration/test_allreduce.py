@@ -154,11 +154,11 @@ def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
 
 
 def test_workers_whose_places_others_hold_are_named(make_spec: MakeSpec) -> None:
-    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.0, "start_timeout_s": 20})
+    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.0, "start_timeout_s": 60})
     others = placement_group([{"CPU": 1.0}])
     ray.get(others.ready())
     try:
-        with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 20 s.*'CPU': 2"):
+        with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 60 s.*'CPU': 2"):
             run_engine(Job(spec))
     finally:
         remove_placement_group(others)

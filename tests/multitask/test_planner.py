@@ -23,6 +23,7 @@ from multitask.planner import (
     Kind,
     Layout,
     best_shards,
+    copy_seconds,
     doublings,
     estimate,
     extremes,
@@ -33,8 +34,8 @@ from multitask.planner import (
 from multitask.spec import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 FIGURES = Path(__file__).parents[2] / "benchmarks" / "results" / "server_throughput_2cpu_2026-11-27.json"
-WITHIN = 0.25
-"""Of the server's measured throughput, as the plan promises of a job's."""
+WITHIN = 0.16
+"""Of the server's measured throughput; the plan promises a quarter of a job's."""
 RESNET50 = 102_440_640
 """Bytes of a push."""
 
@@ -81,7 +82,7 @@ def test_the_model_meets_the_servers_points() -> None:
     errors = {}
     for row in rows:
         pushed = 4 * figures()["settings"]["floats"][row["model"]]
-        copy_s = row["ms"] / row["memcpys"] / 1000
+        copy_s = copy_seconds(figures())[row["model"]]
         # No work between a push and the next: a step as long as nothing.
         pushing = kind(workers=row["workers"], step_s=1e-9, spread_s=0.0, cpu_s=0.0, pushed_bytes=pushed)
         machine = Cluster(1, figures()["environment"]["cores"], 10, copy_bytes_per_s=pushed / copy_s)
@@ -92,7 +93,7 @@ def test_the_model_meets_the_servers_points() -> None:
     assert len(errors) == 30
     assert max(abs(error) for error in errors.values()) < WITHIN, errors
     unseen = [abs(error) for (_, _, workers), error in errors.items() if workers in counts[1:-1]]
-    assert median(unseen) < 0.06
+    assert median(unseen) < 0.07
 
 
 def test_the_longest_of_equal_draws_is_their_order_statistic() -> None:
