@@ -256,7 +256,6 @@ def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_nee
     """Whichever task it is of: nodes may be too few now for both."""
     job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
     with actors(job, store_of(job)) as crew:
-        ray.get([crew.call(name, "node") for name in job.workers])
         wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
         assert crew.together("cars/1") == ["cars/1"]
 

@@ -1,7 +1,7 @@
 """What becomes of guests and their hosts, without processes."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,6 +82,22 @@ def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypa
     assert [guest() is None for guest in made] == [False]
     host.dismiss("pets/1")
     assert made[0]() is None
+
+
+def test_a_guest_that_was_let_go_makes_no_more_steps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest, made = ServedWorker(job, "pets/1", 0, None), 0
+
+    def train_steps(*_: object) -> Iterator[None]:
+        nonlocal made
+        while True:
+            made += 1
+            guest.dismissed = made == 3
+            yield
+
+    monkeypatch.setattr(actors, "train_steps", train_steps)
+    monkeypatch.setattr(guest, "_worker", None, raising=False)
+    guest.train()
+    assert made == 3
 
 
 class Reference:
