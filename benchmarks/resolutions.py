@@ -3,9 +3,9 @@
 One small MobileNetV2 learns all four by turns in one process, three ways: each resolution owns its scales, biases and
 running statistics and shares the rest, last layer included; all is shared; or all is private. The fair baseline is a
 fourth: all shared, then each resolution's running statistics measured anew on its own training images, so that what it
-lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1, in runs of a third of the
-steps with the first seed; the fair baseline has its own. As many runs train at a time as there are cores. Top-1 is on
-test images, of the version that is best on validation images, or of the last one where statistics are measured anew.
+lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1 with the first seed; the fair
+baseline has its own. As many runs train at a time as there are cores. Top-1 is on test images, of the version that is
+best on validation images, or of the last one where statistics are measured anew.
 
 The first way's models then make a cascade, fitted on half of the validation images: what it answers on the test images
 and costs in MACs beside the model that was best on that half, which is its reference, and beside the cheapest model
@@ -45,10 +45,8 @@ from multitask.spec import load_spec
 
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "demo_resolutions.yaml"
 SEEDS = (0, 1, 2)
-RATES = (0.0015, 0.003, 0.006)
+RATES = (0.003, 0.006, 0.012)
 """The demo's rate among others."""
-TUNING = 3
-"""A run that tries a rate has this part of the steps."""
 REESTIMATION_BATCHES = 100
 BATCH, BATCHES, REPEATS = 256, 8, 7
 """Images at once, batches and repeats of the cascade's timing."""
@@ -138,8 +136,7 @@ def main() -> None:
     ):
         trained = cache(partial(pool.submit, train, Path(folder)))
         tuned = {
-            (way, rate): trained(way.method, rate, seeds[0], max(1, steps // TUNING))
-            for way, rate in product(WAYS, arguments.rates)
+            (way, rate): trained(way.method, rate, seeds[0], steps) for way, rate in product(WAYS, arguments.rates)
         }
         scores = {(way, rate): pool.submit(tune, way, run.result()) for (way, rate), run in tuned.items()}
         tried = {setting: score.result() for setting, score in scores.items()}
@@ -174,7 +171,6 @@ def main() -> None:
         goals=make_goals(found, cascades),
         settings={
             "steps": steps,
-            "tuning_steps": max(1, steps // TUNING),
             "seeds": seeds,
             "rates": arguments.rates,
             "spec": SPEC.name,
