@@ -16,9 +16,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from io import StringIO
 from itertools import islice, product
 from multiprocessing import get_context
@@ -134,14 +134,16 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(threads(), mp_context=get_context("spawn")) as pool,
     ):
-        trained = cache(partial(pool.submit, train, Path(folder)))
-        tuned = {
-            (way, rate): trained(way.method, rate, seeds[0], steps) for way, rate in product(WAYS, arguments.rates)
-        }
+
+        @cache
+        def trained(method: str, rate: float, seed: int) -> Future[Path]:
+            return pool.submit(train, Path(folder), method, rate, seed, steps)
+
+        tuned = {(way, rate): trained(way.method, rate, seeds[0]) for way, rate in product(WAYS, arguments.rates)}
         scores = {(way, rate): pool.submit(tune, way, run.result()) for (way, rate), run in tuned.items()}
         tried = {setting: score.result() for setting, score in scores.items()}
         rates = {way: best_rate(tried, way) for way in WAYS}
-        runs = [(way, trained(way.method, rates[way], seed, steps)) for seed, way in product(seeds, WAYS)]
+        runs = [(way, trained(way.method, rates[way], seed)) for seed, way in product(seeds, WAYS)]
         measuring = [pool.submit(measure, way, run.result()) for way, run in runs]
         fitting = [pool.submit(fit, run.result()) for way, run in runs if way is PRIVATE]
         found = [measured.result() for measured in measuring]
