@@ -78,7 +78,7 @@ def time_kinds(job: Job, at_once: int) -> tuple[Kind, ...]:
     """
     alike: dict[tuple[str, int], list[TaskSpec]] = {}
     for task in job.spec.tasks:
-        key = repr(replace(task, name="any", workers=1)), job.pushed_bytes(task.name)
+        key = repr(replace(task, name="any", workers=1, min_workers=None)), job.pushed_bytes(task.name)
         alike.setdefault(key, []).append(task)
     return tuple(_time_kind(job, tasks, at_once) for tasks in alike.values())
 

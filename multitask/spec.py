@@ -67,6 +67,9 @@ class TaskSpec:
     """Of forward pass and loss in training; weights, gradients and evaluations are float32 with both."""
     workers: Count = 1
     """Workers of this task; several share its patch through the server."""
+    min_workers: Count | None = None
+    """Workers that need a place before training starts, by default all; the others make their steps in the processes of
+    these until there is a place for them. Engine `allreduce` takes all at once."""
     resources: dict[str, ResourceAmount] = Field(default_factory=dict)
     """Custom resources of the cluster that each of its workers takes: {data_pets: 1}. Engine `local` takes none."""
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
@@ -96,6 +99,20 @@ class TaskSpec:
     chosen by it any more: for a setting that was chosen before."""
     validation_images: Count | None = None
     """How many validation images the evaluations during training read; all by default."""
+
+    @property
+    def needed_workers(self) -> int:
+        """Workers that have a place from the start."""
+        return self.min_workers or self.workers
+
+    @model_validator(mode="after")
+    def _the_minimum_is_a_part_of_its_workers(self) -> Self:
+        if self.needed_workers > self.workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, but the task has workers: {self.workers}; set workers to the most "
+                "that it may have, and min_workers to at most that"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cpus_and_gpus_are_the_jobs(self) -> Self:
@@ -276,7 +293,8 @@ class ResourcesSpec:
     start_timeout_s: Rate = 300.0
     """How long workers may take to start before the job gives up and says who is missing."""
     step_timeout_s: Rate = 600.0
-    """How long a worker may be silent, though it waits for nobody, before it is taken for lost."""
+    """How long a worker may be silent, though it waits for nobody, before it is taken for lost; while workers share a
+    process, as many times as long as there are in the fullest."""
 
     @model_validator(mode="after")
     def _gpus_are_whole_or_shared(self) -> Self:
@@ -351,6 +369,16 @@ class JobSpec:
             raise ValueError(
                 "engine 'allreduce' has one kind of place for all workers (Ray Train's worker group), but the tasks' "
                 "resources or labels differ; put the same in task_defaults, or use engine 'sync'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_worker_group_starts_whole(self) -> Self:
+        fewer = [task.name for task in self.tasks if task.needed_workers < task.workers]
+        if isinstance(self.engine, AllreduceSpec) and fewer:
+            raise ValueError(
+                f"tasks {fewer} have fewer min_workers than workers, but engine 'allreduce' starts all workers at once "
+                "(Ray Train's worker group); leave min_workers out, or use engine 'sync'"
             )
         return self
 

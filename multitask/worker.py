@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from patches import PatchedModel
 REFUSED_IN_A_ROW = 5
 """Pushes that a worker may lose one after another before the run ends."""
 ALIVE_S = 10.0
+ONE_AT_A_TIME = threading.Lock()
+"""Held by the worker that computes, of several in one process: torch's random numbers are the process's own."""
 
 
 class TrainingError(RuntimeError):
@@ -177,12 +180,12 @@ class TaskWorker:
         Raises:
             TrainingError: the loss is not finite.
         """
-        start = time.perf_counter()
-        for gradient in self._gradients.values():
-            gradient.zero_()
         loss, images, skipped = 0.0, 0, 0
         bad_images: tuple[str, ...] = ()
-        with self._own_random_numbers():
+        with ONE_AT_A_TIME, self._own_random_numbers():
+            start = time.perf_counter()
+            for gradient in self._gradients.values():
+                gradient.zero_()
             for number in range(self._accumulate):
                 batch = next(self._batches)
                 if number == self._accumulate - 1 and self._clip_norm is None:  # clipping changes them all once more

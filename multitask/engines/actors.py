@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from multitask.logs import log_to_stderr
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
 from multitask.server.parameter_server import ParameterServer
 from multitask.server.shard import Key, Shard, Update
-from multitask.worker import Values, train_steps
+from multitask.worker import ONE_AT_A_TIME, Values, train_steps
 
 RETRY_S = 0.2
 
@@ -233,16 +234,16 @@ class RemoteServer:
         """
         step, position = made or (None, 0)
         reply, values = self._retry(
-            lambda: self._server.join.remote(self._worker, self._incarnation, step, position), _fetch
+            lambda: _take([self._server.join.remote(self._worker, self._incarnation, step, position)])
         )
         self._made = made or (reply.step, reply.position)
         self._joined = self._connection
         return reply, values
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
-        return self._retry(lambda: self._server.pull.remote(worker), _fetch)
+        return self._retry(lambda: _take([self._server.pull.remote(worker)]))
 
-    def push(self, push: Push, gradients: Gradients) -> tuple[int, "ray.ObjectRef[Any]"]:
+    def push(self, push: Push, gradients: Gradients) -> tuple[int, list["ray.ObjectRef[Any]"]]:
         if self._joined != self._connection:
             # The values that these gradients were computed on are lost; the server stands at a version before them.
             reply, _ = self.join(self._made)
@@ -257,30 +258,30 @@ class RemoteServer:
             shard.stash.remote((push.worker, push.step), part, self._names)
             for shard, part in zip(self._shards, parts[1:], strict=True)
         ]
-        return self._connection, self._server.push.remote(push, parts[0], *problems)
+        return self._connection, [self._server.push.remote(push, parts[0], *problems)]
 
-    def wait(self, handle: tuple[int, "ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+    def wait(self, handle: tuple[int, list["ray.ObjectRef[Any]"]]) -> tuple[Reply, Values]:
         connection, answer = handle
         if connection == self._connection:
             try:
-                return _fetch(ray.get(answer))
+                return _take(answer)
             except (*LOST, OutOfStepError):  # a restored server may get what was meant for the one before it
                 self._connection += 1
         # The pushes that were on their way may have been applied or not; none is sent again.
         return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
 
     def kept(self, version: int, worker: str) -> Values | None:
-        return self._retry(lambda: self._server.kept.remote(version, worker), lambda answer: answer)
+        return self._retry(lambda: ray.get(self._server.kept.remote(version, worker)))
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return self._retry(lambda: self._server.call.remote(method, *arguments), lambda answer: answer)
+        return self._retry(lambda: ray.get(self._server.call.remote(method, *arguments)))
 
-    def _retry(self, send: Callable[[], "ray.ObjectRef[Any]"], use: Callable[[Any], Answer]) -> Answer:
+    def _retry(self, ask: Callable[[], Answer]) -> Answer:
         """Ask until the server answers: after a loss it takes seconds to come back."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                return use(ray.get(send()))
+                return ask()
             except LOST:
                 self._connection += 1
                 if time.monotonic() > deadline:
@@ -288,23 +289,41 @@ class RemoteServer:
                 time.sleep(RETRY_S)
 
 
-def _fetch(answer: tuple[Reply, list[Refs]]) -> tuple[Reply, Values]:
-    reply, shards = answer
-    names = list(shards[0])
-    found = iter(ray.get([refs[name] for name in names for refs in shards]))
-    return reply, {name: [next(found) for _ in shards] for name in names}
+_TAKING = threading.Lock()
 
 
-class WorkerActor:
-    """One task worker in a process of its own."""
+def _take(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+    """Wait for an answer, and fetch the values that it names.
+
+    Workers that share a process take theirs one after another. When the last reference of a process to an object goes,
+    Ray (2.60.0) forgets it in two steps; a reference that another thread receives between the two is forgotten with it,
+    and its `get` never ends. So all references, the answer's own too, go before another thread receives any.
+
+    Args:
+        answer: the only reference to it; taken out.
+    """
+    ray.wait(answer)
+    with _TAKING:
+        reply, shards = ray.get(answer.pop())
+        names = list(shards[0])
+        found = iter(ray.get([refs[name] for name in names for refs in shards]))
+        values = {name: [next(found) for _ in shards] for name in names}
+        del shards
+    return reply, values
+
+
+class ServedWorker:
+    """One task worker, whatever process it is in."""
 
     def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
-        torch.set_num_threads(job.spec.resources.threads_per_worker)
         self._job, self._name, self._incarnation = job, name, incarnation
         self._in_flight = getattr(job.spec.engine, "in_flight", 0)
         self._server = RemoteServer(job, name, incarnation, server, shards)
-        self._about = {"run": job.spec.name, "task": job.workers[name], "worker": name}
-        log_to_stderr(lambda: self._about)
+        about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
+        self.about: Callable[[], dict[str, object]] = lambda: about
+        """What a line of the log says of itself."""
+        self.dismissed = False
+        """Another process makes this worker's steps now."""
 
     def node(self) -> str:
         """Ray's name of this node."""
@@ -327,13 +346,16 @@ class WorkerActor:
         else:
             drawn = _drawn_ahead(decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
-        self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
-        log_to_stderr(lambda: {**self._about, "step": self._worker.step})
+        with ONE_AT_A_TIME:  # a network's structure comes with random numbers
+            self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+        about, worker = self.about(), self._worker
+        self.about = lambda: {**about, "step": worker.step}
 
     def train(self) -> None:
-        log.info("Trains to step %d.", self._job.spec.steps)
+        log.info("Trains to step %d.", self._job.spec.steps, extra=self.about())
         for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
-            pass
+            if self.dismissed:
+                return
 
     def settle(self) -> int:
         """Once more say that the last step was made, to a server that may have been restored since.
@@ -357,6 +379,31 @@ class WorkerActor:
     def private_state(self) -> dict[str, torch.Tensor]:
         """Copies of the task's private tensors as this worker holds them."""
         return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
+
+
+class WorkerActor(ServedWorker):
+    """The process of a worker, and for as long as they have none of their own, of others of its task: its guests.
+
+    They train in threads of their own, one at a time where they compute, each with a model of its own.
+    """
+
+    def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
+        torch.set_num_threads(job.spec.resources.threads_per_worker)
+        super().__init__(job, name, incarnation, server, shards)
+        self._server_and_shards = server, shards
+        self._guests: dict[str, ServedWorker] = {}
+        of_all = {"run": job.spec.name, "task": job.workers[name]}
+        log_to_stderr(lambda: of_all if self._guests else self.about())
+
+    def host(self, name: str, incarnation: int, method: str, *arguments: Any) -> Any:
+        """Call a method of a guest, which begins with the first call."""
+        if name not in self._guests:
+            self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
+        return getattr(self._guests[name], method)(*arguments)
+
+    def dismiss(self, name: str) -> None:
+        """Let a guest go, whose steps another process makes now: its model takes memory."""
+        self._guests.pop(name).dismissed = True
 
 
 class DecodeActor:

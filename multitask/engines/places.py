@@ -21,7 +21,7 @@ class PlacementError(TrainingError):
 
 
 def check_places(spec: JobSpec) -> None:
-    """Look whether the cluster could hold all workers, before any is started.
+    """Look whether the cluster could hold the workers that a run starts with, before any is started.
 
     On a cluster that the run joins nodes may still come, so it only warns; `resources.start_timeout_s` limits the wait.
 
@@ -48,7 +48,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
-    """Task -> its workers with what each of them asks for."""
+    """Task -> the workers that it starts with, and what each of its workers asks for."""
     cpus = spec.resources.cpus_per_worker
     if cpus is None:
         workers = sum(task.workers for task in spec.tasks)
@@ -82,7 +82,8 @@ def chooses_places(spec: JobSpec) -> bool:
 
 
 def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
-    """Places for the server's shards, and after them for all workers in the order of the job; given out all at once.
+    """Places for the server's shards, and after them for the workers that a run starts with, in the order of the job;
+    given out all at once.
 
     Without a `placement` and demands of tasks, workers need none (Ray finds one for each by itself), nor does a single
     shard.
@@ -106,6 +107,8 @@ def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
 def _demands(spec: JobSpec, cpus: float) -> dict[str, Demand]:
     gpus = {"GPU": spec.resources.gpus_per_worker} if spec.resources.gpus_per_worker else {}
     return {
-        task.name: Demand(f"Task '{task.name}'", task.workers, {"CPU": cpus, **gpus, **task.resources}, task.labels)
+        task.name: Demand(
+            f"Task '{task.name}'", task.needed_workers, {"CPU": cpus, **gpus, **task.resources}, task.labels
+        )
         for task in spec.tasks
     }

@@ -8,7 +8,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -19,8 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.places import check_places, cluster_nodes, demands, reserve
-from multitask.job import Job, make_rules
+from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
+from multitask.job import Job, make_rules, rank_of
 from multitask.worker import TrainingError, Values, failure
 
 POLL_S = 0.5
@@ -39,11 +40,12 @@ class LostError(RuntimeError):
 def run(job: Job, driver: Driver) -> Outcome:
     """Train on the Ray cluster that this process is connected to, or on one started here for the run.
 
-    Under `async` and `bounded` a lost worker or server is replaced while the others go on; under `sync`, and while
-    workers are starting, all start again from the last checkpoint.
+    Training starts when every task has the processes that it needs; workers beyond them are guests there, until there
+    is a place for a process of their own. Under `async` and `bounded` a lost worker or server is replaced while the
+    others go on; under `sync`, and while workers are starting, all start again from the last checkpoint.
 
     Raises:
-        PlacementError: the cluster has no room for all workers.
+        PlacementError: the cluster has no room for the workers that the run starts with.
         TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
@@ -81,21 +83,42 @@ class Crew:
         ]
         self.server: Actor = server_class.options(**restarts, scheduling_strategy=self._place(0)).remote()
         self._worker_class: Any = ray.remote(WorkerActor)
+        self.hosts = {
+            name: f"{task}/{rank_of(name) % job.task(task).needed_workers}"
+            for name, task in job.workers.items()
+            if rank_of(name) >= job.task(task).needed_workers
+        }
+        """Worker that has no place from the start -> in whose process it is a guest until it has one."""
+        self._placed = [name for name in job.workers if name not in self.hosts]
         self.incarnations = dict.fromkeys(job.workers, 0)
-        shared_job = ray.put(job)
-        self.workers = {name: self._start(shared_job, name) for name in job.workers}
+        self._shared_job = ray.put(job)
+        self.workers = {name: self._start(self._shared_job, name, 0) for name in self._placed}
+        """Worker -> its own process, for those that have one."""
+        self._coming: dict[str, tuple[Actor, ray.ObjectRef[str]]] = {}
+        """Guest -> the process that it is to have, and the node of that once it runs."""
+        self._grown: dict[str, str] = {}
+        """Worker that was a guest -> the node of its own process."""
 
-    def _start(self, job: "ray.ObjectRef[Job]", name: str) -> Actor:
+    def _start(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
         """A worker's process; another one that takes its place asks for the same."""
         task = self.job.task(self.job.workers[name])
         asked = self._demands[task.name].resources
+        if name in self.hosts:  # its place is not one of those that were given out at the start
+            spread = "DEFAULT" if self.job.spec.resources.placement == "pack" else "SPREAD"
+            place: dict[str, Any] = {
+                "scheduling_strategy": spread if chooses_places(self.job.spec) else None,
+                "label_selector": task.labels or None,
+            }
+        else:
+            guests = sum(host == name for host in self.hosts.values())
+            place = {
+                "scheduling_strategy": self._place(self.job.shards + self._placed.index(name)),
+                "max_concurrency": 2 + guests if guests else 1,
+            }
         starter = self._worker_class.options(
-            num_cpus=asked["CPU"],
-            num_gpus=asked.get("GPU", 0),
-            resources=task.resources,
-            scheduling_strategy=self._place(self.job.shards + list(self.job.workers).index(name)),
+            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), resources=task.resources, **place
         )
-        return starter.remote(job, name, self.incarnations[name], self.server, self.shards)
+        return starter.remote(job, name, incarnation, self.server, self.shards)
 
     def _place(self, number: int) -> Any:
         """A shard's place in the group, or a worker's, which come after them.
@@ -113,14 +136,79 @@ class Crew:
         begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *lives)
         return begun
 
-    def replace(self, name: str) -> Actor:
-        """A new process for a worker, from the latest checkpoint."""
-        ray.kill(self.workers[name])
-        self.incarnations[name] += 1
-        self.workers[name] = self._start(ray.put(self.job.restored(self.store.latest())), name)
-        return self.workers[name]
+    def process(self, name: str) -> Actor:
+        """Where a worker is."""
+        return self.workers[name if name in self.workers else self.hosts[name]]
+
+    def call(self, name: str, method: str, *arguments: Any) -> "ray.ObjectRef[Any]":
+        """Call a worker, wherever it is."""
+        call: ray.ObjectRef[Any]
+        if name in self.workers:
+            call = getattr(self.workers[name], method).remote(*arguments)
+        else:
+            call = self.process(name).host.remote(name, self.incarnations[name], method, *arguments)
+        return call
+
+    def together(self, name: str) -> list[str]:
+        """All workers in the process of one."""
+        process = self.process(name)
+        return [other for other in self.job.workers if self.process(other) == process]
+
+    def replace(self, name: str) -> list[str]:
+        """Where the process of a worker is lost, start another one, from the latest checkpoint, unless its worker can
+        be a guest again.
+
+        Returns:
+            The workers that go on elsewhere: those that were in the lost process, and one that made room for another.
+        """
+        lost = self.together(name)
+        needed = [other for other in lost if other not in self.hosts]
+        moved = lost + (self._dispensable(lost) if needed else [])
+        for process in {self.process(other) for other in moved}:
+            ray.kill(process)
+        for other in moved:
+            self.incarnations[other] += 1
+            self.workers.pop(other, None)
+            self._grown.pop(other, None)
+        for other in needed:
+            job = ray.put(self.job.restored(self.store.latest()))
+            self.workers[other] = self._start(job, other, self.incarnations[other])
+        return moved
+
+    def _dispensable(self, lost: Collection[str]) -> list[str]:
+        """Who makes room, one of the same task if possible: nodes may be too few now for it and one that is needed."""
+        tasks = {self.job.workers[name] for name in lost}
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
+        return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
+
+    def grow(self, names: Collection[str]) -> dict[str, str]:
+        """Let Ray look for a place for each guest among these workers, and for no other (an autoscaler acts on it), and
+        give those for which a process runs to it. Their hosts make no more steps of them.
+
+        Returns:
+            Worker that has its own process now -> Ray's name of the node.
+        """
+        for name in self._coming.keys() - set(names):
+            ray.kill(self._coming.pop(name)[0])
+        moved: dict[str, str] = {}
+        for name in [name for name in self.hosts if name in names and name not in self.workers]:
+            if name not in self._coming:
+                actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
+                self._coming[name] = actor, actor.node.remote()
+            actor, node = self._coming[name]
+            if not ray.wait([node], timeout=0)[0]:
+                continue
+            del self._coming[name]
+            with contextlib.suppress(RayActorError):  # lost while it started; another one is asked for the next time
+                moved[name] = self._grown[name] = ray.get(node)
+                self.process(name).dismiss.remote(name)
+                self.workers[name] = actor
+                self.incarnations[name] += 1
+        return moved
 
     def end(self) -> None:
+        self.grow(())
         for actor in (*self.workers.values(), self.server, *self.shards):
             ray.kill(actor)
         if self._group is not None:
@@ -185,9 +273,9 @@ class _Session:
     def __init__(self, crew: Crew, driver: Driver, outcome: Outcome) -> None:
         self._crew, self._job, self._driver, self._outcome = crew, crew.job, driver, outcome
         self._lives: list[int] = []
-        self._restarts = dict.fromkeys(crew.workers, (0, -1))
+        self._restarts = dict.fromkeys(crew.job.workers, (0, -1))
         """Worker -> restarts without a step made in between, and its step at the last one."""
-        self._steps = dict.fromkeys(crew.workers, 0)
+        self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
         self._pausing = False
@@ -195,12 +283,12 @@ class _Session:
 
     def run(self) -> Outcome:
         job, crew = self._job, self._crew
-        nodes = await_start(job, {name: worker.node.remote() for name, worker in crew.workers.items()})
+        nodes = await_start(job, {name: crew.call(name, "node") for name in job.workers})
         for name, node in nodes.items():
             log.info("Started on node %s.", node, extra=self._about(name))
         self._lives = self._patiently(crew.server.ping.remote, begin=True)
         with decoders(job, nodes) as decoder_of:
-            self._all("prepare", {name: (decoder_of.get(name),) for name in crew.workers})
+            self._all("prepare", {name: (decoder_of.get(name),) for name in job.workers})
             self._all("train")
         while True:  # until nobody was lost on the way to the end
             steps = self._all("settle")
@@ -213,14 +301,17 @@ class _Session:
 
     def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
-        phases = ("prepare", "train", "settle", "complete")
-        workers = self._crew.workers
-        calls = {getattr(workers[name], method).remote(*(arguments or {}).get(name, ())): name for name in workers}
+        crew, every = self._crew, ("prepare", "train", "settle", "complete")
+        phases = every[: every.index(method) + 1]
+        calls = {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
         while calls:
             done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
+            moved: list[str] = []
             for call in done:
                 name = calls.pop(call)
+                if name in moved:  # lost with another's process
+                    continue
                 try:
                     results[name] = ray.get(call)
                     self._trained |= {name} if method == "train" else set()
@@ -230,10 +321,22 @@ class _Session:
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
-                    successor = self._replace(name, str(error))
-                    calls[successor.catch_up.remote(phases[: phases.index(method) + 1])] = name
+                    moved += self._replace(name, str(error))
+            moved += self._grow(calls.values() if method == "train" else ())
+            calls = {call: name for call, name in calls.items() if name not in moved}
+            calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
         return results
+
+    def _grow(self, training: Collection[str]) -> Collection[str]:
+        """Guests among workers that train which go on in a process of their own now.
+
+        None is looked for while a worker that was lost waits for a place.
+        """
+        moved = self._crew.grow(() if self._outcome.lost_at or self._pausing else training)
+        for name, node in moved.items():
+            log.info("Started on node %s.", node, extra=self._about(name))
+        return moved
 
     def _poll(self) -> bool:
         """Tell the driver what happened; look after the server and after workers that hang.
@@ -241,7 +344,6 @@ class _Session:
         Returns:
             Everything that the server gave out could be told.
         """
-        crew = self._crew
         self._watch_server()
         news = self._call("drain")
         told = take(self._job, self._driver, self._outcome, news, self._kept)
@@ -254,19 +356,24 @@ class _Session:
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
-        timeout_s = self._job.spec.resources.step_timeout_s
-        for name in self._call("silent", timeout_s):
-            if name not in self._outcome.lost_at:
-                message = "%s made no step for %g s; its process is ended."
-                log.warning(message, self._who(name), timeout_s, extra=self._about(name))
-                ray.kill(crew.workers[name])
+        self._end_what_hangs()
         self._check_places()
         return told
+
+    def _end_what_hangs(self) -> None:
+        """One that shares its process waits until the others there have had their turns."""
+        turns = max(Counter(map(self._crew.process, self._job.workers)).values())
+        silent_s = turns * self._job.spec.resources.step_timeout_s
+        for name in self._call("silent", silent_s):
+            if name not in self._outcome.lost_at:
+                message = "%s made no step for %g s; its process is ended."
+                log.warning(message, self._who(name), silent_s, extra=self._about(name))
+                ray.kill(self._crew.process(name))
 
     def _check_places(self) -> None:
         """Successors find no place where the cluster has become too small."""
         timeout_s, now = self._job.spec.resources.start_timeout_s, time.monotonic()
-        late = [name for name in self._crew.workers if now - self._outcome.lost_at.get(name, now) > timeout_s]
+        late = [name for name in self._job.workers if now - self._outcome.lost_at.get(name, now) > timeout_s]
         if late:
             raise not_started(self._job, late)
 
@@ -284,7 +391,7 @@ class _Session:
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
             for name in self._trained:  # others must not wait for a worker that has finished
-                self._crew.workers[name].settle.remote()
+                self._crew.call(name, "settle")
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 
@@ -318,19 +425,25 @@ class _Session:
             except GetTimeoutError:
                 raise TrainingError(f"The parameter server did not answer within {timeout_s:g} s.") from None
 
-    def _replace(self, name: str, reason: str) -> Actor:
+    def _replace(self, name: str, reason: str) -> list[str]:
+        """Give a worker another process; returns all workers that go on elsewhere now."""
         self._lose(name, f"{self._who(name)} was lost: {reason}")
-        restarts, step = self._restarts[name]
-        restarts = restarts + 1 if self._steps[name] <= step else 1
-        self._restarts[name] = restarts, self._steps[name]
-        if restarts > RESTARTS_WITHOUT_A_STEP:
-            raise TrainingError(
-                f"{self._who(name)} was lost {restarts} times without a step made after step {step}: {reason}",
-                self._about(name),
-            )
+        for other in self._crew.together(name):
+            restarts, step = self._restarts[other]
+            restarts = restarts + 1 if self._steps[other] <= step else 1
+            self._restarts[other] = restarts, self._steps[other]
+            if restarts > RESTARTS_WITHOUT_A_STEP:
+                raise TrainingError(
+                    f"{self._who(other)} was lost {restarts} times without a step made after step {step}: {reason}",
+                    self._about(other),
+                )
         message = "%s was lost; another process goes on from its last checkpoint."
         log.warning(message, self._who(name), extra=self._about(name))
-        return self._crew.replace(name)
+        moved = self._crew.replace(name)
+        for other in moved:
+            self._outcome.lose(other)
+        self._trained -= set(moved)
+        return moved
 
     def _lose(self, what: str, message: str) -> None:
         self._outcome.lose(what if self._crew.heals else ALL)

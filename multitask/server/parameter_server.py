@@ -163,7 +163,6 @@ class ParameterServer:
         self._check_worker(worker, incarnation)
         self._incarnation[worker] = incarnation
         self.alive(worker)
-        self._arrived.pop(worker, None)
         progress = self._progress.workers[worker]
         if step is not None and step > progress.step:
             lost = step - progress.step

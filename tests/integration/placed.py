@@ -33,11 +33,13 @@ class Places(logging.Handler):
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()
         self._names = names
-        self.found: dict[str, str] = {}
+        self.all: dict[str, list[str]] = {}
+        """Worker -> the nodes where it was, in that order."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("Started on node"):
-            self.found[vars(record)["worker"]] = self._names[str(record.args[0])]  # type: ignore[index]
+            node = self._names[str(record.args[0])]  # type: ignore[index]
+            self.all.setdefault(vars(record)["worker"], []).append(node)
 
 
 def main() -> None:
@@ -61,11 +63,13 @@ def tried(job: Job, names: dict[str, str]) -> dict[str, Any]:
     except PlacementError as error:
         return {"error": str(error)}
     steps = {name: worker.step for name, worker in ran.progress.workers.items()}
-    result: dict[str, Any] = {"steps": steps, "places": places.found}
+    result: dict[str, Any] = {"steps": steps, "places": {name: nodes[-1] for name, nodes in places.all.items()}}
     if any(task.resources for task in job.spec.tasks):
         with actors(job, store_of(job)) as crew:
-            again = [crew.replace(name).node.remote() for name in crew.workers]
-            result["again"] = {name: names[node] for name, node in zip(crew.workers, ray.get(again), strict=True)}
+            for name in job.workers:
+                crew.replace(name)
+            again = {name: crew.call(name, "node") for name in job.workers}
+            result["again"] = {name: names[ray.get(node)] for name, node in again.items()}
     return result
 
 

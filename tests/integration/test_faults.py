@@ -69,6 +69,30 @@ def test_a_killed_worker_is_replaced_while_the_others_go_on(make_spec: MakeSpec)
     assert set(ran.outcome.versions["last"].metrics) == {"pets", "cars"}
 
 
+def test_a_guest_goes_on_whichever_process_it_was_lost_with(make_spec: MakeSpec) -> None:
+    """Its host's, with which it is a guest again, and later its own: then it is once more."""
+    tasks = {"pets": {"workers": 2, "min_workers": 1}}
+    spec = make_spec(tasks, engine={"name": "async"}, steps=100_000, evaluate_every=100_000)
+    where: list[int] = []
+
+    def kill_its_first_and_its_third_process(records: list[StepRecord]) -> None:
+        for record in records:
+            if record.worker == "pets/1" and where[-1:] != [record.process]:
+                where.append(record.process)
+                if len(where) in (1, 3):
+                    os.kill(record.process, signal.SIGKILL)
+
+    ran = run_engine(Job(spec), wants_pause=lambda: len(where) == 4, watch=kill_its_first_and_its_third_process)
+
+    first, host, own, last = where
+    assert {record.process for record in ran.records if record.worker == "pets/0"} == {first, host}
+    assert len({first, host, own}) == 3
+    assert last == host
+    assert len(ran.outcome.recoveries) == 3
+    for name, worker in ran.progress.workers.items():
+        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
+
+
 def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSpec) -> None:
     spec = make_spec(engine={"name": "async", "in_flight": 1}, steps=300, evaluate_every=10_000, checkpoints=EACH_ROUND)
     killer = Killer(title="ServerActor", after=60)

@@ -1,4 +1,4 @@
-"""Workers on nodes that differ: they land where their task's resources and labels are."""
+"""Workers on nodes that differ: they land where their task's resources and labels are; and on nodes that come later."""
 
 import json
 import subprocess
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from multitask.job import Job
 from multitask.runs import write_spec
 from multitask.spec import JobSpec
+from tests.conftest import run_engine
+from tests.integration.growing import values_hash
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MakeSpec = Callable[..., JobSpec]
@@ -57,3 +60,34 @@ def test_workers_and_their_successors_land_where_their_tasks_resources_and_label
     error = found["too many"]["error"]
     assert error.startswith("Task 'pets' needs 2 workers of 1 CPU, 1 data_pets. The cluster has room for 1 of 2: ")
     assert "1 node with 1 CPU, 1 data_pets for 1, 1 node with 0 CPU, 0 data_pets for 0, 2 nodes with 1 CPU" in error
+
+
+@pytest.mark.timeout(500)
+def test_a_run_that_began_on_one_node_takes_up_a_node_added_later_and_no_bit_changes(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    tasks = {"pets": {"workers": 2, "min_workers": 1}}
+    whole = {"steps": 100_000, "evaluate_every": 100_000, "resources": {"cpus_per_worker": 1}}
+    found = grown(make_spec(tasks, engine={"name": "sync"}, **whole), tmp_path)
+
+    assert found["places"] == {"pets/0": ["first"], "pets/1": ["first", "added"]}
+    guest, host = found["processes"]["pets/1"], set(found["processes"]["pets/0"])
+    assert {guest[0]} == host
+    assert {guest[-1]} != host
+    assert found["losses"] == 0
+    assert all(steps == list(range(len(steps))) for steps in found["made"].values()), "every step once"
+    whole["steps"] = len(found["made"]["pets/0"])
+    alone = run_engine(Job(make_spec(tasks, engine={"name": "local", "schedule": "rounds"}, **whole)))
+    last = alone.job.checkpoint(alone.progress, alone.outcome.versions["last"].groups)
+    assert found["final"] == values_hash(last)
+
+
+def grown(spec: JobSpec, folder: Path) -> dict[str, Any]:
+    """What `tests.integration.growing` says of a job of two workers on a node for one, and another that comes later."""
+    write_spec(folder / "spec.yaml", spec)
+    result = folder / "found.json"
+    command = [sys.executable, "-m", "tests.integration.growing", str(folder / "spec.yaml"), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found

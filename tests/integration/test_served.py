@@ -18,7 +18,7 @@ from multitask.job import Job
 from multitask.server.messages import Evaluation, Push, Reply, StepRecord
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
-from tests.conftest import EngineRun, png, run_engine, store_of
+from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -203,6 +203,67 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
         alone = run_engine(Job(make_spec({name: own}, **changes)))
         _, private = alone.job.state(alone.outcome.versions["last"].groups)
         assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
+
+
+# Fewer places than workers.
+
+
+@pytest.mark.slow
+def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: MakeSpec) -> None:
+    """Two CPUs for two processes of one each: the third and fourth worker are guests to the end."""
+    tasks = {"pets": {"workers": 3}, "cars": {}}
+    changes = {"steps": 30, "evaluate_every": 15}
+    dropout = {"options": {"dropout": 0.5}}  # its random numbers are the process's own
+    local = run_engine(Job(make_spec(tasks, engine=ROUNDS, backbone=dropout, **changes)))
+    tasks["pets"]["min_workers"] = 1
+    one_each = {"cpus_per_worker": 1}
+    remote = run_engine(Job(make_spec(tasks, engine=SYNC, resources=one_each, backbone=dropout, **changes)))
+
+    assert len({record.process for record in remote.records}) == 2
+    assert len({record.process for record in remote.records if record.task == "pets"}) == 1
+    assert {worker.step for worker in remote.progress.workers.values()} == {30}
+    for version in ("best", "last"):
+        assert all_values(remote.outcome.versions[version]) == all_values(local.outcome.versions[version])
+
+
+@pytest.mark.slow
+def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec) -> None:
+    """Under `sync` the same is in test_placement.py, with the bits."""
+    tasks = {"pets": {"workers": 2, "min_workers": 1}}
+    engine = {"name": "async", "in_flight": 1, "shards": 2}
+    where: list[int] = []  # the guest was, step by step
+
+    def watch(records: list[StepRecord]) -> None:
+        where.extend(record.process for record in records if record.worker == "pets/1")
+
+    ran = run_engine(
+        Job(make_spec(tasks, engine=engine, steps=100_000, evaluate_every=100_000)),
+        wants_pause=lambda: len(set(where)) == 2 and where[0] not in where[-20:],
+        watch=watch,
+    )
+
+    host = {record.process for record in ran.records if record.worker == "pets/0"}
+    assert host == {where[0]}
+    assert len(set(where)) == 2
+    assert not ran.outcome.recoveries
+    for name, worker in ran.progress.workers.items():
+        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
+        assert (worker.position, worker.redone, worker.lost, worker.refused) == (worker.step * 8, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
+    """Whichever task it is of: nodes may be too few now for both."""
+    job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
+    with actors(job, store_of(job)) as crew:
+        wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
+        assert crew.together("cars/1") == ["cars/1"]
+
+        moved = crew.replace("pets/0")
+
+        assert moved == ["pets/0", "cars/1"]
+        assert crew.together("cars/1") == ["cars/0", "cars/1"]
+        assert crew.together("pets/0") == ["pets/0"]
 
 
 # Engine `sync`, shards.

@@ -92,6 +92,16 @@ def test_all_problems_are_told_at_once() -> None:
     assert len(error_of(steps=0, evaluate_every=0).splitlines()) == 2
 
 
+def test_a_task_starts_with_at_most_all_its_workers() -> None:
+    assert "min_workers is 3, but the task has workers: 2" in error_of(tasks=[{**TASK, "workers": 2, "min_workers": 3}])
+
+
+def test_a_run_that_is_to_grow_is_refused_under_allreduce() -> None:
+    tasks = [{**TASK, "workers": 2, "min_workers": 1}]
+    assert "engine 'allreduce' starts all workers at once" in error_of(tasks=tasks, engine={"name": "allreduce"})
+    assert load_spec(SPEC, {"tasks": tasks, "engine": {"name": "sync"}}).tasks[0].needed_workers == 1
+
+
 @pytest.mark.parametrize("text", ["just words", "- a list", "a: [1", "!!python/object/apply:os.system ['true']"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "job.yaml"

@@ -380,6 +380,18 @@ def test_a_worker_that_holds_nothing_goes_on_where_the_server_stands() -> None:
     assert (reply.step, reply.position) == (1, 8)
 
 
+def test_a_push_counts_in_its_round_though_another_process_takes_its_workers_place() -> None:
+    server = make_server(together=True)
+    send(server, "a/0", value=1.0, position=8)
+    server.join("a/0", 1, step=None)
+    assert server.reply("a/0") is None
+    send(server, "b/0", value=3.0)
+    reply = server.reply("a/0")
+    assert reply is not None
+    assert (reply.step, reply.position) == (1, 8)
+    assert values(server)[:3].tolist() == [-1.0] * 3
+
+
 def test_a_pause_lets_everybody_stop_at_the_end_of_a_round() -> None:
     each, together = make_server(), make_server(together=True)
     for server in (each, together):

@@ -1,0 +1,128 @@
+"""What becomes of guests and their hosts, without processes."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from multitask.engines import actors, served
+from multitask.engines.actors import ServedWorker, WorkerActor
+from multitask.engines.interface import Driver, Outcome
+from multitask.job import Job
+from multitask.spec import JobSpec
+from multitask.worker import TrainingError
+from tests.conftest import store_of
+
+MakeSpec = Callable[..., JobSpec]
+GROWING = {"pets": {"workers": 2, "min_workers": 1}}
+
+
+class OneProcess:
+    """A crew whose workers are all in one process."""
+
+    heals = True
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def together(self, _: str) -> list[str]:
+        return list(self.job.workers)
+
+    def process(self, _: str) -> str:
+        return "the one"
+
+    replace = together
+
+
+@pytest.fixture
+def job(make_spec: MakeSpec) -> Job:
+    return Job(make_spec(GROWING, engine={"name": "async"}))
+
+
+def session(job: Job) -> served._Session:
+    return served._Session(OneProcess(job), Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
+
+
+def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whatever_its_host_makes(job: Job) -> None:
+    mine = session(job)
+    for step in range(served.RESTARTS_WITHOUT_A_STEP):
+        mine._steps["pets/0"] = step
+        mine._replace("pets/0", "out of memory")
+    mine._steps["pets/0"] += 1
+    with pytest.raises(TrainingError, match="Worker 'pets/1' of task 'pets' was lost 4 times without a step made"):
+        mine._replace("pets/0", "out of memory")
+
+
+def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, ended = session(job), []
+    silent_s = 1.5 * job.spec.resources.step_timeout_s
+    monkeypatch.setattr(mine, "_call", lambda _, seconds: ["pets/1"] if silent_s > seconds else [])
+    monkeypatch.setattr(served.ray, "kill", ended.append)
+    mine._end_what_hangs()
+    assert not ended
+    silent_s = 2.5 * job.spec.resources.step_timeout_s
+    mine._end_what_hangs()
+    assert ended == ["the one"]
+
+
+def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[ServedWorker]] = []
+
+    def make(*arguments: Any) -> ServedWorker:
+        worker = ServedWorker(*arguments)
+        made.append(weakref.ref(worker))
+        return worker
+
+    monkeypatch.setattr(actors, "ServedWorker", make)
+    monkeypatch.setattr(actors, "log_to_stderr", lambda _: None)
+    host = WorkerActor(job, "pets/0", 0, None)
+    for _ in range(2):
+        host.host("pets/1", 0, "about")
+    assert [guest() is None for guest in made] == [False]
+    host.dismiss("pets/1")
+    assert made[0]() is None
+
+
+def test_a_guest_that_was_let_go_makes_no_more_steps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest, made = ServedWorker(job, "pets/1", 0, None), 0
+
+    def train_steps(*_: object) -> Iterator[None]:
+        nonlocal made
+        while True:
+            made += 1
+            guest.dismissed = made == 3
+            yield
+
+    monkeypatch.setattr(actors, "train_steps", train_steps)
+    monkeypatch.setattr(guest, "_worker", None, raising=False)
+    guest.train()
+    assert made == 3
+
+
+class Reference:
+    """Of an object in Ray's store."""
+
+
+def test_no_thread_receives_a_reference_while_another_lets_go_of_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go: list[bool] = []
+    store: dict[int, Any] = {}
+
+    def reference(to: Any) -> Reference:
+        made = Reference()
+        weakref.finalize(made, lambda: let_go.append(actors._TAKING.locked()))
+        store[id(made)] = to
+        return made
+
+    def get(what: Any) -> Any:
+        assert actors._TAKING.locked()
+        return [store[id(one)] for one in what] if isinstance(what, list) else store.pop(id(what))
+
+    monkeypatch.setattr(actors.ray, "wait", lambda _: None)
+    monkeypatch.setattr(actors.ray, "get", get)
+    answer = [
+        reference(("the reply", [{"shared": reference("values of the first shard")}, {"shared": reference("second")}]))
+    ]
+
+    assert actors._take(answer) == ("the reply", {"shared": ["values of the first shard", "second"]})  # type: ignore[arg-type, comparison-overlap]
+    assert let_go == [True] * 3
