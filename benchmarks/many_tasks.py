@@ -6,18 +6,18 @@ one image and for sixteen. Separate passes run through one network again and aga
 any cache; nineteen networks would only take their memory too. For MIST and parasite the bank is also compared with one
 pass of the backbone and K side networks, each measured alone.
 
-All ways take turns in every round, but that MIST is compared with the separate passes timed beside DTL; ratios are
+A machine's speed drifts within the minutes that nineteen passes take: half of the passes run before all_tasks, half
+after it, and K of them count K times their mean. MIST is compared with the separate passes timed beside DTL. Ratios are
 within a round, and the tables have their medians. With `--device cuda` come batches of four, and images/s of one task
 as in DTL's table.
 """
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ BATCHES = {"cpu": (1, 16), "cuda": (1, 4, 16)}
 REPEATS = {1: 3, 4: 3, 16: 1}
 """Batch -> how often a way is timed in a round."""
 SEPARATE, ONE_BY_ONE, TOGETHER, PARTS = "separate", "task by task", "all_tasks", "parts alone"
+BACKBONE, SIDE = "backbone alone", "side network alone"
+"""What PARTS are made of."""
 TIMED = 20
 """Passes of which the median is taken for images/s, on a GPU only."""
 
@@ -121,6 +123,7 @@ class Bench:
         ]
         for number, model in enumerate(self._models):
             self._bank.add(f"task{number}", model)
+        self._first_tasks = [self._bank.tasks[:count] for count in counts]
 
     @torch.no_grad()
     def take_turns(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
@@ -132,41 +135,41 @@ class Bench:
         images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
         images = images.to(self._device)
         self._bank.all_tasks(images, ["task0"])
-        ways = {ONE_BY_ONE: self._one_by_one, TOGETHER: self._together}
-        if separate is None:
-            ways[SEPARATE] = self._separate
-        if self.case is not DTL:  # whose tasks run blocks of the backbone themselves
-            ways[PARTS] = self._parts
-        names = list(ways)
+        passes = self._passes(images)
+        if separate is not None:
+            del passes[SEPARATE]
+        names = list(passes)
         names = names[number % len(names) :] + names[: number % len(names)]
-        timed: dict[str, list[list[float]]] = {name: [] for name in ways}
+        spent: dict[str, list[float]] = {name: [] for name in names}
+        together = []
         for _ in range(REPEATS[batch]):
             for name in names:
-                timed[name].append(ways[name](images))
-        seconds = {name: [median(times) for times in zip(*repeats, strict=True)] for name, repeats in timed.items()}
-        return seconds if separate is None else seconds | {SEPARATE: separate}
+                spent[name] += map(self._time, passes[name][::2])
+            together.append([self._time(partial(self._bank.all_tasks, images, tasks)) for tasks in self._first_tasks])
+            for name in reversed(names):
+                spent[name] += map(self._time, passes[name][1::2])
+        one = {name: mean(times) for name, times in spent.items()}
+        seconds = {
+            SEPARATE: separate or [count * one[SEPARATE] for count in self._counts],
+            ONE_BY_ONE: [count * one[ONE_BY_ONE] for count in self._counts],
+            TOGETHER: [median(times) for times in zip(*together, strict=True)],
+        }
+        if SIDE in one:
+            seconds[PARTS] = [one[BACKBONE] + count * one[SIDE] for count in self._counts]
+        return seconds
 
-    def _separate(self, images: Tensor) -> list[float]:
-        return self._laps([partial(self._backbone.network, images)] * self._counts[-1])
-
-    def _one_by_one(self, images: Tensor) -> list[float]:
-        return self._laps([partial(model, images) for model in self._models])
-
-    def _together(self, images: Tensor) -> list[float]:
-        return [self._time(partial(self._bank.all_tasks, images, self._bank.tasks[:count])) for count in self._counts]
-
-    def _parts(self, images: Tensor) -> list[float]:
-        model = self._models[0]
-        shared = model.shared_part(images)
-        backbone = self._time(partial(self._backbone.network, images))
-        return [
-            backbone + side for side in self._laps([partial(model.own_part, images, shared) for model in self._models])
-        ]
-
-    def _laps(self, passes: Sequence[Callable[[], object]]) -> list[float]:
-        """Seconds after as many passes as each count says."""
-        ends = list(accumulate(map(self._time, passes)))
-        return [ends[count - 1] for count in self._counts]
+    def _passes(self, images: Tensor) -> dict[str, list[Callable[[], object]]]:
+        """Way -> as many passes as there are tasks; of the backbone alone one for each half."""
+        network = partial(self._backbone.network, images)
+        passes: dict[str, list[Callable[[], object]]] = {
+            ONE_BY_ONE: [partial(model, images) for model in self._models],
+            SEPARATE: [network] * len(self._models),
+        }
+        if self.case is not DTL:  # whose tasks run blocks of the backbone themselves
+            shared = self._models[0].shared_part(images)
+            passes[BACKBONE] = [network, network]
+            passes[SIDE] = [partial(model.own_part, images, shared) for model in self._models]
+        return passes
 
     def _time(self, action: Callable[[], object]) -> float:
         start = time.perf_counter()
