@@ -195,7 +195,6 @@ def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Path
         "steps": steps,
         "evaluate_every": max(1, steps // 3),
         "seed": seed,
-        "engine": {"name": "local"},
         "resources": {"threads_per_worker": 1},
         "checkpoints": {"every_minutes": None},
         "directory": str(folder / f"{method}_{rate:g}_{seed}_{steps}"),
