@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="measured steps of each worker in each turn; by default " + str(STEPS).strip("{}")
     )
+    parser.add_argument("--rows", nargs="+", choices=GOALS, help="compare nothing but these with the base")
     arguments = parser.parse_args()
     steps = arguments.steps or STEPS[arguments.device]
     around = environment() | gpu_environment(arguments.device)
@@ -240,14 +241,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ray_session():
         setting = Setting(arguments.model, gpus_per_worker(arguments.device), Path(name))
         write_tables(setting.folder)
-        turns = take_turns(make_rows(setting), BASE, rounds=arguments.rounds, steps=steps, images_per_step=BATCH)
+        rows = make_rows(setting)
+        if arguments.rows:
+            rows = {name: rows[name] for name in (BASE, *arguments.rows)}
+        turns = take_turns(rows, BASE, rounds=arguments.rounds, steps=steps, images_per_step=BATCH)
     where = f"{arguments.model}, {RESOLUTIONS[arguments.model]} px, {arguments.device}"
+    tables = {f"Two workers, {where}: medians over rounds": [summary(name, turns) for name in turns]}
+    if rivals(turns):
+        tables[f"Ratio of '{OVERLAPPED}' - ratio of another row"] = [lead(name, turns) for name in rivals(turns)]
     finish(
         arguments.out,
-        tables={
-            f"Two workers, {where}: medians over rounds": [summary(name, turns) for name in turns],
-            f"Ratio of '{OVERLAPPED}' - ratio of another row": [lead(name, turns) for name in rivals(turns)],
-        },
+        tables=tables,
         environment=around,
         goals=make_goals(turns),
         settings={
@@ -315,6 +319,7 @@ def make_goals(turns: Turns) -> list[Goal]:
     goals = [
         at_least(f"{name}: images/s / images/s with {BASE}", median(ratios(name, turns)), goal, stretch)
         for name, (goal, stretch) in GOALS.items()
+        if name in turns
     ]
     for name in rivals(turns):
         least = 0.05 if name in DOCUMENTED else -RESOLVED

@@ -243,7 +243,7 @@ class AllreduceSpec:
     """As `sync`, but the workers sum their gradients among themselves, in a worker group of Ray Train."""
 
     name: Literal["allreduce"]
-    bucket_mb: Rate = 4.0
+    bucket_mb: Rate = 25.0
     """Gradients leave while the backward pass goes on, in pieces of this size."""
 
 
