@@ -8,7 +8,7 @@ pass of the backbone and K side networks, each measured alone.
 
 A machine's speed drifts within the minutes that nineteen passes take: half of the passes run before all_tasks, half
 after it, and K of them count K times their mean. Of the patched models, which take equally long, every third runs. MIST
-is compared with the separate passes timed beside DTL. Ratios are within a round, and the tables have their medians. With
+is compared with the separate passes timed beside DTL. Ratios are within a round; the tables have their medians. With
 `--device cuda` come batches of four, and images/s of one task as in DTL's table.
 """
 
