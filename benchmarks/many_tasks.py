@@ -8,7 +8,7 @@ pass of the backbone and K side networks, each measured alone.
 
 A machine's speed drifts within the minutes that nineteen passes take: half of the passes run before all_tasks, half
 after it, and K of them count K times their mean. Of the patched models, which take equally long, every third runs. MIST
-is compared with the separate passes timed beside DTL. Ratios are within a round; the tables have their medians. With
+is compared with the separate passes timed beside DTL. Ratios are within a turn; the tables have their medians. With
 `--device cuda` come batches of four, and images/s of one task as in DTL's table.
 """
 
@@ -29,8 +29,8 @@ from benchmarks._common import Goal, at_least, at_most, environment, finish, mak
 RESOLUTION, CLASSES = 224, 100
 COUNTS = (1, 2, 5, 19)
 BATCHES = {"cpu": (1, 16), "cuda": (1, 4, 16)}
-REPEATS = {1: 3, 4: 3, 16: 1}
-"""Batch -> how often a way is timed in a round."""
+TURNS = {1: 5, 4: 5, 16: 1}
+"""Batch -> turns in a round."""
 SEPARATE, ONE_BY_ONE, TOGETHER, PARTS = "separate", "task by task", "all_tasks", "parts alone"
 BACKBONE, SIDE = "backbone alone", "side network alone"
 """What PARTS are made of."""
@@ -69,26 +69,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of tasks, ascending")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=TITLES)
+    parser.add_argument("--batches", type=int, nargs="+", choices=TURNS, help="by default all of the device")
     arguments = parser.parse_args()
     around = environment()
     torch.set_num_threads(arguments.threads)
     counts, device = tuple(arguments.counts), arguments.device
+    batches = arguments.batches or BATCHES[device]
     benches = [Bench(case, device, counts) for case in CASES if case.title in arguments.methods]
     taken: dict[tuple[str, int], list[Seconds]] = {}
     for number in range(arguments.rounds):
-        separate: dict[tuple[str, int], list[float]] = {}
+        separate: dict[tuple[str, int, int], list[float]] = {}
         for bench in benches:
-            for batch in BATCHES[device]:
-                seconds = bench.take_turns(batch, number, separate.get((bench.case.backbone, batch)))
-                separate[bench.case.backbone, batch] = seconds[SEPARATE]
-                taken.setdefault((bench.case.title, batch), []).append(seconds)
+            for batch in batches:
+                for turn in range(TURNS[batch]):
+                    known = separate.get((bench.case.backbone, batch, turn))
+                    seconds = bench.take_turn(batch, number + turn, known)
+                    separate[bench.case.backbone, batch, turn] = seconds[SEPARATE]
+                    taken.setdefault((bench.case.title, batch), []).append(seconds)
         print(f"Round {number + 1} of {arguments.rounds}", flush=True)
     rows = [
-        summary(title, batch, place, count, rounds)
-        for (title, batch), rounds in taken.items()
+        summary(title, batch, place, count, turns)
+        for (title, batch), turns in taken.items()
         for place, count in enumerate(counts)
     ]
-    tables = {"K tasks on the same images: medians over rounds": rows}
+    tables = {"K tasks on the same images: medians over turns": rows}
     if device == "cuda":
         tables["Images/s of one task"] = [throughput_row(case, device) for case in THROUGHPUT]
     finish(
@@ -102,8 +106,8 @@ def main() -> None:
             "device": device,
             "resolution": RESOLUTION,
             "classes": CLASSES,
-            "timed_in_a_round": REPEATS,
-            "seconds": {f"{title}, batch {batch}": rounds for (title, batch), rounds in taken.items()},
+            "turns_in_a_round": TURNS,
+            "seconds": {f"{title}, batch {batch}": turns for (title, batch), turns in taken.items()},
         },
     )
 
@@ -126,11 +130,11 @@ class Bench:
         self._first_tasks = [self._bank.tasks[:count] for count in counts]
 
     @torch.no_grad()
-    def take_turns(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
-        """Every way once, or as often as REPEATS says; another one begins in each round.
+    def take_turn(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
+        """Every way once; which begins depends on the turn's number.
 
         Args:
-            separate: seconds of the separate passes, where this round has them.
+            separate: seconds of the separate passes, where they are known.
         """
         images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
         images = images.to(self._device)
@@ -140,19 +144,14 @@ class Bench:
             del passes[SEPARATE]
         names = list(passes)
         names = names[number % len(names) :] + names[: number % len(names)]
-        spent: dict[str, list[float]] = {name: [] for name in names}
-        together = []
-        for _ in range(REPEATS[batch]):
-            for name in names:
-                spent[name] += map(self._time, passes[name][::2])
-            together.append([self._time(partial(self._bank.all_tasks, images, tasks)) for tasks in self._first_tasks])
-            for name in reversed(names):
-                spent[name] += map(self._time, passes[name][1::2])
-        one = {name: mean(times) for name, times in spent.items()}
+        before = {name: [self._time(one) for one in passes[name][::2]] for name in names}
+        together = [self._time(partial(self._bank.all_tasks, images, tasks)) for tasks in self._first_tasks]
+        after = {name: [self._time(one) for one in passes[name][1::2]] for name in reversed(names)}
+        one = {name: mean(before[name] + after[name]) for name in names}
         seconds = {
             SEPARATE: separate or [count * one[SEPARATE] for count in self._counts],
             ONE_BY_ONE: [count * one[ONE_BY_ONE] for count in self._counts],
-            TOGETHER: [median(times) for times in zip(*together, strict=True)],
+            TOGETHER: together,
         }
         if SIDE in one:
             seconds[PARTS] = [one[BACKBONE] + count * one[SIDE] for count in self._counts]
@@ -179,18 +178,18 @@ class Bench:
         return time.perf_counter() - start
 
 
-def summary(title: str, batch: int, place: int, count: int, rounds: list[Seconds]) -> dict[str, Any]:
+def summary(title: str, batch: int, place: int, count: int, turns: list[Seconds]) -> dict[str, Any]:
     def ratio(to: str) -> float:
-        return median(taken[TOGETHER][place] / taken[to][place] for taken in rounds)
+        return median(taken[TOGETHER][place] / taken[to][place] for taken in turns)
 
     return {
         "method": title,
         "batch": batch,
         "K": count,
-        **{f"{way} s": median(taken[way][place] for taken in rounds) for way in (SEPARATE, ONE_BY_ONE, TOGETHER)},
+        **{f"{way} s": median(taken[way][place] for taken in turns) for way in (SEPARATE, ONE_BY_ONE, TOGETHER)},
         f"all/{SEPARATE}": ratio(SEPARATE),
         f"all/{ONE_BY_ONE}": ratio(ONE_BY_ONE),
-        f"all/{PARTS}": ratio(PARTS) if PARTS in rounds[0] else None,
+        f"all/{PARTS}": ratio(PARTS) if PARTS in turns[0] else None,
     }
 
 
