@@ -66,6 +66,13 @@ def test_of_equal_settings_the_one_that_trains_fewer_parameters_is_chosen(make_o
     assert choice.trial.number == 1
 
 
+def test_accuracy_counts_before_parameters(make_outcome: MakeOutcome) -> None:
+    choice = choose([make_outcome(0, 90.0, trained_parameters=10), make_outcome(1, 90.2, trained_parameters=1000)])
+
+    assert choice is not None
+    assert choice.trial.number == 1
+
+
 def test_the_winners_file_is_its_job_with_another_name_and_place(make_outcome: MakeOutcome, tmp_path: Path) -> None:
     outcome = make_outcome(0, 90.0, rate=0.0123)
     choice = choose([outcome])
