@@ -96,7 +96,8 @@ def mean(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor | No
     if len(gradients) == 1:
         return gradients[0]
     factors, divisor = shares(weights)
-    total = torch.mul(gradients[0], factors[0], out=out)
-    for gradient, factor in zip(gradients[1:], factors[1:], strict=True):
-        total += gradient if factor == 1.0 else gradient * factor
+    terms = (g if factor == 1.0 else g * factor for g, factor in zip(gradients, factors, strict=True))
+    total = torch.add(next(terms), next(terms), out=out)
+    for term in terms:
+        total += term
     return total.div_(divisor)

@@ -150,15 +150,20 @@ def test_workers_decode_for_themselves_when_their_decoder_is_lost(make_spec: Mak
     assert found.values.tobytes() == alone.groups["private:pets_8"].values.tobytes()
 
 
-@pytest.mark.parametrize("victim", [{"title": "ServerActor"}, {"worker": "cars/0"}])
-def test_sync_ends_with_the_bits_of_an_undisturbed_run(make_spec: MakeSpec, victim: dict[str, str]) -> None:
+def test_sync_ends_with_the_bits_of_an_undisturbed_run(make_spec: MakeSpec) -> None:
+    """Although its server is killed, and later a worker."""
     changes = {"steps": 600, "evaluate_every": 200, "schedule": {"name": "cosine"}}
     undisturbed = run_engine(Job(make_spec(engine={"name": "local", "schedule": "rounds"}, **changes)))
-    killer = Killer(**victim, after=40)  # type: ignore[arg-type]
-    ran = run_engine(Job(make_spec(engine={"name": "sync"}, checkpoints=EACH_ROUND, **changes)), watch=killer)
+    killers = [Killer(title="ServerActor", after=40), Killer(worker="cars/0", after=500)]
 
-    assert killer.killed is not None
-    assert len(ran.outcome.recoveries) == 1
+    def watch(records: list[StepRecord]) -> None:
+        for killer in killers:
+            killer(records)
+
+    ran = run_engine(Job(make_spec(engine={"name": "sync"}, checkpoints=EACH_ROUND, **changes)), watch=watch)
+
+    assert all(killer.killed for killer in killers)
+    assert len(ran.outcome.recoveries) == 2
     for version in ("best", "last"):
         expected, found = undisturbed.outcome.versions[version], ran.outcome.versions[version]
         assert found.metrics == expected.metrics

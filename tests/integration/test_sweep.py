@@ -402,23 +402,15 @@ def test_trials_at_a_time_lose_and_misplace_no_metric_on_a_tracking_server(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "search",
-    [
-        {"space": {"optimizer.rate": {"grid": [0.01, 0.02, 0.03]}}},
-        {"space": {"optimizer.rate": {"log_uniform": [0.01, 0.03]}}, "searcher": {"name": "optuna"}, "samples": 3},
-    ],
-    ids=["grid", "optuna"],
-)
-def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(
-    make_spec: MakeSpec, tmp_path: Path, search: dict[str, Any]
-) -> None:
+def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(
         make_spec,
         tmp_path,
         {"steps": 60, "evaluate_every": 30, "checkpoints": {"every_rounds": 10}},
+        space={"optimizer.rate": {"log_uniform": [0.01, 0.03]}},
+        searcher={"name": "optuna"},
+        samples=3,
         concurrent=1,
-        **search,
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
     command = [sys.executable, "-m", "jobs.cli", "sweep", str(tmp_path / "sweep.yaml")]
