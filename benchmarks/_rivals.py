@@ -19,11 +19,13 @@ from torchvision.models import get_model
 from benchmarks._turns import TIMEOUT_S, Mark
 from multitask.data import Batch, prefetch
 from multitask.job import Job, rank_of
+from multitask.memory import keep_freed_memory
 from multitask.spec import SGDSpec
 
 
 def make_network(job: Job) -> nn.Module:
-    """On the CPU, with the same values in every process."""
+    """On the CPU, with the same values in every process; memory is kept as this project's workers keep it."""
+    keep_freed_memory()
     backbone = job.spec.backbone
     torch.manual_seed(job.spec.seed)
     return get_model(backbone.name, num_classes=backbone.num_classes).train()

@@ -18,6 +18,7 @@ from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tab
 from multitask.data.batches import BatchView, TrainStream
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
+from multitask.memory import keep_freed_memory
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, StepRecord, as_tensor
@@ -268,6 +269,7 @@ class Job:
             start: its first step and position; by default as `start_of` has them.
             incarnation: counts the processes of this worker.
         """
+        keep_freed_memory()
         step, position = start or self.start_of(name)
         spec, task, rank = self.spec, self.task(self.workers[name]), rank_of(name)
         # The structure alone: values come from the groups, so no worker reads a weights file.

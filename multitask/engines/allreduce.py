@@ -24,6 +24,7 @@ from multitask.engines.places import check_places, cluster_nodes, demands
 from multitask.engines.ranks import train_rank
 from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session
 from multitask.job import Job
+from multitask.memory import FOR_ALL_THREADS
 from multitask.placement import Demand
 from multitask.server.progress import Progress
 from multitask.worker import TrainingError, failure
@@ -83,6 +84,8 @@ class Crew:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
             # Ranks read data where the spec says, which may be relative to the folder that the run began in.
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
+            # Train runs a rank in a thread.
+            **FOR_ALL_THREADS,
         }
         task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
         self.fit = task.remote(self.ledger, len(self._job.workers), demand, strategy, folder)
