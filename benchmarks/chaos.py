@@ -213,7 +213,7 @@ def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
 def updates_uncounted(spec: JobSpec) -> float:
     """By how many updates the optimiser of a shared tensor is ahead of or behind the server, in the last checkpoint.
 
-    The server counts what it decides, an optimiser what was done: a push applied twice, or not at all, tells them apart.
+    The server counts what it decides, an optimiser what is done; a push applied twice, or not at all, sets them apart.
     """
     checkpoint = CheckpointStore(spec.checkpoint_folder, 1).latest()
     assert checkpoint is not None
