@@ -67,6 +67,7 @@ def take_turns(
         names = [name for name in makers if name != base]
         names = names[number % len(names) :] + names[: number % len(names)]
         with started(makers[base]) as reference:
+            reference.turn(WARM_UP)
             for name in reversed(names) if number % 2 else names:
                 with started(makers[name]) as variant:
                     compared = compare(reference, variant, steps, images_per_step)

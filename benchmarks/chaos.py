@@ -210,6 +210,16 @@ def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
     return made - int(result["last"]["version"]) - known
 
 
+def updates_uncounted(spec: JobSpec) -> float:
+    """By how many updates the optimiser of a shared tensor is ahead of or behind the server, in the last checkpoint.
+
+    The server counts what it decides, an optimiser what is done; a push applied twice, or not at all, sets them apart.
+    """
+    checkpoint = CheckpointStore(spec.checkpoint_folder, 1).latest()
+    assert checkpoint is not None
+    return max(abs(count - checkpoint.progress.version) for count in checkpoint.shared_steps().values())
+
+
 def undisturbed(spec: JobSpec) -> dict[str, bytes]:
     """Group -> the bytes of its final values, from engine `local` by rounds."""
     engine = {"name": "local", "schedule": "rounds"}
@@ -267,6 +277,7 @@ def main() -> None:
             goals.append(at_least(f"{engine}: kills survived", len(run.kills), arguments.kills))
             unaccounted = abs(steps_unaccounted_for(spec, run.result))
             goals.append(at_most(f"{engine}: steps applied twice, or neither applied nor counted", unaccounted, 0))
+            goals.append(at_most(f"{engine}: updates made and not counted, or the reverse", updates_uncounted(spec), 0))
             if engine == "sync":
                 expected, found = undisturbed(spec), final_bytes(run.directory)
                 differing = sum(found.get(name) != values for name, values in expected.items())

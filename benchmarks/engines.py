@@ -236,10 +236,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=GOALS, help="compare nothing but these with the base")
     arguments = parser.parse_args()
     steps = arguments.steps or STEPS[arguments.device]
+    gpus = gpus_per_worker(arguments.device)
     around = environment() | gpu_environment(arguments.device)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - actors would run at nice 15, other processes at 0
     with tempfile.TemporaryDirectory() as name, ray_session():
-        setting = Setting(arguments.model, gpus_per_worker(arguments.device), Path(name))
+        setting = Setting(arguments.model, gpus, Path(name))
         write_tables(setting.folder)
         rows = make_rows(setting)
         if arguments.rows:

@@ -281,14 +281,16 @@ class TaskWorker:
             TrainingError: the server refused several pushes in a row.
         """
         due = [self._hand_in(cut) for cut in self._new(reply.cuts, lambda cut: cut.version < reply.applied_version)]
-        if reply.refused is None:
+        # A step made again, and one whose answer was lost, nobody refuses once more.
+        refused = reply.refused or push.problem
+        if refused is None:
             self._refused_in_a_row = 0
             for group, gradient in private_pushes.items():
                 self._private[group].apply(gradient, reply.rate)
         else:
             self._refused_in_a_row += 1
             if self._refused_in_a_row == REFUSED_IN_A_ROW:
-                raise TrainingError(f"{reply.refused} It was refused push number {REFUSED_IN_A_ROW} in a row.")
+                raise TrainingError(f"{refused} It was refused push number {REFUSED_IN_A_ROW} in a row.")
         self._learned_step, self._learned_position = push.step + 1, push.position
         self.receive(reply, values)
         return due + [self._hand_in(cut) for cut in self._new(reply.cuts)]

@@ -177,7 +177,7 @@ class ServerActor:
         self._server.push(push, gradients, problems)
         # Pushes that have arrived meanwhile come first: the values are then published once for all of them.
         await asyncio.sleep(0)
-        return await self._answer(push.worker)
+        return await self._answer(push.worker, push.step)
 
     async def kept(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:
         """A version put aside: all groups, or those of a worker's task; None where it is not known (any more)."""
@@ -193,9 +193,9 @@ class ServerActor:
         self._notify()
         return answer
 
-    async def _answer(self, worker: str) -> tuple[Reply, list[Refs]]:
+    async def _answer(self, worker: str, step: int | None = None) -> tuple[Reply, list[Refs]]:
         self._notify()
-        while (reply := self._server.reply(worker)) is None:
+        while (reply := self._server.reply(worker, step)) is None:
             self._changed = self._changed or asyncio.Event()
             await self._changed.wait()
         names = self._server.groups_of(worker)

@@ -200,9 +200,10 @@ class _Session:
         try:
             ray.get(self._crew.fit)
         except (StartError, WorkerCrashedError, NodeDiedError) as error:
-            if self._late and isinstance(error, StartError):
+            if isinstance(error, StartError) and self._late_s() > self._job.spec.resources.start_timeout_s:
                 raise not_started(self._job, self._late) from None
-            self._lose(f"Ray Train: {error}".splitlines()[0])
+            # `_poll` hears of it from the ledger, as of lost ranks.
+            self._call("lose", f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0])
             self._crew.start()
             return False
         except RayTaskError as error:
@@ -250,8 +251,12 @@ class _Session:
             return
         self._late_since = self._late_since or time.monotonic()
         # Train waits as long for their places, and ends in good order when there are none.
-        if time.monotonic() - self._late_since > self._job.spec.resources.start_timeout_s + TRAIN_START_S:
+        if self._late_s() > self._job.spec.resources.start_timeout_s + TRAIN_START_S:
             raise not_started(self._job, self._late)
+
+    def _late_s(self) -> float:
+        """How long ranks have been missing."""
+        return 0.0 if self._late_since is None else time.monotonic() - self._late_since
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Ask the ledger, from its beginning on, until it is back where it was lost."""

@@ -202,9 +202,10 @@ class LedgerActor:
         self._server.pause()
 
     async def lose(self, message: str) -> None:
-        """Train has noticed that ranks are gone, and starts a new group."""
+        """Ranks are gone, or Train itself, and a new group starts: those who do not join it are missing."""
         self._lost.append(message)
         self._starting = True
+        self._actors, self._processes = {}, {}
 
     async def starting(self) -> bool:
         """Whether a group is on its way: not all of its ranks have joined."""

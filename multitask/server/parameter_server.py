@@ -2,11 +2,12 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 from multitask.server.messages import (
     Cut,
@@ -87,8 +88,10 @@ class _PutAside:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What became of a worker's latest push."""
+    """What became of a worker's push."""
 
+    step: int | None
+    """The push's; None before the first one."""
     version: int
     rate: float
     refused: str | None = None
@@ -132,7 +135,8 @@ class ParameterServer:
         self._active = set(workers)
         self._incarnation = dict.fromkeys(workers, 0)
         self._redo_until = dict.fromkeys(workers, 0)
-        self._answers = {name: _Answer(progress.version, self._private_rate(name)) for name in workers}
+        self._answers = {name: deque([self._answer(name)], maxlen=rules.in_flight + 1) for name in workers}
+        """Oldest first: a worker may send its next push before it has heard of the one before."""
         self._arrived: dict[str, Push] = {}
         """This round's pushes, where they are applied together."""
         self._queue = dict.fromkeys(workers, 0)
@@ -170,7 +174,8 @@ class ParameterServer:
             progress.step, progress.position = step, position
             self._count_rounds(lost)
         self._redo_until[worker] = progress.step if step is not None else 0
-        self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker))
+        self._answers[worker].clear()
+        self._answers[worker].append(self._answer(worker))
 
     def push(self, push: Push, gradients: Gradients, problems: Sequence[str | None] = ()) -> None:
         """Take in one worker's gradients: apply them, exactly once, or with those of the round.
@@ -192,9 +197,10 @@ class ParameterServer:
         if push.step < progress.step or worker in self._arrived:
             if push.step < self._redo_until[worker]:
                 progress.redone += 1
-                self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), redone=True)
+                self._answers[worker].append(self._answer(worker, push.step, redone=True))
                 self._note(push, redone=True)
-            self._apply({}, [push])
+            if push.step < progress.step:  # what its round still waits for stays
+                self._apply({}, [push])
             return
         self._check_order(push)
         problem = next(filter(None, (push.problem, *problems)), None)
@@ -207,11 +213,16 @@ class ParameterServer:
         else:
             self._apply_round_if_complete()
 
-    def reply(self, worker: str) -> Reply | None:
-        """How things stand for a worker; None while it has to wait for others."""
+    def reply(self, worker: str, step: int | None = None) -> Reply | None:
+        """How things stand for a worker; None while it has to wait for others.
+
+        Args:
+            step: of the push that is answered; the latest one by default.
+        """
         if worker in self._arrived or self._is_ahead(worker):
             return None
-        progress, answer = self._progress.workers[worker], self._answers[worker]
+        progress, answers = self._progress.workers[worker], self._answers[worker]
+        answer = next((answer for answer in answers if answer.step == step), answers[-1])
         return Reply(
             version=self._progress.version,
             applied_version=answer.version,
@@ -315,6 +326,9 @@ class ParameterServer:
 
     # How it is done.
 
+    def _answer(self, worker: str, step: int | None = None, **about: Any) -> _Answer:
+        return _Answer(step, self._progress.version, self._private_rate(worker), **about)
+
     def _check_worker(self, worker: str, incarnation: int) -> None:
         if worker not in self._workers:
             raise PushRejectedError(
@@ -346,7 +360,7 @@ class ParameterServer:
             f"(loss {push.loss:g}). Lower optimizer.rate, or look at the images of this step."
         )
         self._refused.add(worker)
-        self._answers[worker] = _Answer(self._progress.version, self._private_rate(worker), reason)
+        self._answers[worker].append(self._answer(worker, push.step, refused=reason))
         self._note(push, refused=reason)
 
     def _apply_round_if_complete(self) -> None:
@@ -368,8 +382,8 @@ class ParameterServer:
         for push in pushes:
             self._progress.workers[push.worker].step += 1
             self._progress.workers[push.worker].position = push.position
-        for worker, rate in rates.items():
-            self._answers[worker] = _Answer(self._progress.version, rate)
+        for push in good:
+            self._answers[push.worker].append(_Answer(push.step, self._progress.version, rates[push.worker]))
         self._count_rounds(len(pushes))
 
     def _update(self, pushes: Sequence[Push]) -> Update:
@@ -422,7 +436,7 @@ class ParameterServer:
 
     def _is_ahead(self, worker: str) -> bool:
         """The worker's next step is too far ahead of the slowest worker's."""
-        if self._rules.bound is None or self._pausing or worker not in self._active or self._answers[worker].redone:
+        if self._rules.bound is None or self._pausing or worker not in self._active or self._answers[worker][-1].redone:
             return False
         slowest = min(self._lap(name) for name in self._active)
         return self._lap(worker) + self._rules.in_flight - slowest >= self._rules.bound

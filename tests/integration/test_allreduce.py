@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -71,6 +72,19 @@ def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec, task
         assert version.metrics == expected.metrics
     assert ran.outcome.versions["last"].version == 50
     assert len({*(record.process for record in ran.records), os.getpid()}) == 3
+
+
+def test_workers_meet_all_others_for_shared_tensors_and_their_own_task_for_private_ones(make_spec: MakeSpec) -> None:
+    """Three ranks in two process groups that overlap; sums of three in another order drift."""
+    changes = {"steps": 10, "evaluate_every": 10, "optimizer": {"name": "sgd", "rate": 0.01}}
+    tasks = {"pets": {"workers": 2}, "cars": {}}
+    local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
+    ran = run_engine(Job(make_spec(tasks, engine=ALLREDUCE, resources={"cpus_per_worker": 0.5}, **changes)))
+
+    found, expected = (run.outcome.versions["last"].groups for run in (ran, local))
+    assert set(found) == {"shared:pets+cars", "private:pets", "private:cars"}
+    for name, group in expected.items():
+        np.testing.assert_allclose(found[name].values, group.values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_spec: MakeSpec) -> None:

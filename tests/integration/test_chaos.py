@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import disturb, final_bytes, steps_unaccounted_for, undisturbed
+from benchmarks.chaos import disturb, final_bytes, steps_unaccounted_for, undisturbed, updates_uncounted
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -27,5 +27,6 @@ def test_a_run_survives_what_it_loses_and_accounts_for_every_step(tmp_path: Path
 
     assert [kill.kind for kill in run.kills] == kinds
     assert steps_unaccounted_for(spec, run.result) == 0
+    assert updates_uncounted(spec) == 0
     if engine == "sync":
         assert final_bytes(run.directory) == undisturbed(spec)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multitask.data import Batch
+from multitask.engines.local import DirectServer
 from multitask.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Gradients, Push, StepRecord, as_tensor
@@ -133,6 +134,19 @@ def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(make_spec: Mak
     push, _, _ = worker.compute()
 
     assert push.problem == "its gradient's norm is inf, which cannot be clipped"
+
+
+@pytest.mark.parametrize("problem", [None, "it holds a gradient that is not finite in group 'private:pets'"])
+def test_private_tensors_never_learn_from_a_push_with_a_problem(make_spec: MakeSpec, problem: str | None) -> None:
+    """Although the answer says nothing of it: where a step is made again, or an answer was lost."""
+    job, worker = worker_of(make_spec({"pets": {}}))
+    reply, values = DirectServer(job.make_server()).pull("pets/0")
+    push, _, private = worker.compute()
+    before = worker._private["private:pets"].values.clone()
+
+    worker.absorb(replace(push, problem=problem), private, replace(reply, rate=0.1), values)
+
+    assert torch.equal(worker._private["private:pets"].values, before) == (problem is not None)
 
 
 def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec) -> None:
