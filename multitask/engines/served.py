@@ -278,6 +278,8 @@ class _Session:
         self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
+        self._calls: dict[ray.ObjectRef[Any], str] = {}
+        """Calls of workers that are not answered yet."""
         self._pausing = False
         self.made_steps = False
 
@@ -303,13 +305,13 @@ class _Session:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
         crew, every = self._crew, ("prepare", "train", "settle", "complete")
         phases = every[: every.index(method) + 1]
-        calls = {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
+        self._calls |= {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
-        while calls:
-            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
+        while self._calls:
+            done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=POLL_S)
             moved: list[str] = []
             for call in done:
-                name = calls.pop(call)
+                name = self._calls.pop(call)
                 if name in moved:  # lost with another's process
                     continue
                 try:
@@ -322,9 +324,9 @@ class _Session:
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
                     moved += self._replace(name, str(error))
-            moved += self._grow(calls.values() if method == "train" else ())
-            calls = {call: name for call, name in calls.items() if name not in moved}
-            calls |= {crew.call(name, "catch_up", phases): name for name in moved}
+            moved += self._grow(self._calls.values() if method == "train" else ())
+            self._calls = {call: name for call, name in self._calls.items() if name not in moved}
+            self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
         return results
 
@@ -364,7 +366,7 @@ class _Session:
         """One that shares its process waits until the others there have had their turns."""
         turns = max(Counter(map(self._crew.process, self._job.workers)).values())
         silent_s = turns * self._job.spec.resources.step_timeout_s
-        for name in self._call("silent", silent_s):
+        for name in self._call("silent", silent_s, set(self._calls.values())):
             if name not in self._outcome.lost_at:
                 message = "%s made no step for %g s; its process is ended."
                 log.warning(message, self._who(name), silent_s, extra=self._about(name))

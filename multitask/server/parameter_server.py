@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -304,14 +304,19 @@ class ParameterServer:
         put_aside = self._saved_version if self._active else self._evaluated_version
         return (self._pausing or not self._active) and not self._waiting and put_aside == self._progress.version
 
-    def silent(self, seconds: float) -> list[str]:
-        """Active workers of which nothing was heard for so long, though they wait for no other worker."""
+    def silent(self, seconds: float, working: Collection[str]) -> list[str]:
+        """Workers of which nothing was heard for so long, though they work and wait for no other one.
+
+        The time of those that wait begins when they go on, so ask again and again.
+
+        Args:
+            working: those that were asked for something.
+        """
+        for worker in self._workers:
+            if worker not in working or self.reply(worker) is None:
+                self.alive(worker)
         now = time.monotonic()
-        return [
-            worker
-            for worker in self._workers
-            if worker in self._active and now - self._heard[worker] > seconds and self.reply(worker) is not None
-        ]
+        return [worker for worker in self._workers if now - self._heard[worker] > seconds]
 
     # How it is done.
 

@@ -57,7 +57,7 @@ def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whateve
 def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, ended = session(job), []
     silent_s = 1.5 * job.spec.resources.step_timeout_s
-    monkeypatch.setattr(mine, "_call", lambda _, seconds: ["pets/1"] if silent_s > seconds else [])
+    monkeypatch.setattr(mine, "_call", lambda _, seconds, __: ["pets/1"] if silent_s > seconds else [])
     monkeypatch.setattr(served.ray, "kill", ended.append)
     mine._end_what_hangs()
     assert not ended
