@@ -368,6 +368,10 @@ class ServedWorker:
             self._server.call("finish", self._name)
         return self._worker.step
 
+    def answer_cuts(self) -> None:
+        """Hand in what is asked for after the last step, while others still train."""
+        self._worker.answer_cuts(self._server)
+
     def complete(self) -> None:
         """Hand in what is still asked for."""
         self._worker.complete(self._server)

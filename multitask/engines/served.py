@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -324,11 +324,18 @@ class _Session:
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
                 except RayActorError as error:
                     moved += self._replace(name, str(error))
-            moved += self._grow(self._calls.values() if method == "train" else ())
+            moved += self._grow(set(self._calls.values()) - self._trained if method == "train" else ())
             self._calls = {call: name for call, name in self._calls.items() if name not in moved}
             self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
+            if method == "train":
+                self._calls |= {crew.call(name, "answer_cuts"): name for name in self._idle(self._call("owing"))}
         return results
+
+    def _idle(self, names: Iterable[str]) -> list[str]:
+        """Those of the workers that have made their last step, and of which nothing is asked."""
+        busy = set(self._calls.values())
+        return [name for name in names if name in self._trained and name not in busy]
 
     def _grow(self, training: Collection[str]) -> Collection[str]:
         """Guests among workers that train which go on in a process of their own now.
@@ -392,8 +399,8 @@ class _Session:
             self._lose("server", "The parameter server was lost.")
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
-            for name in self._trained:  # others must not wait for a worker that has finished
-                self._crew.call(name, "settle")
+            # Others must not wait for a worker that has finished.
+            self._calls |= {self._crew.call(name, "settle"): name for name in self._trained}
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 

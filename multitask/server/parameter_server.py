@@ -240,12 +240,18 @@ class ParameterServer:
     def cuts(self, worker: str) -> tuple[Cut, ...]:
         """Versions put aside for which this worker has something to hand in, oldest first."""
         task = self._workers[worker]
+        evaluates = worker == next(name for name in self._workers if self._workers[name] == task)  # its first worker
         waiting = [aside for _, aside in sorted(self._waiting.items())]
         return tuple(
             aside.cut
             for aside in waiting
-            if (aside.cut.evaluate and task not in aside.metrics) or (aside.cut.save and worker not in aside.savers)
+            if (evaluates and aside.cut.evaluate and task not in aside.metrics)
+            or (aside.cut.save and worker not in aside.savers)
         )
+
+    def owing(self) -> list[str]:
+        """Workers that have something to hand in."""
+        return [worker for worker in self._workers if self.cuts(worker)]
 
     def hand_in(self, version: int, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""

@@ -264,6 +264,15 @@ def test_the_end_is_put_aside_once_all_workers_have_finished() -> None:
     assert [cut.version for cut in server.cuts("a/0")] == [cut.version for cut in server.cuts("b/0")] == [1]
 
 
+def test_only_the_first_worker_of_a_task_owes_its_validation() -> None:
+    server = make_server(workers={"a/0": "a", "a/1": "a", "b/0": "b"}, evaluate_every=1)
+    for worker in ("a/0", "a/1", "b/0"):
+        send(server, worker)
+    assert server.owing() == ["a/0", "b/0"]
+    server.hand_in(3, "a", metrics(50.0), {})
+    assert server.owing() == ["b/0"]
+
+
 def test_a_version_put_aside_keeps_its_values() -> None:
     server = make_server(evaluate_every=1)
     send(server, "a/0")
