@@ -13,12 +13,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
+from multitask.engines.actors import (
+    ENDED,
+    LOST,
+    Actor,
+    DecodeActor,
+    NotBegunError,
+    ServerActor,
+    ShardActor,
+    WorkerActor,
+)
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
 from multitask.job import Job, make_rules, rank_of
@@ -200,7 +209,7 @@ class Crew:
             if not ray.wait([node], timeout=0)[0]:
                 continue
             del self._coming[name]
-            with contextlib.suppress(RayActorError):  # lost while it started; another one is asked for the next time
+            with contextlib.suppress(*ENDED):  # lost while it started; another one is asked for the next time
                 moved[name] = self._grown[name] = ray.get(node)
                 self.process(name).dismiss.remote(name)
                 self.workers[name] = actor
@@ -322,13 +331,13 @@ class _Session:
                     self._poll()  # what led there is worth knowing, and a checkpoint may be complete
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
-                except RayActorError as error:
+                except ENDED as error:
                     moved += self._replace(name, str(error))
             moved += self._grow(set(self._calls.values()) - self._trained if method == "train" else ())
             self._calls = {call: name for call, name in self._calls.items() if name not in moved}
             self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
-            if method == "train":
+            if method == "train" and self._trained:
                 self._calls |= {crew.call(name, "answer_cuts"): name for name in self._idle(self._call("owing"))}
         return results
 
@@ -479,7 +488,7 @@ def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[st
         raise not_started(job, [name for name, start in starts.items() if start in missing])
     try:
         return {name: ray.get(start) for name, start in starts.items()}
-    except RayActorError as error:  # a node may go with what was to start there
+    except ENDED as error:  # a node may go with what was to start there
         raise LostError(f"A worker was lost while it started: {error}".splitlines()[0]) from None
 
 

@@ -126,6 +126,8 @@ class ParameterServer:
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._tasks = dict(tasks)
         self._workers = dict(workers)
+        self._evaluators = {task: worker for worker, task in reversed(workers.items())}
+        """Task -> its first worker."""
         self._schedule = schedule
         self._rules = rules
         self._progress = deepcopy(progress)
@@ -240,12 +242,11 @@ class ParameterServer:
     def cuts(self, worker: str) -> tuple[Cut, ...]:
         """Versions put aside for which this worker has something to hand in, oldest first."""
         task = self._workers[worker]
-        evaluates = worker == next(name for name in self._workers if self._workers[name] == task)  # its first worker
         waiting = [aside for _, aside in sorted(self._waiting.items())]
         return tuple(
             aside.cut
             for aside in waiting
-            if (evaluates and aside.cut.evaluate and task not in aside.metrics)
+            if (aside.cut.evaluate and worker == self._evaluators[task] and task not in aside.metrics)
             or (aside.cut.save and worker not in aside.savers)
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from multitask.engines import actors, served
 from multitask.engines.actors import ServedWorker, WorkerActor
@@ -134,6 +134,13 @@ def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_s
 
     assert replaced == ["pets/0"]
     assert ("pets/0", "catch_up") in calls.sent
+
+
+def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, calls, replaced = watched(job, monkeypatch)
+    calls.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
+    mine._all("train")
+    assert replaced == ["pets/1"]
 
 
 def test_only_workers_that_were_asked_for_something_may_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
