@@ -126,7 +126,7 @@ class ParameterServer:
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._tasks = dict(tasks)
         self._workers = dict(workers)
-        self._evaluators = {task: worker for worker, task in reversed(workers.items())}
+        self._evaluators = {task: worker for worker, task in reversed(self._workers.items())}
         """Task -> its first worker."""
         self._schedule = schedule
         self._rules = rules
