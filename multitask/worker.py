@@ -325,6 +325,10 @@ class TaskWorker:
     def complete(self, server: Server) -> None:
         """After the last step of all workers: take over the final values and hand in what is still asked for."""
         self.receive(*server.pull(self.name))
+        self.answer_cuts(server)
+
+    def answer_cuts(self, server: Server) -> None:
+        """After the own last step: hand in what is asked for, while others may still train."""
         for cut in self._new(server.call("cuts", self.name)):
             give(self, server, self._hand_in(cut))
 

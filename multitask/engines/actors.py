@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from multitask.data import prefetch
 from multitask.data.batches import Drawn
@@ -36,7 +36,9 @@ class NotBegunError(RuntimeError):
 GRACE_S = 1.0
 """How long published values stay after newer ones have taken their place: Ray was seen to free some that an answer
 carried before its reader had said that it holds them."""
-LOST = (RayActorError, ObjectLostError, NotBegunError)
+ENDED = (RayActorError, OutOfMemoryError)
+"""What a call of a process meets when that is gone; the second where Ray's memory monitor has ended it."""
+LOST = (*ENDED, ObjectLostError, NotBegunError)
 """What a call of the server, or a look at its values, meets when its process or node is gone."""
 Actor = Any
 """A handle; Ray's own types differ between a class and its options."""
@@ -367,6 +369,10 @@ class ServedWorker:
         if self._worker.step == self._job.spec.steps:
             self._server.call("finish", self._name)
         return self._worker.step
+
+    def answer_cuts(self) -> None:
+        """Hand in what is asked for after the last step, while others still train."""
+        self._worker.answer_cuts(self._server)
 
     def complete(self) -> None:
         """Hand in what is still asked for."""

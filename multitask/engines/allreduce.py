@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import LOST, Actor, NotBegunError
@@ -199,7 +199,7 @@ class _Session:
         """False where Train was lost, and with it the ranks: then all start again."""
         try:
             ray.get(self._crew.fit)
-        except (StartError, WorkerCrashedError, NodeDiedError) as error:
+        except (StartError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             if isinstance(error, StartError) and self._late_s() > self._job.spec.resources.start_timeout_s:
                 raise not_started(self._job, self._late) from None
             # `_poll` hears of it from the ledger, as of lost ranks.

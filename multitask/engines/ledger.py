@@ -187,7 +187,9 @@ class LedgerActor:
         silent_s: a worker of which nothing was heard for so long, though it waits for nobody, is ended; Train does the
             rest.
         """
-        silent = [worker for worker in self._server.silent(silent_s) if worker in self._actors]
+        # While one that rests evaluates, all others wait for its part in the sums.
+        working = set(self._server.owing()) & self._resting or self._actors.keys() - self._resting
+        silent = [worker for worker in self._server.silent(silent_s, working) if worker in self._actors]
         for worker in silent:
             ray.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []

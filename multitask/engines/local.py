@@ -66,10 +66,13 @@ def run(job: Job, driver: Driver) -> Outcome:
                 server.release(version)
 
         loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
-        # One push of each worker in turn, until the loops end (all in the same turn).
+        # One push of each worker in turn, until the loops end: all in the same turn, unless a task joined the run late.
         while loops:
             try:
                 loops = {worker: loop for worker, loop in loops.items() if _goes_on(worker, loop)}
+                for worker in workers:
+                    if worker not in loops:
+                        worker.answer_cuts(direct)
             finally:
                 poll()  # when a worker fails, too: what led there is worth knowing, and a checkpoint may be complete
             if driver.wants_pause():

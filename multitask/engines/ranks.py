@@ -91,13 +91,13 @@ class RankServer:
             arguments = (*others, private | self._kept_here(arguments[0], slots=method == "save"))
         return self._ask("call", method, *arguments)
 
-    def rest(self) -> None:
-        """After the last step: apply what the others do, until all have made theirs."""
-        assert self._reduction is not None
+    def rest(self, worker: TaskWorker) -> None:
+        """After its last step: apply what the others do, and hand in what is asked for, until all have made theirs."""
         ended = False
         while not ended:
             operations, ended = self._ask("rest", self._worker)
             self._follow(operations)
+            worker.answer_cuts(self)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return _get(getattr(self._ledger, method).remote(self._group, *arguments))
@@ -208,7 +208,7 @@ def _train(job: Job, name: str, ledger: Actor, group: int, control: dist.Process
     server.meet(worker, make_reduction(job, worker, members), _steps_left(job, worker.step, control))
     for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
         pass
-    server.rest()
+    server.rest(worker)
     worker.complete(server)
 
 

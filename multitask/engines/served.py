@@ -9,16 +9,25 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import LOST, Actor, DecodeActor, NotBegunError, ServerActor, ShardActor, WorkerActor
+from multitask.engines.actors import (
+    ENDED,
+    LOST,
+    Actor,
+    DecodeActor,
+    NotBegunError,
+    ServerActor,
+    ShardActor,
+    WorkerActor,
+)
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
 from multitask.job import Job, make_rules, rank_of
@@ -200,7 +209,7 @@ class Crew:
             if not ray.wait([node], timeout=0)[0]:
                 continue
             del self._coming[name]
-            with contextlib.suppress(RayActorError):  # lost while it started; another one is asked for the next time
+            with contextlib.suppress(*ENDED):  # lost while it started; another one is asked for the next time
                 moved[name] = self._grown[name] = ray.get(node)
                 self.process(name).dismiss.remote(name)
                 self.workers[name] = actor
@@ -278,6 +287,8 @@ class _Session:
         self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
+        self._calls: dict[ray.ObjectRef[Any], str] = {}
+        """Calls of workers that are not answered yet."""
         self._pausing = False
         self.made_steps = False
 
@@ -303,13 +314,13 @@ class _Session:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
         crew, every = self._crew, ("prepare", "train", "settle", "complete")
         phases = every[: every.index(method) + 1]
-        calls = {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
+        self._calls |= {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
-        while calls:
-            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_S)
+        while self._calls:
+            done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=POLL_S)
             moved: list[str] = []
             for call in done:
-                name = calls.pop(call)
+                name = self._calls.pop(call)
                 if name in moved:  # lost with another's process
                     continue
                 try:
@@ -320,13 +331,20 @@ class _Session:
                     self._poll()  # what led there is worth knowing, and a checkpoint may be complete
                     why = f"{error.cause}\n{error}"
                     raise failure(name, self._job.workers[name], self._steps[name], why) from None
-                except RayActorError as error:
+                except ENDED as error:
                     moved += self._replace(name, str(error))
-            moved += self._grow(calls.values() if method == "train" else ())
-            calls = {call: name for call, name in calls.items() if name not in moved}
-            calls |= {crew.call(name, "catch_up", phases): name for name in moved}
+            moved += self._grow(set(self._calls.values()) - self._trained if method == "train" else ())
+            self._calls = {call: name for call, name in self._calls.items() if name not in moved}
+            self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
+            if method == "train" and self._trained:
+                self._calls |= {crew.call(name, "answer_cuts"): name for name in self._idle(self._call("owing"))}
         return results
+
+    def _idle(self, names: Iterable[str]) -> list[str]:
+        """Those of the workers that have made their last step, and of which nothing is asked."""
+        busy = set(self._calls.values())
+        return [name for name in names if name in self._trained and name not in busy]
 
     def _grow(self, training: Collection[str]) -> Collection[str]:
         """Guests among workers that train which go on in a process of their own now.
@@ -364,7 +382,7 @@ class _Session:
         """One that shares its process waits until the others there have had their turns."""
         turns = max(Counter(map(self._crew.process, self._job.workers)).values())
         silent_s = turns * self._job.spec.resources.step_timeout_s
-        for name in self._call("silent", silent_s):
+        for name in self._call("silent", silent_s, set(self._calls.values())):
             if name not in self._outcome.lost_at:
                 message = "%s made no step for %g s; its process is ended."
                 log.warning(message, self._who(name), silent_s, extra=self._about(name))
@@ -390,8 +408,8 @@ class _Session:
             self._lose("server", "The parameter server was lost.")
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
-            for name in self._trained:  # others must not wait for a worker that has finished
-                self._crew.call(name, "settle")
+            # Others must not wait for a worker that has finished.
+            self._calls |= {self._crew.call(name, "settle"): name for name in self._trained}
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 
@@ -470,7 +488,7 @@ def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[st
         raise not_started(job, [name for name, start in starts.items() if start in missing])
     try:
         return {name: ray.get(start) for name, start in starts.items()}
-    except RayActorError as error:  # a node may go with what was to start there
+    except ENDED as error:  # a node may go with what was to start there
         raise LostError(f"A worker was lost while it started: {error}".splitlines()[0]) from None
 
 

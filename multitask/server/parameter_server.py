@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -129,6 +129,8 @@ class ParameterServer:
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._tasks = dict(tasks)
         self._workers = dict(workers)
+        self._evaluators = {task: worker for worker, task in reversed(self._workers.items())}
+        """Task -> its first worker."""
         self._schedule = schedule
         self._rules = rules
         self._progress = deepcopy(progress)
@@ -255,8 +257,13 @@ class ParameterServer:
         return tuple(
             aside.cut
             for aside in waiting
-            if (aside.cut.evaluate and task not in aside.metrics) or (aside.cut.save and worker not in aside.savers)
+            if (aside.cut.evaluate and worker == self._evaluators[task] and task not in aside.metrics)
+            or (aside.cut.save and worker not in aside.savers)
         )
+
+    def owing(self) -> list[str]:
+        """Workers that have something to hand in."""
+        return [worker for worker in self._workers if self.cuts(worker)]
 
     def hand_in(self, version: int, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""
@@ -315,14 +322,19 @@ class ParameterServer:
         put_aside = self._saved_version if self._active else self._evaluated_version
         return (self._pausing or not self._active) and not self._waiting and put_aside == self._progress.version
 
-    def silent(self, seconds: float) -> list[str]:
-        """Active workers of which nothing was heard for so long, though they wait for no other worker."""
+    def silent(self, seconds: float, working: Collection[str]) -> list[str]:
+        """Workers of which nothing was heard for so long, though they work and wait for no other one.
+
+        The time of those that wait begins when they go on, so ask again and again.
+
+        Args:
+            working: those that were asked for something.
+        """
+        for worker in self._workers:
+            if worker not in working or self.reply(worker) is None:
+                self.alive(worker)
         now = time.monotonic()
-        return [
-            worker
-            for worker in self._workers
-            if worker in self._active and now - self._heard[worker] > seconds and self.reply(worker) is not None
-        ]
+        return [worker for worker in self._workers if now - self._heard[worker] > seconds]
 
     # How it is done.
 

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from torch.nn import functional
 
 import patches
 from multitask.data import TrainBatches, open_table
-from multitask.engines.interface import Outcome
+from multitask.engines import local
+from multitask.engines.interface import Driver, Outcome
 from multitask.engines.local import DirectServer
 from multitask.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Evaluation, StepRecord
+from multitask.server.progress import Progress
 from multitask.spec import JobSpec
 from multitask.worker import TaskWorker, TrainingError
-from tests.conftest import run_engine
+from tests.conftest import run_engine, store_of
 
 MakeSpec = Callable[..., JobSpec]
 
@@ -262,6 +265,29 @@ def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec:
     assert (due[2, "pets"] == history[2, "pets"][:pushed]).all()
     assert (due[2, "cars"] == history[1, "cars"][:pushed]).all()
     assert (due[2, "cars"] != history[3, "cars"][:pushed]).any()
+
+
+@pytest.mark.parametrize("schedule", ["turns", "rounds"])
+def test_versions_are_complete_soon_though_some_have_made_their_last_step(make_spec: MakeSpec, schedule: str) -> None:
+    """A task that joins a run has more steps to make than the others."""
+    engine = {"name": "local", "schedule": schedule}
+    changes = {"engine": engine, "steps": 6, "evaluate_every": 1, "checkpoints": {"every_rounds": 1}}
+    polls = count()
+    before = Job(make_spec({"pets": {}}, **changes))
+    run_engine(before, wants_pause=lambda: next(polls) == 3)
+    store = store_of(before)
+    late: list[int] = []
+
+    def note(_: object, evaluations: list[Evaluation], progress: Progress) -> None:
+        late.extend(progress.version - evaluation.version for evaluation in evaluations)
+
+    local.run(Job(make_spec({"pets": {}, "cars": {}}, **changes), store.latest()), Driver(note, store))
+
+    assert len(late) >= 6
+    assert max(late) <= 2
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    assert checkpoint.progress.workers["cars/0"].step >= 5
 
 
 def test_best_and_last_are_complete_and_evaluated(make_spec: MakeSpec) -> None:

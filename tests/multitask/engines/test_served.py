@@ -3,8 +3,10 @@
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from multitask.engines import actors, served
 from multitask.engines.actors import ServedWorker, WorkerActor
@@ -57,13 +59,97 @@ def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whateve
 def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, ended = session(job), []
     silent_s = 1.5 * job.spec.resources.step_timeout_s
-    monkeypatch.setattr(mine, "_call", lambda _, seconds: ["pets/1"] if silent_s > seconds else [])
+    monkeypatch.setattr(mine, "_call", lambda _, seconds, __: ["pets/1"] if silent_s > seconds else [])
     monkeypatch.setattr(served.ray, "kill", ended.append)
     mine._end_what_hangs()
     assert not ended
     silent_s = 2.5 * job.spec.resources.step_timeout_s
     mine._end_what_hangs()
     assert ended == ["the one"]
+
+
+class Calls:
+    """A crew's calls, each answered when a look finds that its time has come."""
+
+    heals = True
+    shards = ()
+
+    def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.job, self.store, self.server = job, store_of(job), Mock()
+        self.sent: list[tuple[str, str]] = []
+        self.lost: dict[tuple[str, str], Exception] = {}
+        self.waits: Callable[[tuple[str, str]], bool] = lambda _: False
+        monkeypatch.setattr(served.ray, "wait", lambda calls, **_: ([c for c in calls if not self.waits(c)], []))
+        monkeypatch.setattr(served.ray, "get", self.get)
+
+    def call(self, name: str, method: str, *_: object) -> tuple[str, str]:
+        self.sent.append((name, method))
+        return name, method
+
+    def get(self, call: tuple[str, str]) -> None:
+        if call in self.lost:
+            raise self.lost.pop(call)
+
+    def grow(self, _: object) -> dict[str, str]:
+        return {}
+
+
+def watched(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[served._Session, Calls, list[str]]:
+    """A session with such calls, whose workers owe nothing, and what it replaces."""
+    calls, replaced = Calls(job, monkeypatch), []
+    mine = served._Session(calls, Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
+
+    def replace(name: str, _: str) -> list[str]:
+        replaced.append(name)
+        return [name]
+
+    monkeypatch.setattr(mine, "_replace", replace)
+    monkeypatch.setattr(mine, "_poll", lambda: True)
+    monkeypatch.setattr(mine, "_call", lambda *_: [])
+    return mine, calls, replaced
+
+
+def test_who_has_made_its_last_step_hands_in_what_is_asked_while_others_train(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, calls, _ = watched(job, monkeypatch)
+    calls.waits = lambda call: call == ("pets/1", "train") and calls.sent.count(("pets/0", "answer_cuts")) < 3
+    monkeypatch.setattr(mine, "_call", lambda _: list(job.workers) if calls.waits(("pets/1", "train")) else [])
+
+    mine._all("train")
+
+    assert calls.sent == [("pets/0", "train"), ("pets/1", "train")] + 3 * [("pets/0", "answer_cuts")]
+
+
+def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_server_tells_it_so(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, calls, replaced = watched(job, monkeypatch)
+    monkeypatch.setattr(mine, "_patiently", lambda _: ["the life of another server"])
+    mine._trained = {"pets/0"}
+    calls.lost["pets/0", "settle"] = RayActorError()
+
+    mine._watch_server()
+    mine._all("train")
+
+    assert replaced == ["pets/0"]
+    assert ("pets/0", "catch_up") in calls.sent
+
+
+def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, calls, replaced = watched(job, monkeypatch)
+    calls.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
+    mine._all("train")
+    assert replaced == ["pets/1"]
+
+
+def test_only_workers_that_were_asked_for_something_may_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = session(job)
+    asked: list[object] = []
+    mine._calls = {"a call": "pets/1"}  # type: ignore[dict-item]
+    monkeypatch.setattr(mine, "_call", lambda *arguments: asked.append(arguments) or [])
+    mine._end_what_hangs()
+    assert asked == [("silent", 2 * job.spec.resources.step_timeout_s, {"pets/1"})]
 
 
 def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,15 @@ def test_the_end_is_put_aside_once_all_workers_have_finished() -> None:
     assert [cut.version for cut in server.cuts("a/0")] == [cut.version for cut in server.cuts("b/0")] == [1]
 
 
+def test_only_the_first_worker_of_a_task_owes_its_validation() -> None:
+    server = make_server(workers={"a/0": "a", "a/1": "a", "b/0": "b"}, evaluate_every=1)
+    for worker in ("a/0", "a/1", "b/0"):
+        send(server, worker)
+    assert server.owing() == ["a/0", "b/0"]
+    server.hand_in(3, "a", metrics(50.0), {})
+    assert server.owing() == ["b/0"]
+
+
 def test_a_version_put_aside_keeps_its_values() -> None:
     server = make_server(evaluate_every=1)
     send(server, "a/0")
@@ -430,12 +439,34 @@ def test_a_pause_lets_everybody_stop_at_the_end_of_a_round() -> None:
     assert together.reply("a/0").pause  # type: ignore[union-attr]
 
 
-def test_silent_workers_are_those_that_wait_for_nobody() -> None:
-    server = make_server(together=True)
+def not_heard_of(server: ParameterServer, worker: str, seconds: float) -> None:
+    server._heard[worker] -= seconds
+
+
+@pytest.mark.parametrize("rules", [{"together": True}, {"bound": 1}])
+def test_a_worker_that_waited_for_others_has_its_whole_time_once_it_may_go_on(rules: dict[str, Any]) -> None:
+    server = make_server(**rules)
     send(server, "a/0")
-    assert server.silent(0.0) == ["b/0"]
+    for worker in WORKERS:
+        not_heard_of(server, worker, 1000)
+    assert server.silent(600, WORKERS) == ["b/0"]
+    send(server, "b/0")
+    assert server.silent(600, WORKERS) == []
+    not_heard_of(server, "a/0", 1000)
+    assert server.silent(600, WORKERS) == ["a/0"]
+
+
+def test_a_worker_of_which_nothing_is_asked_is_not_silent_and_its_time_begins_when_it_is() -> None:
+    """One that has stopped for a pause is active still; one that has finished may be asked for what it holds."""
+    server = make_server()
     server.finish("b/0")
-    assert server.silent(3600.0) == []
+    for worker in WORKERS:
+        not_heard_of(server, worker, 1000)
+    assert server.silent(600, ()) == []
+    assert server.silent(600, WORKERS) == []
+    for worker in WORKERS:
+        not_heard_of(server, worker, 1000)
+    assert server.silent(600, WORKERS) == list(WORKERS)
 
 
 # Checkpoints and new tasks.

@@ -1,0 +1,97 @@
+"""What ranks of engine `allreduce` do after their last step, without processes."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from multitask.engines import ledger
+from multitask.engines.ledger import Keep, LedgerActor
+from multitask.engines.ranks import RankServer
+from multitask.job import Job
+from multitask.server.messages import Cut
+from multitask.spec import JobSpec
+from tests.conftest import store_of
+
+MakeSpec = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def job(make_spec: MakeSpec) -> Job:
+    return Job(make_spec(engine={"name": "allreduce"}, evaluate_every=1))
+
+
+def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RankServer(job, "pets/0", None, 0)
+    asked: list[str] = []
+    news = iter([([], False), ([Keep(3, slots=True)], False), ([], True)])
+
+    def ask(method: str, *arguments: Any) -> Any:
+        asked.append(arguments[0] if method == "call" else method)
+        if method == "rest":
+            return next(news)
+        return (Cut(3, evaluate=True, save=True),) if arguments[0] == "cuts" and asked.count("rest") == 2 else ()
+
+    monkeypatch.setattr(server, "_ask", ask)
+
+    server.rest(job.make_worker("pets/0", iter(())))
+
+    assert asked == ["rest", "cuts", "rest", "cuts", "save", "hand_in", "rest", "cuts"]
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    processes: list[str] = []
+    monkeypatch.setattr(ledger.ray, "kill", processes.append)
+    return processes
+
+
+async def resting(job: Job, *names: str) -> LedgerActor:
+    """A ledger that all workers have joined, and some have finished."""
+    mine = LedgerActor()
+    await mine.begin(job, store_of(job))
+    group = await mine.begin_group()
+    for name in job.workers:
+        await mine.join(group, name, 0, f"the process of {name}")
+    for name in names:
+        mine._server.finish(name)
+        mine._resting.add(name)
+    return mine
+
+
+async def silent(mine: LedgerActor) -> list[str]:
+    """Who hangs, after nothing was heard of anybody for long."""
+    for worker in mine._server._heard:
+        mine._server._heard[worker] -= 1000
+    return (await mine.report(600)).silent
+
+
+def test_a_rank_that_rests_does_not_hang(job: Job, killed: list[str]) -> None:
+    async def story() -> None:
+        assert await silent(await resting(job, "pets/0")) == ["cars/0"]
+
+    asyncio.run(story())
+    assert killed == ["the process of cars/0"]
+
+
+@pytest.mark.usefixtures("killed")
+def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job) -> None:
+    async def story() -> None:
+        mine = await resting(job, "pets/0")
+        mine._server.put_aside()
+        assert mine._server.owing() == list(job.workers)
+        assert await silent(mine) == ["pets/0"]
+
+    asyncio.run(story())
+
+
+def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(job: Job, killed: list[str]) -> None:
+    async def story() -> None:
+        mine = await resting(job, *job.workers)
+        mine._server.hand_in(0, "pets", {"top1": 50.0}, {})
+        assert mine._server.owing() == ["cars/0"]
+        assert await silent(mine) == ["cars/0"]
+
+    asyncio.run(story())
+    assert killed == ["the process of cars/0"]
