@@ -21,7 +21,7 @@ from multitask.job import Job, Loaded
 from multitask.live import STATUS, Request, read_status, requests
 from multitask.logs import LOG, log_to
 from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
-from multitask.server.messages import Evaluation
+from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 from multitask.tracking import Tracker
 from multitask.watch import Watch
@@ -206,11 +206,20 @@ class _Training:
 
     def _take(self, records: Any, evaluations: list[Evaluation], progress: Any) -> None:
         for evaluation in evaluations:
-            if evaluation.best:
+            if self._is_best(evaluation):
                 self._write_version("best", evaluation)
         self._watch(records, evaluations, progress)
         for evaluation in evaluations:
             self._trial.on_evaluation(evaluation)
+
+    def _is_best(self, evaluation: Evaluation) -> bool:
+        """Whether it is better than the file that the run has of the same tasks.
+
+        After going back to a checkpoint the server does not know what was evaluated since.
+        """
+        best = self._directory / "best.safetensors"
+        tasks = read_about(best)["tasks"] if best.is_file() else {}
+        return tasks.keys() != evaluation.metrics.keys() or evaluation.mean_top1 > mean_top1(tasks.values())
 
     def _write_version(self, name: str, version: Evaluation) -> None:
         about = {"version": version.version, "round": version.round, "tasks": version.metrics}
@@ -247,6 +256,8 @@ class _Training:
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         self._job = Job(spec, checkpoint)
         write_spec(self._directory / "spec.yaml", spec)
+        # A task that comes back under its old name is another one.
+        (self._directory / "best.safetensors").unlink(missing_ok=True)
         self._tracker.add_tasks(_task_params(spec))
         self._watch.change_tasks(self._job)
         log.info("Its tasks are now %s.", ", ".join(task.name for task in spec.tasks))
