@@ -1,6 +1,7 @@
 """Checkpoints, going on from them, and tasks that come and go: with engine `local`, where every bit can be compared."""
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -15,11 +16,12 @@ import torch
 from mlflow import MlflowClient
 
 import multitask
-from multitask.checkpoint import CheckpointError, CheckpointStore
+from multitask.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from multitask.engines.local import DirectServer
 from multitask.job import Job
 from multitask.live import ask, read_status
 from multitask.runs import Run, RunError
+from multitask.server.progress import Progress
 from multitask.spec import JobSpec, SpecError, dump_spec
 from tests.conftest import EngineRun, run_engine, store_of
 
@@ -102,13 +104,51 @@ def test_checkpoints_go_to_any_filesystem(make_spec: MakeSpec) -> None:
     assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in checkpoint.tensors.items())
 
 
-def test_a_damaged_checkpoint_is_refused(make_spec: MakeSpec) -> None:
-    job = Job(make_spec(steps=2, checkpoints={"every_rounds": 2}))
-    run_engine(job)
-    path = next(Path(job.spec.checkpoint_folder).iterdir())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"found no whole checkpoint.*Remove this file"):
-        store_of(job).latest()
+def stored(folder: Path, versions: int) -> CheckpointStore:
+    """A store with checkpoints of the versions 0, 1, ..."""
+    store = CheckpointStore(str(folder), keep=2)
+    for version in range(versions):
+        store.save(Checkpoint(Progress(version=version), {"values/backbone/weight": torch.ones(9)}))
+    return store
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A driver killed while it wrote the last one leaves a part, where files show before they are whole."""
+    store = stored(tmp_path, 3)
+    older, newer = tmp_path / "checkpoint-000001.safetensors", tmp_path / "checkpoint-000002.safetensors"
+    newer.write_bytes(newer.read_bytes()[:-20])
+
+    with caplog.at_level(logging.WARNING):
+        found = store.latest()
+
+    assert found is not None
+    assert found.progress.version == 1
+    assert [str(newer) in record.getMessage() for record in caplog.records] == [True]
+    assert store.where() == str(older)
+    assert store.save(replace(found, progress=Progress(version=3))) == str(newer)
+    again = CheckpointStore(str(tmp_path), keep=2).latest()
+    assert again is not None
+    assert again.progress.version == 3
+    assert older.is_file()
+
+
+def test_where_every_checkpoint_is_damaged_the_error_names_them(tmp_path: Path) -> None:
+    store = stored(tmp_path, 2)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*checkpoint-000000.*checkpoint-000001.*remove"):
+        store.latest()
+
+
+def test_what_a_killed_driver_left_half_written_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    store = stored(tmp_path, 1)
+    left = tmp_path / ".checkpoint-000001.safetensors.0f0f0f0f.partial"
+    left.write_bytes(b"half of")
+    store.save(Checkpoint(Progress(version=1), {}))
+    assert not left.exists()
+    left.write_bytes(b"half of")
+    store.clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading.Thread:
