@@ -207,6 +207,9 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
         multitask.resume(spec.run_directory)
     status.write_text(json.dumps({**content, "state": "running", "process": 2**22 + 1}))
     assert read_status(spec.run_directory)["state"] == "lost"
+    # Its id belongs to a process that started later: to this one, as to each first process of a container.
+    status.write_text(json.dumps({**content, "state": "running", "process_start": content["process_start"] - 1}))
+    assert read_status(spec.run_directory)["state"] == "lost"
     status.write_text(json.dumps({**content, "state": "running", "host": "elsewhere", "updated": time.time() - 61}))
     assert read_status(spec.run_directory)["state"] == "lost"
     status.unlink()
