@@ -164,6 +164,11 @@ class Job:
             job._take_up(checkpoint)
         return job
 
+    def loaded(self) -> Loaded:
+        """What this job uses of what was loaded, for one with other tasks; in the process that built it alone."""
+        keys = (table_key(task, split) for task in self.spec.tasks for split in ("train", "validation"))
+        return Loaded({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self._backbone})
+
     def _take_up(self, checkpoint: Checkpoint) -> None:
         self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}
         self.progress = checkpoint.progress.with_workers(self.workers)

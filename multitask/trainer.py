@@ -16,7 +16,7 @@ from rich.console import Console
 from multitask.caches import describe
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
-from multitask.engines.places import PlacementError, check_places
+from multitask.engines.places import check_places
 from multitask.job import Job, Loaded
 from multitask.live import STATUS, Request, read_status, requests
 from multitask.logs import LOG, log_to
@@ -148,7 +148,7 @@ class _Training:
         )
         self._watch = Watch(directory, self._tracker, console, status)
         self._interrupted = False
-        self._request: tuple[Request, JobSpec] | None = None
+        self._request: tuple[Request, Job] | None = None
 
     def run(self) -> Run:
         start = time.perf_counter()
@@ -235,17 +235,17 @@ class _Training:
             return True
         for request in requests(self._directory):
             try:
-                spec = _changed(self._job.spec, request)
-                Job(spec)  # what does not fit is said before anybody has to stop
-                check_places(spec)
-            except (ValueError, PlacementError) as error:
-                request.answer(str(error))
+                # What does not fit is said before anybody has to stop, and what is new is read and checked here alone.
+                job = Job(_changed(self._job.spec, request), loaded=self._job.loaded())
+                check_places(job.spec)
+            except Exception as error:  # also a filesystem's: whatever is wrong with a request, the run goes on
+                request.answer(str(error) or repr(error))
             else:
-                self._request = request, spec
+                self._request = request, job
                 return True
         return False
 
-    def _change_tasks(self, request: Request, spec: JobSpec) -> None:
+    def _change_tasks(self, request: Request, changed: Job) -> None:
         checkpoint = self._store.latest()
         assert checkpoint is not None, "a pause ends with a checkpoint"
         if request.remove is not None:
@@ -254,7 +254,8 @@ class _Training:
             path = self._directory / "removed" / f"{request.remove}.safetensors"
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
-        self._job = Job(spec, checkpoint)
+        spec = changed.spec
+        self._job = Job(spec, checkpoint, changed.loaded())
         write_spec(self._directory / "spec.yaml", spec)
         # A task that comes back under its old name is another one.
         (self._directory / "best.safetensors").unlink(missing_ok=True)

@@ -17,12 +17,13 @@ from mlflow import MlflowClient
 
 import multitask
 from multitask.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from multitask.data import ImageTable
 from multitask.engines.local import DirectServer
-from multitask.job import Job
+from multitask.job import Job, open_split
 from multitask.live import ask, read_status
 from multitask.runs import Run, RunError
 from multitask.server.progress import Progress
-from multitask.spec import JobSpec, SpecError, dump_spec
+from multitask.spec import JobSpec, SpecError, TaskSpec, dump_spec
 from tests.conftest import EngineRun, run_engine, store_of
 
 MakeSpec = Callable[..., JobSpec]
@@ -338,6 +339,41 @@ def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec
     parent = client.get_run(run.result["mlflow_run_id"])
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.info.run_name for child in children} == {"pets", "cars", "food", "more_cars"}
+
+
+def test_a_request_reads_the_new_tables_alone_and_none_ends_the_run(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec({"pets": {}, "cars": {}}, steps=150, evaluate_every=75)
+    directory = spec.run_directory
+    more = {**dump_spec(make_spec({"food": {}}))["tasks"][0], "name": "more"}
+    read: list[str] = []
+    refusals: list[str] = []
+
+    def open_or_fail(task: TaskSpec, split: str) -> ImageTable:
+        if task.data.startswith("s3://"):
+            raise OSError("the bucket does not answer")
+        read.append(f"{task.name}/{split}")
+        return open_split(task, split)
+
+    monkeypatch.setattr("multitask.job.open_split", open_or_fail)
+
+    def change() -> None:
+        while not ((directory / "status.json").is_file() and read_status(directory)["tasks"]["pets"]["made"] > 0):
+            time.sleep(0.01)
+        with pytest.raises(RunError, match="goes on unchanged: the bucket does not answer"):
+            ask(directory, attach={**more, "data": "s3://mistyped/food"})
+        refusals.append("refused")
+        ask(directory, attach=more)
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    run = multitask.train(spec)
+    thread.join(5)
+
+    assert refusals == ["refused"]
+    assert set(run.result["last"]["tasks"]) == {"pets", "cars", "more"}
+    assert read == [f"{task}/{split}" for task in ("pets", "cars", "more") for split in ("train", "validation")]
 
 
 def test_a_removal_changes_no_private_bit_of_the_others(make_spec: MakeSpec) -> None:
