@@ -88,7 +88,7 @@ def train(
         shutil.rmtree(directory)
     store.clear()
     directory.mkdir(parents=True)
-    write_spec(directory / "spec.yaml", spec)
+    write_spec(directory / "spec.yaml", job.spec)
     return _Training(directory, job, store, console, status=None, trial=trial).run()
 
 
