@@ -127,6 +127,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: 
     assert [str(newer) in record.getMessage() for record in caplog.records] == [True]
     assert store.where() == str(older)
     assert store.save(replace(found, progress=Progress(version=3))) == str(newer)
+    assert store.where() == str(newer)
     again = CheckpointStore(str(tmp_path), keep=2).latest()
     assert again is not None
     assert again.progress.version == 3
