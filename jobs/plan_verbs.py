@@ -39,7 +39,8 @@ def plan(
 
     job = load_spec(spec)
     if workers is not None:
-        job = replace(job, tasks=tuple(replace(task, workers=workers, min_workers=None) for task in job.tasks))
+        tasks = tuple(replace(task, workers=workers, min_workers=None) for task in job.tasks)
+        job = replace(job, workers=None, tasks=tasks)
     costs = SERVER_COSTS if figures is None else fit(json.loads(figures.read_text(encoding="utf-8")))
     layout = lay_out(job, nodes=nodes, cores=cpus_per_node or cores_here(), network_gbit=network_gbit, costs=costs)
     estimates = list(doublings(layout, LARGE))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import patches
+from multitask.assignment import share_out
 from multitask.caches import plan_caches, writers
 from multitask.checkpoint import Checkpoint
 from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tables
@@ -134,11 +135,12 @@ class Job:
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
         """
-        self.spec = spec
         # One opening serves all tasks over the same data, and every process: a table is checked once.
         loaded = Loaded() if loaded is None else loaded
         loaded.add(spec)
         self._tables = loaded.tables
+        self.spec = spec = self._with_workers(spec)
+        """With the workers of each task."""
         for task in spec.tasks:
             self._check_data(task)
         self._backbone = loaded.backbones[backbone_key(spec)]
@@ -157,6 +159,12 @@ class Job:
         if checkpoint is not None:
             self._take_up(checkpoint)
 
+    def _with_workers(self, spec: JobSpec) -> JobSpec:
+        if spec.workers is None:
+            return spec
+        workers = share_out(spec.workers, {task.name: self._table(task, "train").num_rows for task in spec.tasks})
+        return replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
+
     def restored(self, checkpoint: Checkpoint | None) -> "Job":
         """The same job at a checkpoint; at its start where there is none."""
         job = copy(self)
@@ -164,6 +172,11 @@ class Job:
         if checkpoint is not None:
             job._take_up(checkpoint)
         return job
+
+    def loaded(self) -> Loaded:
+        """What this job uses of what was loaded, for one with other tasks; in the process that built it alone."""
+        keys = (table_key(task, split) for task in self.spec.tasks for split in ("train", "validation"))
+        return Loaded({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self._backbone})
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}

@@ -319,6 +319,9 @@ class JobSpec:
     """Names the run and its directory."""
     backbone: BackboneSpec
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+    workers: Count | None = None
+    """Workers of all tasks together: when the job starts each task gets its part of them, in proportion to its training
+    images and at least one, written into the run's spec. Without it each task has its own `workers`."""
     train_shared: bool
     """Train the shared tensors too (one backbone learned by all tasks), or keep the backbone frozen."""
     steps: Count
@@ -350,6 +353,21 @@ class JobSpec:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"task names {repeated} appear more than once; give every task its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_are_the_jobs_or_the_tasks(self) -> Self:
+        own = [task.name for task in self.tasks if task.workers > 1]
+        if self.workers is not None and own:
+            raise ValueError(
+                f"workers is {self.workers} for all tasks together, but tasks {own} have workers of their own; leave "
+                "one of them out"
+            )
+        if self.workers is not None and self.workers < len(self.tasks):
+            raise ValueError(
+                f"workers is {self.workers}, but each of the {len(self.tasks)} tasks needs one; set at least "
+                f"{len(self.tasks)}"
+            )
         return self
 
     @model_validator(mode="after")

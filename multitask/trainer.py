@@ -16,12 +16,12 @@ from rich.console import Console
 from multitask.caches import describe
 from multitask.checkpoint import CheckpointStore
 from multitask.engines import ENGINES, Driver, Outcome
-from multitask.engines.places import PlacementError, check_places
+from multitask.engines.places import check_places
 from multitask.job import Job, Loaded
 from multitask.live import STATUS, Request, read_status, requests
 from multitask.logs import LOG, log_to
 from multitask.runs import Run, RunError, read_about, write_json, write_spec, write_version
-from multitask.server.messages import Evaluation
+from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec import JobSpec, SpecError, dump_spec, dump_yaml, load_spec
 from multitask.tracking import Tracker
 from multitask.watch import Watch
@@ -88,7 +88,7 @@ def train(
         shutil.rmtree(directory)
     store.clear()
     directory.mkdir(parents=True)
-    write_spec(directory / "spec.yaml", spec)
+    write_spec(directory / "spec.yaml", job.spec)
     return _Training(directory, job, store, console, status=None, trial=trial).run()
 
 
@@ -148,7 +148,7 @@ class _Training:
         )
         self._watch = Watch(directory, self._tracker, console, status)
         self._interrupted = False
-        self._request: tuple[Request, JobSpec] | None = None
+        self._request: tuple[Request, Job] | None = None
 
     def run(self) -> Run:
         start = time.perf_counter()
@@ -206,11 +206,20 @@ class _Training:
 
     def _take(self, records: Any, evaluations: list[Evaluation], progress: Any) -> None:
         for evaluation in evaluations:
-            if evaluation.best:
+            if self._is_best(evaluation):
                 self._write_version("best", evaluation)
         self._watch(records, evaluations, progress)
         for evaluation in evaluations:
             self._trial.on_evaluation(evaluation)
+
+    def _is_best(self, evaluation: Evaluation) -> bool:
+        """Whether it is better than the file that the run has of the same tasks.
+
+        After going back to a checkpoint the server does not know what was evaluated since.
+        """
+        best = self._directory / "best.safetensors"
+        tasks = read_about(best)["tasks"] if best.is_file() else {}
+        return tasks.keys() != evaluation.metrics.keys() or evaluation.mean_top1 > mean_top1(tasks.values())
 
     def _write_version(self, name: str, version: Evaluation) -> None:
         about = {"version": version.version, "round": version.round, "tasks": version.metrics}
@@ -226,17 +235,17 @@ class _Training:
             return True
         for request in requests(self._directory):
             try:
-                spec = _changed(self._job.spec, request)
-                Job(spec)  # what does not fit is said before anybody has to stop
-                check_places(spec)
-            except (ValueError, PlacementError) as error:
-                request.answer(str(error))
+                # What does not fit is said before anybody has to stop, and what is new is read and checked here alone.
+                job = Job(_changed(self._job.spec, request), loaded=self._job.loaded())
+                check_places(job.spec)
+            except Exception as error:  # also a filesystem's: whatever is wrong with a request, the run goes on
+                request.answer(str(error) or repr(error))
             else:
-                self._request = request, spec
+                self._request = request, job
                 return True
         return False
 
-    def _change_tasks(self, request: Request, spec: JobSpec) -> None:
+    def _change_tasks(self, request: Request, changed: Job) -> None:
         checkpoint = self._store.latest()
         assert checkpoint is not None, "a pause ends with a checkpoint"
         if request.remove is not None:
@@ -245,8 +254,11 @@ class _Training:
             path = self._directory / "removed" / f"{request.remove}.safetensors"
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
-        self._job = Job(spec, checkpoint)
+        spec = changed.spec
+        self._job = Job(spec, checkpoint, changed.loaded())
         write_spec(self._directory / "spec.yaml", spec)
+        # A task that comes back under its old name is another one.
+        (self._directory / "best.safetensors").unlink(missing_ok=True)
         self._tracker.add_tasks(_task_params(spec))
         self._watch.change_tasks(self._job)
         log.info("Its tasks are now %s.", ", ".join(task.name for task in spec.tasks))

@@ -72,7 +72,7 @@ class Watch:
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console) as self._bars:
+        with Progress(*columns, console=self._console) as self._bars, self._live.beating():
             self._bar_of: dict[str, TaskID] = {}
             self.change_tasks(job)
             yield

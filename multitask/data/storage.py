@@ -164,7 +164,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """The directory at a local path or at the URI of any pyarrow filesystem (file://, s3://, gs://, ...).
 
     Raises:
-        DataError: no filesystem knows the URI.
+        DataError: no filesystem knows the URI, or the store that it names does not answer.
     """
     text = os.fspath(uri)
     if "://" not in text:
@@ -172,7 +172,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     else:
         try:
             filesystem, root = pa.fs.FileSystem.from_uri(text)
-        except (pa.ArrowException, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{text}: found a location that cannot be read ({error}), expected a local path or a URI such as "
                 "file:///data/train or s3://bucket/train. Correct the table's location."

@@ -78,9 +78,12 @@ def take(
         if complete.saved is not None:
             checkpoints.append(job.checkpoint(complete.progress, {**groups, **complete.saved}))
     for evaluation in evaluations:
-        outcome.versions |= {"best": evaluation} if evaluation.best else {}
-        if "last" not in outcome.versions or evaluation.version > outcome.versions["last"].version:
-            outcome.versions["last"] = evaluation
+        # A server that went back to a checkpoint knows no better one that came after it, and counts on from a version
+        # before: workers hand in the oldest first, so the one told last is the last.
+        best = outcome.versions.get("best")
+        if evaluation.best and (best is None or evaluation.mean_top1 > best.mean_top1):
+            outcome.versions["best"] = evaluation
+        outcome.versions["last"] = evaluation
     driver.watch(records, evaluations, progress)
     # Last: a run that goes on from a checkpoint does not make again what lies before it.
     for checkpoint in checkpoints:

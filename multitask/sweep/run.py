@@ -139,6 +139,11 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
             "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set retrain: "
             "true to have the chosen setting trained on both"
         )
+    if any(plan.spec.workers is not None for plan in plans):
+        raise SpecError(
+            "workers of all tasks together are shared out when a job starts, but a sweep counts places for each trial "
+            "before; leave the job's workers out, and give each task its own"
+        )
     if spec.test:
         for task in {task.data: task for task in tasks}.values():
             open_split(task, "test", verify=False)

@@ -1,6 +1,7 @@
 """Checkpoints, going on from them, and tasks that come and go: with engine `local`, where every bit can be compared."""
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -15,12 +16,14 @@ import torch
 from mlflow import MlflowClient
 
 import multitask
-from multitask.checkpoint import CheckpointError, CheckpointStore
+from multitask.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from multitask.data import ImageTable
 from multitask.engines.local import DirectServer
-from multitask.job import Job
+from multitask.job import Job, open_split
 from multitask.live import ask, read_status
 from multitask.runs import Run, RunError
-from multitask.spec import JobSpec, SpecError, dump_spec
+from multitask.server.progress import Progress
+from multitask.spec import JobSpec, SpecError, TaskSpec, dump_spec
 from tests.conftest import EngineRun, run_engine, store_of
 
 MakeSpec = Callable[..., JobSpec]
@@ -102,13 +105,52 @@ def test_checkpoints_go_to_any_filesystem(make_spec: MakeSpec) -> None:
     assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in checkpoint.tensors.items())
 
 
-def test_a_damaged_checkpoint_is_refused(make_spec: MakeSpec) -> None:
-    job = Job(make_spec(steps=2, checkpoints={"every_rounds": 2}))
-    run_engine(job)
-    path = next(Path(job.spec.checkpoint_folder).iterdir())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"found no whole checkpoint.*Remove this file"):
-        store_of(job).latest()
+def stored(folder: Path, versions: int) -> CheckpointStore:
+    """A store with checkpoints of the versions 0, 1, ..."""
+    store = CheckpointStore(str(folder), keep=2)
+    for version in range(versions):
+        store.save(Checkpoint(Progress(version=version), {"values/backbone/weight": torch.ones(9)}))
+    return store
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A driver killed while it wrote the last one leaves a part, where files show before they are whole."""
+    store = stored(tmp_path, 3)
+    older, newer = tmp_path / "checkpoint-000001.safetensors", tmp_path / "checkpoint-000002.safetensors"
+    newer.write_bytes(newer.read_bytes()[:-20])
+
+    with caplog.at_level(logging.WARNING):
+        found = store.latest()
+
+    assert found is not None
+    assert found.progress.version == 1
+    assert [str(newer) in record.getMessage() for record in caplog.records] == [True]
+    assert store.where() == str(older)
+    assert store.save(replace(found, progress=Progress(version=3))) == str(newer)
+    assert store.where() == str(newer)
+    again = CheckpointStore(str(tmp_path), keep=2).latest()
+    assert again is not None
+    assert again.progress.version == 3
+    assert older.is_file()
+
+
+def test_where_every_checkpoint_is_damaged_the_error_names_them(tmp_path: Path) -> None:
+    store = stored(tmp_path, 2)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*checkpoint-000000.*checkpoint-000001.*remove"):
+        store.latest()
+
+
+def test_what_a_killed_driver_left_half_written_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    store = stored(tmp_path, 1)
+    left = tmp_path / ".checkpoint-000001.safetensors.0f0f0f0f.partial"
+    left.write_bytes(b"half of")
+    store.save(Checkpoint(Progress(version=1), {}))
+    assert not left.exists()
+    left.write_bytes(b"half of")
+    store.clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading.Thread:
@@ -166,6 +208,9 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
     with pytest.raises(RunError, match=rf"is running, in process {os.getpid()}"):
         multitask.resume(spec.run_directory)
     status.write_text(json.dumps({**content, "state": "running", "process": 2**22 + 1}))
+    assert read_status(spec.run_directory)["state"] == "lost"
+    # Its id belongs to a process that started later: to this one, as to each first process of a container.
+    status.write_text(json.dumps({**content, "state": "running", "process_start": content["process_start"] - 1}))
     assert read_status(spec.run_directory)["state"] == "lost"
     status.write_text(json.dumps({**content, "state": "running", "host": "elsewhere", "updated": time.time() - 61}))
     assert read_status(spec.run_directory)["state"] == "lost"
@@ -295,6 +340,41 @@ def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec
     parent = client.get_run(run.result["mlflow_run_id"])
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.info.run_name for child in children} == {"pets", "cars", "food", "more_cars"}
+
+
+def test_a_request_reads_the_new_tables_alone_and_none_ends_the_run(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec({"pets": {}, "cars": {}}, steps=150, evaluate_every=75)
+    directory = spec.run_directory
+    more = {**dump_spec(make_spec({"food": {}}))["tasks"][0], "name": "more"}
+    read: list[str] = []
+    refusals: list[str] = []
+
+    def open_or_fail(task: TaskSpec, split: str) -> ImageTable:
+        if task.data.startswith("s3://"):
+            raise OSError("the bucket does not answer")
+        read.append(f"{task.name}/{split}")
+        return open_split(task, split)
+
+    monkeypatch.setattr("multitask.job.open_split", open_or_fail)
+
+    def change() -> None:
+        while not ((directory / "status.json").is_file() and read_status(directory)["tasks"]["pets"]["made"] > 0):
+            time.sleep(0.01)
+        with pytest.raises(RunError, match="goes on unchanged: the bucket does not answer"):
+            ask(directory, attach={**more, "data": "s3://mistyped/food"})
+        refusals.append("refused")
+        ask(directory, attach=more)
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    run = multitask.train(spec)
+    thread.join(5)
+
+    assert refusals == ["refused"]
+    assert set(run.result["last"]["tasks"]) == {"pets", "cars", "more"}
+    assert read == [f"{task}/{split}" for task in ("pets", "cars", "more") for split in ("train", "validation")]
 
 
 def test_a_removal_changes_no_private_bit_of_the_others(make_spec: MakeSpec) -> None:

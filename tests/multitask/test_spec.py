@@ -55,6 +55,8 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
         ({"optimizer": {"name": "adam"}}, ["optimizer.rate", "required"]),
         ({"schedule": {"name": "cosine", "warm_up_rounds": 3}}, ["schedule.warm_up_rounds is 3", "3 steps"]),
         ({"clip_norm": 0}, ["clip_norm", "greater than 0"]),
+        ({"workers": 4, "tasks": [{**TASK, "workers": 2}]}, ["workers is 4", "['pets'] have workers of their own"]),
+        ({"workers": 1, "tasks": [TASK, {**TASK, "name": "cars"}]}, ["workers is 1", "2 tasks", "at least 2"]),
         ({"rate_rule": "linear"}, ["rate_rule", "'fixed' or 'per_256_images'"]),
         ({"tasks": [{**TASK, "accumulate": 0}]}, ["tasks[0].accumulate", "greater than or equal to 1"]),
         ({"tasks": [{**TASK, "precision": "float16"}]}, ["tasks[0].precision", "'float32' or 'bfloat16'"]),

@@ -15,9 +15,11 @@ from mlflow import MlflowClient
 import multitask
 import patches
 from multitask.data import DataError, write_table
+from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job import Job
-from multitask.runs import Run, RunError, evaluate_models, open_export
-from multitask.spec import JobSpec, SpecError
+from multitask.runs import Run, RunError, evaluate_models, open_export, write_json
+from multitask.server.messages import Evaluation
+from multitask.spec import JobSpec, SpecError, dump_spec
 from tests.conftest import png
 
 MakeSpec = Callable[..., JobSpec]
@@ -87,6 +89,51 @@ def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec
     for version in ("best", "last"):
         _, models = run.models(version)
         assert evaluate_models(models, run.spec, "validation") == run.result[version]["tasks"]
+
+
+def told(job: Job, version: int, top1: float) -> Evaluation:
+    """An evaluation as a server tells it that knows no better one."""
+    metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
+    return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
+
+
+def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(job: Job, driver: Driver) -> Outcome:
+        evaluations = [told(job, 300, 90.0), told(job, 252, 85.0)]
+        for evaluation in evaluations:
+            driver.watch([], [evaluation], job.progress)
+        return Outcome({"last": evaluations[-1]})
+
+    monkeypatch.setitem(ENGINES, "local", engine)
+    run = multitask.train(make_spec())
+    assert (run.result["best"]["version"], run.result["last"]["version"]) == (300, 252)
+
+
+def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    cars = dump_spec(spec)["tasks"][1]
+    changes = [{"attach": None, "remove": "cars"}, {"attach": cars, "remove": None}]
+    tops = iter([90.0, None, 50.0])
+
+    def engine(job: Job, driver: Driver) -> Outcome:
+        top1 = next(tops)
+        evaluation = told(job, 1, top1 or 0.0)
+        if top1 is not None:
+            driver.watch([], [evaluation], job.progress)
+        if changes:
+            write_json(spec.run_directory / "requests" / "one.json", changes.pop(0))
+            assert driver.wants_pause()
+            driver.store.save(job.checkpoint(job.progress, evaluation.groups))
+            return Outcome(paused=True)
+        return Outcome({"last": evaluation})
+
+    monkeypatch.setitem(ENGINES, "local", engine)
+    run = multitask.train(spec)
+    assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
 
 
 def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:

@@ -170,6 +170,9 @@ def test_a_missing_index_or_shard_is_named(tmp_path: Path) -> None:
 def test_a_location_of_no_known_filesystem_is_refused() -> None:
     with pytest.raises(DataError, match=r"nosuch://bucket/train: found a location that cannot be read"):
         open_table("nosuch://bucket/train")
+    # A store that cannot be reached is an OSError of Arrow.
+    with pytest.raises(DataError, match=r"hdfs://nowhere/train: found a location that cannot be read"):
+        open_table("hdfs://nowhere/train")
 
 
 @pytest.mark.parametrize(
