@@ -60,6 +60,15 @@ def test_missing_test_images_are_refused_before_anything_is_written(content: dic
     assert not Path(content["directory"]).exists()
 
 
+def test_workers_of_all_tasks_together_are_refused_because_places_are_counted_before(content: dict[str, Any]) -> None:
+    content["job"]["workers"] = 3
+
+    with pytest.raises(SpecError, match="give each task its own"):
+        run_sweep(content)
+
+    assert not Path(content["directory"]).exists()
+
+
 def test_missing_weights_are_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
     content["space"] = {"backbone.weights": {"grid": [str(tmp_path / "none.safetensors")]}}
 
