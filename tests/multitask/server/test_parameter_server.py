@@ -194,9 +194,9 @@ def test_a_process_that_was_replaced_is_turned_away() -> None:
 def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_step() -> None:
     server = make_server()
     server.join("a/0", 1, step=None)
-    for stranger in ({"worker": "c/0"}, {"worker": "a/0"}):
+    for worker in ("c/0", "a/0"):
         with pytest.raises(PushRejectedError):
-            send(server, **stranger)
+            send(server, worker)
     with pytest.raises(PushRejectedError):
         server.join("a/0", 0, step=None)
     send(server, incarnation=1)
