@@ -122,6 +122,8 @@ def status(
     print(f"{found['name']}: {found['state']}, engine {found['engine']}, last heard of {found['silent_s']:.0f} s ago")
     if found["error"]:
         print(found["error"])
+    if found.get("turned_away"):
+        print(f"turned away: {found['turned_away']} pushes and joins of unknown workers or replaced processes")
     counts = ("redone", "lost", "refused", "skipped")
     table = Table("task", "steps", "loss", "rate", "images/s", "staleness", *counts)
     for name, task in found["tasks"].items():

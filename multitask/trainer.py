@@ -276,6 +276,7 @@ class _Training:
             "seconds": seconds,
             "recovery_seconds": outcome.recoveries,
             "mlflow_run_id": self._tracker.run_id,
+            "turned_away": self._watch.turned_away,
             "tasks": self._watch.summary(),
         }
         self._watch.end("finished")

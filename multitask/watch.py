@@ -58,6 +58,8 @@ class Watch:
         self._tracker = tracker
         self._console = console or Console(stderr=True)
         self._live = LiveStatus(directory)
+        self.turned_away = 0
+        """Pushes and joins of unknown workers and earlier processes."""
         self._tasks = {} if status is None else {name: _TaskWatch(**task) for name, task in status["tasks"].items()}
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
@@ -104,6 +106,7 @@ class Watch:
                 sum(getattr(worker, count) for worker in workers) for count in ("redone", "lost", "refused")
             )
             self._bars.update(self._bar_of[name], completed=watch.made, state=_line(watch))
+        self.turned_away = progress.turned_away
         for evaluation in evaluations:
             self._note_evaluation(evaluation)
         self._log_speed(int(progress.rounds))
@@ -182,6 +185,7 @@ class Watch:
             "error": error,
             "engine": self._job.spec.engine.name,
             "mlflow_run_id": self._tracker.run_id,
+            "turned_away": self.turned_away,
             "tasks": {name: asdict(watch) for name, watch in self._tasks.items()},
         }
         self._live.write(content, now=now)

@@ -82,6 +82,8 @@ class ShardActor:
         torch.set_num_threads(1)
         self.life = time.time_ns()
         self._begun: tuple[Shard, _Published] | None = None
+        self._followed = 0
+        """Changes of the first shard that this one has made too."""
 
     def begin(self, job: Job, number: int) -> int:
         """Take the values of a job, which may be those of a checkpoint.
@@ -90,7 +92,7 @@ class ShardActor:
             A number that tells this process from those before it.
         """
         shard = job.make_shard(number)
-        self._begun = shard, _Published(shard)
+        self._begun, self._followed = (shard, _Published(shard)), 0
         return self.life
 
     def ping(self) -> int:
@@ -99,39 +101,52 @@ class ShardActor:
     def stash(self, key: Key, gradients: Gradients, names: Sequence[str]) -> str | None:
         return begun(self._begun)[0].stash(key, gradients, names)
 
-    def apply(self, update: Update, done: Sequence[Key]) -> None:
-        begun(self._begun)[0].apply(update, done)
+    def follow(self, number: int, method: str, *arguments: Any) -> None:
+        """Do what the first shard did. If any of it is missed, this shard's values are no longer of the server's
+        version: it lets them go and is as one that was started again, so that all go back together.
+
+        Args:
+            number: counts from 1.
+        """
+        shard, _ = begun(self._begun)
+        self._followed += 1
+        try:
+            if number != self._followed:
+                raise NotBegunError(f"Change {number} of its values came when {self._followed} was next.")
+            getattr(shard, method)(*arguments)
+        except Exception as error:
+            log.warning("A shard of the server could not follow the first one: %s", error)
+            self._begun, self.life = None, time.time_ns()
+            raise
 
     def read(self, names: Sequence[str]) -> Refs:
         return begun(self._begun)[1].refs(names)
 
-    def keep(self, version: int, slots: bool) -> None:
-        begun(self._begun)[0].keep(version, slots)
-
     def kept(self, version: int) -> dict[str, GroupValues] | None:
         return begun(self._begun)[0].kept(version)
 
-    def release(self, version: int) -> None:
-        begun(self._begun)[0].release(version)
-
 
 class _RemoteShards:
-    """The other shards, told and not waited for: calls from one process arrive in order."""
+    """The other shards, told and not waited for: calls from one process arrive in order, and a shard notices one that
+    does not arrive."""
 
     def __init__(self, shards: Sequence[Actor]) -> None:
         self._shards = shards
+        self._told = 0
 
     def apply(self, update: Update, done: Iterable[Key]) -> None:
-        for shard in self._shards:
-            shard.apply.remote(update, list(done))
+        self._tell("apply", update, list(done))
 
     def keep(self, version: int, slots: bool) -> None:
-        for shard in self._shards:
-            shard.keep.remote(version, slots)
+        self._tell("keep", version, slots)
 
     def release(self, version: int) -> None:
+        self._tell("release", version)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        self._told += 1
         for shard in self._shards:
-            shard.release.remote(version)
+            shard.follow.remote(self._told, method, *arguments)
 
 
 class ServerActor:

@@ -342,16 +342,18 @@ class ParameterServer:
         return _Answer(step, self._progress.version, self._private_rate(worker), **about)
 
     def _check_worker(self, worker: str, incarnation: int) -> None:
+        if worker in self._workers and incarnation >= self._incarnation[worker]:
+            return
+        self._progress.turned_away += 1
         if worker not in self._workers:
             raise PushRejectedError(
                 f"A push came from worker '{worker}', but this server knows {sorted(self._workers)}. "
                 "Pass this run's server to every worker."
             )
-        if incarnation < self._incarnation[worker]:
-            raise PushRejectedError(
-                f"A push came from process {incarnation} of worker '{worker}', but process "
-                f"{self._incarnation[worker]} took its place. Nothing was applied; the earlier process has to end."
-            )
+        raise PushRejectedError(
+            f"A push came from process {incarnation} of worker '{worker}', but process "
+            f"{self._incarnation[worker]} took its place. Nothing was applied; the earlier process has to end."
+        )
 
     def _check_order(self, push: Push) -> None:
         where = f"Push {push.step} of worker '{push.worker}' (task '{self._workers[push.worker]}')"

@@ -38,6 +38,8 @@ class Progress:
     """Task -> the run's round when it joined: its private tensors follow the schedule from there."""
     best_top1: float = -math.inf
     """Mean validation top-1 of the best version so far, in percent."""
+    turned_away: int = 0
+    """Pushes and joins of unknown workers, and of processes whose place another one took: no steps of anybody."""
 
     def to_json(self) -> dict[str, Any]:
         best = None if math.isinf(self.best_top1) else self.best_top1

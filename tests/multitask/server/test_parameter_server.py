@@ -218,6 +218,23 @@ def test_a_process_that_was_replaced_is_turned_away() -> None:
     assert send(server, step=1, incarnation=1).version == 2  # type: ignore[union-attr]
 
 
+def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_step() -> None:
+    server = make_server()
+    server.join("a/0", 1, step=None)
+    for worker in ("c/0", "a/0"):
+        with pytest.raises(PushRejectedError):
+            send(server, worker)
+    with pytest.raises(PushRejectedError):
+        server.join("a/0", 0, step=None)
+    send(server, incarnation=1)
+
+    progress = server.drain()[2]
+
+    assert progress.turned_away == 3
+    assert progress.workers == {"a/0": WorkerProgress(step=1), "b/0": WorkerProgress()}
+    assert Progress.from_json(progress.to_json()).with_workers({"b/0": "b"}).turned_away == 3
+
+
 @given(st.lists(st.sampled_from(sorted(WORKERS)), max_size=40))
 def test_rounds_staleness_and_rates_follow_the_order_of_arrival(arrivals: list[str]) -> None:
     server = make_server(cosine(1.0, rounds=10))

@@ -1,0 +1,64 @@
+"""Shards beside the server's own, without processes."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from multitask.engines.actors import NotBegunError, ShardActor, _RemoteShards
+from multitask.job import Job
+from multitask.server.shard import GroupUpdate
+from multitask.spec import JobSpec
+
+
+@pytest.fixture
+def job(make_spec: Callable[..., JobSpec]) -> Job:
+    return Job(make_spec(engine={"name": "async", "shards": 2}))
+
+
+def told(shard: ShardActor, lost: int | None) -> _RemoteShards:
+    """What tells a shard, with one call that does not arrive."""
+
+    def follow(number: int, *what: Any) -> None:
+        if number != lost:
+            shard.follow(number, *what)
+
+    handle = Mock()
+    handle.follow.remote = follow
+    return _RemoteShards([handle])
+
+
+@pytest.mark.parametrize("lost", [None, 2])
+def test_a_shard_that_misses_a_change_is_as_one_that_was_started_again(job: Job, lost: int | None) -> None:
+    shard = ShardActor()
+    life = shard.begin(job, 1)
+    others = told(shard, lost)
+    others.keep(0, slots=False)
+    others.apply({}, [])
+
+    if lost is None:
+        others.keep(1, slots=False)
+        assert (shard.ping(), shard.kept(1) is not None) == (life, True)
+        return
+    with pytest.raises(NotBegunError, match="3 of its values came when 2 was next"):
+        others.keep(1, slots=False)
+    assert shard.ping() != life
+    with pytest.raises(NotBegunError):
+        shard.kept(0)
+    assert shard.begin(job, 1) == shard.ping()
+    told(shard, lost=None).keep(0, slots=False)
+    assert shard.kept(0) is not None
+
+
+def test_a_shard_that_cannot_make_a_change_lets_its_values_go(job: Job) -> None:
+    shard = ShardActor()
+    life = shard.begin(job, 1)
+    update = {job.served()[0].name: GroupUpdate((("pets/0", 0),), (1.0,), 0.1)}
+
+    with pytest.raises(KeyError):
+        told(shard, lost=None).apply(update, [])
+
+    assert shard.ping() != life
+    with pytest.raises(NotBegunError):
+        shard.kept(0)
