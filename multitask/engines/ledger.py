@@ -13,7 +13,7 @@ from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import Actor, begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
-from multitask.server.messages import Gradients, Push, PushRejectedError, Reply, StepRecord
+from multitask.server.messages import Cut, Gradients, Push, PushRejectedError, Reply, StepRecord
 from multitask.server.parameter_server import Completed, ParameterServer
 from multitask.server.progress import Progress
 from multitask.server.shard import Key, Shard, Update
@@ -163,6 +163,11 @@ class LedgerActor:
         answer = getattr(self._server, method)(*arguments)
         self._notify()
         return answer
+
+    async def cuts(self, group: int, worker: str) -> tuple[tuple[Cut, ...], list[Operation]]:
+        """What is asked of a worker, with the operations that put it aside: others may push at any moment."""
+        self._check(group)
+        return self._server.cuts(worker), self._ledger.read(worker)
 
     async def rest(self, group: int, worker: str) -> tuple[list[Operation], bool]:
         """A worker has made its steps, or pauses: what the others do meanwhile, and whether all of them rest."""

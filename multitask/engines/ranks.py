@@ -80,11 +80,14 @@ class RankServer:
         self._follow(operations, sums)
         return reply, self._values()
 
-    def kept(self, version: int, worker: str) -> Values | None:  # noqa: ARG002
-        kept = self._replica.kept(version)
-        return None if kept is None else {name: [group] for name, group in kept.items()}
+    def kept(self, version: int, worker: str) -> Values:  # noqa: ARG002
+        return {name: [group] for name, group in self._put_aside(version).items()}
 
     def call(self, method: str, *arguments: Any) -> Any:
+        if method == "cuts":
+            cuts, operations = self._ask("cuts", *arguments)
+            self._follow(operations)
+            return cuts
         if method in ("save", "hand_in"):
             # What a server would keep itself: the last argument holds what only this worker has.
             *others, private = arguments
@@ -105,9 +108,13 @@ class RankServer:
     def _values(self) -> Values:
         return {name: [group.view()] for name, group in self._replica.groups.items()}
 
-    def _kept_here(self, version: int, *, slots: bool) -> dict[str, GroupValues]:
+    def _put_aside(self, version: int) -> dict[str, GroupValues]:
         kept = self._replica.kept(version)
-        assert kept is not None, "the ledger asks for what it had the ranks put aside"
+        assert kept is not None, "whoever hears what is asked has followed the ledger up to there"
+        return kept
+
+    def _kept_here(self, version: int, *, slots: bool) -> dict[str, GroupValues]:
+        kept = self._put_aside(version)
         groups = {name: kept[name] for name in self._owned}
         return groups if slots else {name: GroupValues(g.values, g.counters) for name, g in groups.items()}
 

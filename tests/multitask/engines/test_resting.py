@@ -26,18 +26,47 @@ def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job, m
     server = RankServer(job, "pets/0", None, 0)
     asked: list[str] = []
     news = iter([([], False), ([Keep(3, slots=True)], False), ([], True)])
+    cut = Cut(3, evaluate=True, save=True)
 
     def ask(method: str, *arguments: Any) -> Any:
         asked.append(arguments[0] if method == "call" else method)
         if method == "rest":
             return next(news)
-        return (Cut(3, evaluate=True, save=True),) if arguments[0] == "cuts" and asked.count("rest") == 2 else ()
+        return ((cut,) if asked.count("rest") == 2 else (), []) if method == "cuts" else None
 
     monkeypatch.setattr(server, "_ask", ask)
 
     server.rest(job.make_worker("pets/0", iter(())))
 
     assert asked == ["rest", "cuts", "rest", "cuts", "save", "hand_in", "rest", "cuts"]
+
+
+def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of another worker comes between the news and the question what is asked."""
+
+    async def story() -> list[int]:
+        mine = await resting(job, "pets/0")
+        server = RankServer(job, "pets/0", None, mine._group)
+        worker = job.make_worker("pets/0", iter(()))
+        handed_in: list[int] = []
+
+        def ask(method: str, *arguments: Any) -> Any:
+            if method == "call" and arguments[0] == "hand_in":
+                handed_in.append(arguments[1])
+            # A method of an actor as Ray would call it; none of these waits.
+            coroutine = getattr(mine, method)(mine._group, *arguments)
+            with pytest.raises(StopIteration) as answered:
+                coroutine.send(None)
+            return answered.value.value
+
+        monkeypatch.setattr(server, "_ask", ask)
+        mine._server.finish("cars/0")
+        worker.answer_cuts(server)
+        return handed_in
+
+    assert asyncio.run(story()) == [0]
 
 
 @pytest.fixture
