@@ -42,7 +42,7 @@ class EngineRun:
     progress: Progress
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
     """Look again and again; fails when the time is over."""
     deadline = time.monotonic() + timeout_s
     while not condition():
