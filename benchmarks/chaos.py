@@ -35,7 +35,7 @@ from multitask.spec import JobSpec, load_spec
 
 KINDS = ("worker", "server", "driver", "node")
 STEPS_PER_KILL = 200
-PATIENCE_S = 180.0
+PATIENCE_S = 300.0
 """A run that makes no step for so long has not survived."""
 
 

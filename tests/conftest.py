@@ -42,7 +42,7 @@ class EngineRun:
     progress: Progress
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
     """Look again and again; fails when the time is over."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -133,7 +133,15 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    # Ray gives its own processes 15 s to start, which is little on a machine full of other tests.
+    for last_try in (False, False, True):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+            break
+        except Exception:
+            ray.shutdown()
+            if last_try:
+                raise
     yield
     ray.shutdown()
 

@@ -196,7 +196,7 @@ class ParameterServer:
         self.alive(worker)
         self._queue[worker] = len(self._arrived) + sum(map(self._is_ahead, self._active))
         progress = self._progress.workers[worker]
-        if push.step < progress.step or worker in self._arrived:
+        if push.step < progress.step or (worker in self._arrived and push.step == progress.step):
             if push.step < self._redo_until[worker]:
                 progress.redone += 1
                 self._answers[worker].append(self._answer(worker, push.step, redone=True))

@@ -36,7 +36,7 @@ ROUNDS = {"name": "local", "schedule": "rounds"}
 def places_are_given_back(ray_cluster: None) -> Iterator[None]:  # noqa: ARG001
     yield
     # Ray Train gives the places of a group that failed back from another process.
-    wait_until(lambda: {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}, timeout_s=30)
+    wait_until(lambda: {group["state"] for group in placement_group_table().values()} <= {"REMOVED"})
 
 
 def losses(records: list[StepRecord]) -> dict[tuple[str, int], float]:
@@ -51,14 +51,8 @@ def last(ran: EngineRun) -> dict[str, bytes]:
     return bits(ran.outcome.versions["last"])
 
 
-@pytest.mark.parametrize(
-    "tasks",
-    [
-        {"pets": {"weight": 2.0}, "cars": {"accumulate": 2}},
-        {"pets": {"workers": 2}},
-    ],
-)
-def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict) -> None:
+def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec) -> None:
+    tasks = {"pets": {"weight": 2.0}, "cars": {"accumulate": 2}}
     changes = {"steps": 50, "evaluate_every": 25, "schedule": {"name": "cosine"}}
     local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
     ran = run_engine(Job(make_spec(tasks, engine=ALLREDUCE, **changes)))
@@ -87,8 +81,10 @@ def test_workers_meet_all_others_for_shared_tensors_and_their_own_task_for_priva
         np.testing.assert_allclose(found[name].values, group.values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.timeout(1200)
 def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_spec: MakeSpec) -> None:
-    """The task that joins has more steps to make: the others' ranks go on applying what it changes."""
+    """Two workers of one task, as under `local`. The task that joins has more steps to make: the others' ranks go on
+    applying what it changes."""
     changes = {"steps": 6, "evaluate_every": 3, "schedule": {"name": "cosine"}}
     whole = run_engine(Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, **changes)))
     job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, **changes))
@@ -102,6 +98,7 @@ def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_sp
     assert not second.outcome.paused
     assert losses(first.records + second.records) == losses(whole.records)
     assert last(second) == last(whole)
+    assert second.outcome.versions["last"].metrics == whole.outcome.versions["last"].metrics
     more = {"pets": {}, "cars": {}}
     joined = run_engine(Job(make_spec(more, engine=ALLREDUCE, **changes), checkpoint))
     expected = run_engine(Job(make_spec(more, engine=ROUNDS, **changes), checkpoint))
@@ -112,9 +109,10 @@ def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_sp
     assert joined.outcome.versions["last"].metrics == expected.outcome.versions["last"].metrics
 
 
+@pytest.mark.timeout(1200)
 def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
     """A rank, and once all are back, the ledger."""
-    changes = {"steps": 150, "evaluate_every": 75, "checkpoints": {"every_rounds": 5}}
+    changes = {"steps": 600, "evaluate_every": 300, "checkpoints": {"every_rounds": 5}}
     local = run_engine(Job(make_spec(engine=ROUNDS, **changes)))
     job = Job(make_spec(engine=ALLREDUCE, **changes, directory=f"{local.job.spec.directory}-killed"))
     store, outcome, killed = store_of(job), Outcome(), []
@@ -159,6 +157,7 @@ def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(allreduce, "RESTARTS_WITHOUT_A_STEP", 0)
+    monkeypatch.setattr(allreduce, "END_S", 300)
     killed = []
 
     def watch(new: list[StepRecord], *_: object) -> None:
@@ -253,7 +252,7 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
     try:
         ray.get(ledger.begin.remote(job, store_of(job)))
         group = ray.get(ledger.begin_group.remote())
-        found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=120)
+        found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=300)
         refused = {
             (record.step, record.worker): record.refused
             for record in ray.get(ledger.report.remote(600.0)).news[0]

@@ -1,5 +1,6 @@
 """What is lost comes back: workers, servers, shards, whole drivers."""
 
+import contextlib
 import json
 import logging
 import os
@@ -105,10 +106,10 @@ def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSp
     assert sum(worker.lost for worker in ran.progress.workers.values()) > 0
 
 
-@pytest.mark.parametrize("engine", [{"name": "async"}, {"name": "bounded", "staleness": 40}])
-def test_a_server_killed_after_a_worker_has_finished_waits_for_nobody(make_spec: MakeSpec, engine: dict) -> None:
+def test_a_server_killed_after_a_worker_has_finished_waits_for_nobody(make_spec: MakeSpec) -> None:
     """The restored server is told that the worker has finished, and what was lost of it; checkpoints have it too."""
     tasks = {"pets": {"batch_size": 2}, "cars": {"batch_size": 64, "accumulate": 8}}
+    engine = {"name": "bounded", "staleness": 40}
     job = Job(make_spec(tasks, engine=engine, steps=60, evaluate_every=10_000, checkpoints=EACH_ROUND))
     killed: list[int] = []
     saved: set[int] = set()
@@ -178,7 +179,7 @@ def test_sync_ends_with_the_bits_of_an_undisturbed_run(make_spec: MakeSpec) -> N
 
 
 def test_a_hanging_worker_is_named_and_replaced(make_spec: MakeSpec, caplog: pytest.LogCaptureFixture) -> None:
-    resources = {"step_timeout_s": 4}
+    resources = {"step_timeout_s": 15}
     spec = make_spec(
         engine={"name": "sync"}, steps=600, evaluate_every=10_000, resources=resources, checkpoints=EACH_ROUND
     )
@@ -188,13 +189,14 @@ def test_a_hanging_worker_is_named_and_replaced(make_spec: MakeSpec, caplog: pyt
 
     assert stopper.killed is not None
     assert ran.progress.version == 600
-    assert "Worker 'cars/0' of task 'cars' made no step for 4 s" in caplog.text
+    assert "Worker 'cars/0' of task 'cars' made no step for 15 s" in caplog.text
 
 
 def test_a_worker_that_is_lost_again_and_again_ends_the_run(make_spec: MakeSpec) -> None:
     def kill_all(_: list[StepRecord]) -> None:
         for process in own_actors("WorkerActor"):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     spec = make_spec({"pets": {}}, engine={"name": "async"}, steps=100_000, evaluate_every=10_000)
     with pytest.raises(TrainingError, match=r"Worker 'pets/0' of task 'pets' was lost \d times without a step made"):
@@ -209,10 +211,11 @@ def start_training(*arguments: str) -> subprocess.Popen[bytes]:
 
 def end_of(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     """Exit status, and what it wrote to stderr."""
-    _, errors = process.communicate(timeout=180)
+    _, errors = process.communicate(timeout=400)
     return process.returncode, errors.decode()
 
 
+@pytest.mark.timeout(1200)
 def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: MakeSpec, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     changes = {"steps": 400, "evaluate_every": 100, "checkpoints": EACH_ROUND}
@@ -234,6 +237,7 @@ def test_after_the_driver_was_killed_resume_ends_with_the_same_bits(make_spec: M
     assert result["last"]["version"] == 400
 
 
+@pytest.mark.timeout(1200)
 def test_tasks_join_and_leave_a_running_job_and_ctrl_c_stops_it(make_spec: MakeSpec, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     spec = make_spec(engine={"name": "async"}, directory=str(directory), steps=100_000, evaluate_every=100_000)

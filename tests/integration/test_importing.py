@@ -185,7 +185,7 @@ def test_a_killed_import_ends_with_the_same_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.cli", "data", "import", "imagefolder", str(source), str(killed), *options]
     # A session of its own: Ray's processes go with the command, as they do when a machine goes.
     running = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(killed.glob(".import/*.json"))) < 12 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(running.pid, signal.SIGKILL)

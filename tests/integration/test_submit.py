@@ -1,11 +1,13 @@
 """Jobs from a clean directory, through Ray's Jobs API, on a cluster of three nodes that asks for its token."""
 
+import contextlib
 import json
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,8 @@ from multitask.spec import JobSpec, load_spec
 from multitask.tracking import PARENT_TAG
 from tests.conftest import png, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-START_S = 240
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+START_S = 480
 """Until a submitted job makes steps: a driver and three workers import torch, beside another test's processes."""
 MEASURED = {
     "ray_multitask_pushes_total",
@@ -77,7 +79,7 @@ class Cluster:
         discovered = json.loads((self.session / "prom_metrics_service_discovery.json").read_text())
         pages = []
         for target in discovered[0]["targets"]:
-            with urlopen(f"http://{target}/metrics", timeout=30) as page:
+            with contextlib.suppress(OSError), urlopen(f"http://{target}/metrics", timeout=30) as page:
                 pages.append(page.read().decode())
         return {line.partition("{")[0] for page in pages for line in page.splitlines()}
 
@@ -91,20 +93,23 @@ def cluster() -> Iterator[Cluster]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # A job's command starts with `python`: the one that has Ray.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    nodes = subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.three_nodes", str(port)],
-        cwd=PROJECT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert nodes.stdout is not None
-    session = nodes.stdout.readline().strip()
-    assert session, "the cluster did not start"
-    yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(session))
-    nodes.communicate(timeout=60)
+    # In Ray's usual folder a job would find the address of the cluster that was started last on this machine. A short
+    # path, as those of sockets in it have at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.three_nodes", str(port)],
+            cwd=PROJECT,
+            env={**environment, "RAY_TMPDIR": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert nodes.stdout is not None
+        session = nodes.stdout.readline().strip()
+        assert session, "the cluster did not start"
+        yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(session))
+        nodes.communicate(timeout=60)
 
 
 def write_job(folder: Path, **changes: Any) -> Path:
@@ -128,9 +133,8 @@ def steps_made(run: Path) -> int:
     return read_status(run)["tasks"]["one"]["made"] if (run / "status.json").is_file() else 0
 
 
-@pytest.mark.timeout(600)
 def test_the_demo_runs_to_its_end_and_its_results_are_in_the_storage(cluster: Cluster, tmp_path: Path) -> None:
-    spec, storage = write_job(tmp_path / "clean", steps=100, evaluate_every=100), tmp_path / "storage"
+    spec, storage = write_job(tmp_path / "clean", steps=10, evaluate_every=10), tmp_path / "storage"
     secret = secrets.token_hex(16)
 
     done = cluster.submit(spec, storage, "--token", "A_TOKEN", A_TOKEN=secret)
@@ -152,7 +156,6 @@ def test_the_demo_runs_to_its_end_and_its_results_are_in_the_storage(cluster: Cl
         assert not [path for path in logged if hidden.encode() in path.read_bytes()]
 
 
-@pytest.mark.timeout(300)
 def test_a_failing_job_ends_with_its_workers_own_error(cluster: Cluster, tmp_path: Path) -> None:
     data = tmp_path / "broken"
     for split, image in (("train", b"no picture"), ("validation", png(0, 0))):
@@ -169,7 +172,6 @@ def test_a_failing_job_ends_with_its_workers_own_error(cluster: Cluster, tmp_pat
     assert said.rstrip() in failed.stdout, "the job's own words"
 
 
-@pytest.mark.timeout(600)
 def test_a_detached_job_is_listed_and_measured_and_stops_with_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "storage" / "run"
     spec = write_chaos(tmp_path, run, "async", steps=100_000, checkpoints={"every_rounds": None})
@@ -189,13 +191,12 @@ def test_a_detached_job_is_listed_and_measured_and_stops_with_a_checkpoint(clust
     assert str(checkpoint) in cluster.multitask(tmp_path, "jobs", "logs", job).stdout
 
 
-@pytest.mark.timeout(600)
 def test_a_run_begins_on_a_node_that_comes_later_and_goes_on_when_one_is_replaced(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """Each of its three workers takes a whole node; the cluster has two, then three, then two, then three."""
     run = tmp_path / "storage" / "run"
-    spec = write_chaos(tmp_path, run, "sync", steps=300, resources={"cpus_per_worker": 2})
+    spec = write_chaos(tmp_path, run, "sync", steps=600, resources={"cpus_per_worker": 2})
     job = cluster.submit(tmp_path / "job.yaml", run.parent, "--detach").stdout.strip()
     wait_until((run / "status.json").is_file, START_S)
 

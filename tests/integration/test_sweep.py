@@ -194,7 +194,7 @@ def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoi
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 60, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
+        {"steps": 200, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
         space={"optimizer.rate": {"grid": [0.01]}},
     )
     directory = tmp_path / "rates" / "trials" / "0000"
@@ -213,7 +213,7 @@ def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoi
     assert read_status(directory)["process"] not in [os.getpid(), *lost]
     client, _, _, tasks = runs(result)
     steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
-    assert set(steps) == set(range(60))
+    assert set(steps) == set(range(200))
     assert steps.count(0) == 1
 
 
@@ -261,8 +261,6 @@ def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path
     assert set(ends) == {("stopped", 40), ("finished", 80)}
     assert result.choice is not None
     assert result.choice.trial.values == {"optimizer.rate": 0.03}
-    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
-    assert [(outcome.state, outcome.rounds) for outcome in resumed.outcomes] == ends
 
 
 @pytest.mark.usefixtures("ray_cluster")

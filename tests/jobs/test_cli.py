@@ -9,6 +9,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from multitask import train
+from multitask.server.messages import PushRejectedError
+from multitask.server.parameter_server import ParameterServer
 from multitask.spec import JobSpec, dump_spec
 from tests.jobs.command import multitask
 
@@ -132,3 +134,19 @@ def test_a_task_file_is_checked_before_the_job_is_asked(tmp_path: Path) -> None:
     refused = multitask("train", "--attach", tmp_path, "--task", task)
     assert refused.returncode == 1
     assert f"{task}: metod: unknown key; did you mean method?" in refused.stderr
+
+
+def test_what_the_server_turned_away_is_shown(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = ParameterServer.finish
+
+    def meet_a_stranger(server: ParameterServer, worker: str) -> None:
+        with pytest.raises(PushRejectedError):
+            server.join("stranger/0", 0, None)
+        finish(server, worker)
+
+    monkeypatch.setattr(ParameterServer, "finish", meet_a_stranger)
+    assert multitask("train", spec_file).returncode == 0
+
+    run = tmp_path / "runs" / "job"
+    assert json.loads((run / "result.json").read_text())["turned_away"] == 2
+    assert "turned away: 2 pushes and joins" in multitask("status", run).stdout

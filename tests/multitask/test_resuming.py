@@ -306,7 +306,7 @@ def test_a_task_that_joins_starts_from_the_current_shared_tensors_on_its_own_sch
 
 
 def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec: MakeSpec) -> None:
-    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=150, evaluate_every=75)
+    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=300, evaluate_every=150)
     directory = spec.run_directory
     done: list[str] = []
 

@@ -410,7 +410,7 @@ def test_the_first_use_says_nothing_on_the_terminal_and_writes_nothing_where_it_
         [sys.executable, str(tmp_path / "script.py"), "sqlite:///runs/mlflow.db"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=tmp_path / "here",
         env=environment,
     )

@@ -141,6 +141,14 @@ def test_a_push_repeated_before_its_round_is_complete_counts_once() -> None:
     assert bits(twice) == bits(once)
 
 
+def test_a_later_push_in_an_open_round_is_out_of_order() -> None:
+    server = make_server(together=True)
+    send(server, "a/0")
+
+    with pytest.raises(PushRejectedError, match="step 0 is next"):
+        send(server, "a/0", 1)
+
+
 @pytest.mark.parametrize(
     ("push", "reason"),
     [

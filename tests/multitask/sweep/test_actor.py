@@ -87,7 +87,7 @@ def test_a_trial_goes_on_once_its_process_on_another_machine_counts_as_gone(plan
     trial.next()
     trial.stop()
     path = plan.directory / STATUS
-    silent = {"state": "running", "host": "elsewhere", "updated": time.time() - SILENT_S + 0.5}
+    silent = {"state": "running", "host": "elsewhere", "updated": time.time() - SILENT_S + 3.0}
     write_json(path, json.loads(path.read_text()) | silent)
     assert read_outcome(plan).state == "running"
 

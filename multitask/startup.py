@@ -1,0 +1,48 @@
+"""Processes of a run start sooner without the machinery of torch.compile, which none of them uses."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+DYNAMO = "torch._dynamo"
+UTILS = f"{DYNAMO}.utils"
+
+
+class _StandIn(ModuleType):
+    """Gives its place to the real module as soon as something is asked that it does not have."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks a package for its path when one of its modules is imported. Of other such names those ask who
+        # walk through all modules.
+        if name.startswith("__") and (self.__name__, name) != (DYNAMO, "__path__"):
+            raise AttributeError(name)
+        return getattr(_real(self.__name__), name)
+
+
+def put_off_torch_compile() -> None:
+    """Let `torch._dynamo` be imported when something is compiled, or asks for anything else of it.
+
+    It takes almost as long to import as torch itself. torchvision (0.29) and torch's optimisers (2.15) import it to
+    mark functions which torch.compile is to leave alone; where nothing is compiled, that has no effect. Call it before
+    torchvision is imported. Where `torch._dynamo` is imported already, nothing changes.
+    """
+    if DYNAMO in sys.modules:
+        return
+    dynamo, utils = _StandIn(DYNAMO), _StandIn(UTILS)
+    vars(dynamo).update(disable=_leave_as_it_is, graph_break=lambda: None)
+    vars(utils).update(is_compile_supported=lambda device: _real(UTILS).is_compile_supported(device))
+    sys.modules |= {DYNAMO: dynamo, UTILS: utils}
+
+
+def _leave_as_it_is(fn: Callable[..., Any] | None = None, recursive: bool = True, **_: Any) -> Callable[..., Any]:  # noqa: ARG001
+    """Mark a function, or make what marks one."""
+    return _leave_as_it_is if fn is None else fn
+
+
+def _real(name: str) -> ModuleType:
+    for stood_in in (DYNAMO, UTILS):
+        if isinstance(sys.modules.get(stood_in), _StandIn):
+            del sys.modules[stood_in]
+    return importlib.import_module(name)
