@@ -25,13 +25,15 @@ def put_off_torch_compile() -> None:
     """Let `torch._dynamo` be imported when something is compiled, or asks for anything else of it.
 
     It takes almost as long to import as torch itself. torchvision (0.29) and torch's optimisers (2.15) import it to
-    mark functions which torch.compile is to leave alone; where nothing is compiled, that has no effect. Call it before
-    torchvision is imported. Where `torch._dynamo` is imported already, nothing changes.
+    mark functions which torch.compile is to leave alone, process groups to clear a cache of it; where nothing is
+    compiled, that has no effect. Call it before torchvision is imported. Where `torch._dynamo` is imported already,
+    nothing changes.
     """
     if DYNAMO in sys.modules:
         return
-    dynamo, utils = _StandIn(DYNAMO), _StandIn(UTILS)
-    vars(dynamo).update(disable=_leave_as_it_is, graph_break=lambda: None)
+    dynamo, utils, rules = _StandIn(DYNAMO), _StandIn(UTILS), _StandIn(f"{DYNAMO}.trace_rules")
+    vars(rules).update(clear_lru_cache=lambda: None)
+    vars(dynamo).update(disable=_leave_as_it_is, graph_break=lambda: None, trace_rules=rules)
     vars(utils).update(is_compile_supported=lambda device: _real(UTILS).is_compile_supported(device))
     sys.modules |= {DYNAMO: dynamo, UTILS: utils}
 

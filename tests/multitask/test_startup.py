@@ -16,6 +16,8 @@ for name in OPTIMIZERS:
     for buffer in values:
         buffer.grad = torch.ones(2)
     optimizer.step()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+torch.distributed.destroy_process_group()
 imported = "torch._dynamo.eval_frame" in sys.modules
 compiled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(2)).tolist()
 real = sys.modules["torch._dynamo"]
