@@ -94,6 +94,8 @@ class Report:
     """What was lost since the last report."""
     failure: tuple[str, str] | None
     """Which worker raised, and what: the run cannot go on."""
+    ended: bool
+    """The work of all ranks is done, and `news` has the last of it."""
 
 
 class LedgerActor:
@@ -200,7 +202,8 @@ class LedgerActor:
         for worker in silent:
             ray.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
-        return Report(self._server.drain(), dict(self._processes), silent, lost, self._failure)
+        news, ended = self._server.drain(), self._server.has_ended()
+        return Report(news, dict(self._processes), silent, lost, self._failure, ended)
 
     async def release(self, versions: Sequence[int]) -> None:
         for version in versions:
