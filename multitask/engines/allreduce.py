@@ -26,7 +26,6 @@ from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_s
 from multitask.job import Job
 from multitask.memory import FOR_ALL_THREADS
 from multitask.placement import Demand
-from multitask.server.progress import Progress
 from multitask.worker import TrainingError, failure
 
 HEALTH_CHECK_S = 0.5
@@ -190,27 +189,36 @@ class _Session:
     def run(self) -> None:
         while True:
             done, _ = ray.wait([self._crew.fit], timeout=POLL_S)
-            progress = self._poll()
-            if done and self._has_ended():
+            report = self._poll()
+            if done and self._has_ended(report):
                 break
+        _, _, progress = report.news
         self._outcome.paused = min(worker.step for worker in progress.workers.values()) < self._job.spec.steps
 
-    def _has_ended(self) -> bool:
-        """False where Train was lost, and with it the ranks: then all start again."""
+    def _has_ended(self, report: Report) -> bool:
+        """False where Train was lost, and with it the ranks, or the ledger after them: then all start again.
+
+        Args:
+            report: one that was asked for after Train had ended.
+        """
         try:
             ray.get(self._crew.fit)
         except (StartError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             if isinstance(error, StartError) and self._late_s() > self._job.spec.resources.start_timeout_s:
                 raise not_started(self._job, self._late) from None
-            # `_poll` hears of it from the ledger, as of lost ranks.
-            self._call("lose", f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0])
-            self._crew.start()
-            return False
+            lost = f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0]
         except RayTaskError as error:
             raise TrainingError(f"Ray Train gave up: {error}") from None
-        return True
+        else:
+            if report.ended:
+                return True
+            lost = "the ledger, when all ranks had ended"
+        # `_poll` hears of it from the ledger, as of lost ranks.
+        self._call("lose", lost)
+        self._crew.start()
+        return False
 
-    def _poll(self) -> Progress:
+    def _poll(self) -> Report:
         """Tell the driver what happened; count what was lost."""
         report: Report = self._call("report", self._job.spec.resources.step_timeout_s)
         records, completed, progress = report.news
@@ -233,7 +241,7 @@ class _Session:
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
-        return progress
+        return report
 
     def _lose(self, message: str) -> None:
         self._outcome.lose(ALL)

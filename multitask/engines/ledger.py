@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -60,6 +60,10 @@ class Ledger(Shard):
     def news(self, worker: str) -> bool:
         return bool(self._unread[worker])
 
+    def rounds_behind(self, worker: str) -> int:
+        """How many rounds have ended of which this worker has not read."""
+        return sum(isinstance(operation, Apply) for operation in self._unread[worker])
+
     def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:  # noqa: ARG002
         return None
 
@@ -90,6 +94,8 @@ class Report:
     """What was lost since the last report."""
     failure: tuple[str, str] | None
     """Which worker raised, and what: the run cannot go on."""
+    ended: bool
+    """The work of all ranks is done, and `news` has the last of it."""
 
 
 class LedgerActor:
@@ -192,13 +198,12 @@ class LedgerActor:
         silent_s: a worker of which nothing was heard for so long, though it waits for nobody, is ended; Train does the
             rest.
         """
-        # While one that rests evaluates, all others wait for its part in the sums.
-        working = set(self._server.owing()) & self._resting or self._actors.keys() - self._resting
-        silent = [worker for worker in self._server.silent(silent_s, working) if worker in self._actors]
+        silent = [worker for worker in self._server.silent(silent_s, self._working()) if worker in self._actors]
         for worker in silent:
             ray.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
-        return Report(self._server.drain(), dict(self._processes), silent, lost, self._failure)
+        news, ended = self._server.drain(), self._server.has_ended()
+        return Report(news, dict(self._processes), silent, lost, self._failure, ended)
 
     async def release(self, versions: Sequence[int]) -> None:
         for version in versions:
@@ -230,6 +235,19 @@ class LedgerActor:
         while (reply := self._server.reply(worker)) is None:
             await self._change(group)
         return reply, self._ledger.read(worker)
+
+    def _working(self) -> Collection[str]:
+        """Workers that wait for nobody's part in a sum.
+
+        While one that rests evaluates, others may wait for it: those that train, and those that rest and have read of
+        more rounds. Whoever is furthest behind waits for nobody: those that train have pushed all that it reads of, and
+        those that rest have read of it too and follow it before they evaluate again. One that hangs elsewhere is found
+        later: those behind it catch up or are ended, and no round that could ask for more ends without all that train.
+        """
+        owing = self._resting.intersection(self._server.owing())
+        furthest = max(map(self._ledger.rounds_behind, owing), default=0)
+        behind = {worker for worker in owing if self._ledger.rounds_behind(worker) == furthest}
+        return behind or self._actors.keys() - self._resting
 
     def _all_rest(self) -> bool:
         return self._resting == set(self._job.workers)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from multitask.engines import ledger
-from multitask.engines.ledger import Keep, LedgerActor
+from multitask.engines.ledger import Apply, Keep, LedgerActor
 from multitask.engines.ranks import RankServer
 from multitask.job import Job
-from multitask.server.messages import Cut
+from multitask.server.messages import Cut, Push
 from multitask.spec import JobSpec
 from tests.conftest import store_of
 
@@ -89,10 +89,12 @@ async def resting(job: Job, *names: str) -> LedgerActor:
     return mine
 
 
-async def silent(mine: LedgerActor) -> list[str]:
-    """Who hangs, after nothing was heard of anybody for long."""
+async def silent(mine: LedgerActor, *alive: str) -> list[str]:
+    """Who hangs, after nothing was heard for long of anybody else."""
     for worker in mine._server._heard:
         mine._server._heard[worker] -= 1000
+    for worker in alive:
+        mine._server.alive(worker)
     return (await mine.report(600)).silent
 
 
@@ -124,3 +126,39 @@ def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(job: Job,
 
     asyncio.run(story())
     assert killed == ["the process of cars/0"]
+
+
+@pytest.mark.usefixtures("killed")
+def test_a_rank_that_rests_waits_for_one_that_has_still_to_read_of_its_round(make_spec: MakeSpec) -> None:
+    """Cars evaluates round 1 while pets, which was quicker, is in the sums of round 2 already."""
+    tasks: dict[str, dict[str, Any]] = {"pets": {}, "cars": {}, "food": {}}
+    job = Job(make_spec(tasks, engine={"name": "allreduce"}, evaluate_every=1))
+
+    async def story() -> None:
+        mine = await resting(job, "pets/0", "cars/0")
+        group = mine._group
+
+        async def make_step(step: int) -> None:
+            await mine.push(group, Push("food/0", step, version=step, loss=1.0, images=8, seconds=0.1))
+
+        async def hand_in(version: int, task: str) -> None:
+            await mine.call(group, "hand_in", version, task, {"top1": 50.0}, {})
+
+        await make_step(0)
+        await mine.rest(group, "pets/0")
+        await mine.rest(group, "cars/0")
+        await hand_in(1, "food")
+        await make_step(1)
+        await hand_in(1, "pets")
+        operations, _ = await mine.rest(group, "pets/0")
+        assert [type(operation) for operation in operations] == [Apply, Keep]
+        assert mine._server.owing() == list(job.workers)
+        await mine.release([0])  # unread, and nothing to wait for
+
+        assert await silent(mine, "cars/0") == []
+
+        await hand_in(1, "cars")
+        await mine.rest(group, "cars/0")
+        assert await silent(mine, "cars/0") == ["pets/0"]
+
+    asyncio.run(story())
