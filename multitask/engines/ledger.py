@@ -243,7 +243,10 @@ class LedgerActor:
         more rounds. Whoever is furthest behind waits for nobody: those that train have pushed all that it reads of, and
         those that rest have read of it too and follow it before they evaluate again. One that hangs elsewhere is found
         later: those behind it catch up or are ended, and no round that could ask for more ends without all that train.
+        While a group starts, those that have joined wait for the others.
         """
+        if self._starting:
+            return ()
         owing = self._resting.intersection(self._server.owing())
         furthest = max(map(self._ledger.rounds_behind, owing), default=0)
         behind = {worker for worker in owing if self._ledger.rounds_behind(worker) == furthest}

@@ -98,6 +98,17 @@ async def silent(mine: LedgerActor, *alive: str) -> list[str]:
     return (await mine.report(600)).silent
 
 
+def test_a_rank_that_waits_for_others_to_start_does_not_hang(job: Job, killed: list[str]) -> None:
+    async def story() -> None:
+        mine = LedgerActor()
+        await mine.begin(job, store_of(job))
+        await mine.join(await mine.begin_group(), "pets/0", 0, "the process of pets/0")
+        assert await silent(mine) == []
+
+    asyncio.run(story())
+    assert killed == []
+
+
 def test_a_rank_that_rests_does_not_hang(job: Job, killed: list[str]) -> None:
     async def story() -> None:
         assert await silent(await resting(job, "pets/0")) == ["cars/0"]
