@@ -502,7 +502,8 @@ class ParameterServer:
             best = mean > self._progress.best_top1
             self._progress.best_top1 = max(mean, self._progress.best_top1)
             evaluation = Evaluation(version, math.floor(aside.progress.rounds), metrics, best, aside.evaluated)
-        aside.progress.best_top1 = self._progress.best_top1
         earlier = self._completed.get(version, Completed(aside.progress, None, None))
-        saved = aside.saved if cut.save else earlier.saved
-        self._completed[version] = Completed(aside.progress, evaluation or earlier.evaluation, saved)
+        # What is saved goes with the steps that it has learned from.
+        progress, saved = (aside.progress, aside.saved) if cut.save else (earlier.progress, earlier.saved)
+        progress.best_top1 = self._progress.best_top1
+        self._completed[version] = Completed(progress, evaluation or earlier.evaluation, saved)

@@ -510,6 +510,23 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     assert server.shard.kept(2)["both"].slots.keys() == {"momentum_buffer"}  # type: ignore[index]
 
 
+def test_a_checkpoint_whose_version_is_validated_later_says_how_far_the_private_tensors_are() -> None:
+    server = make_server(workers={"b/0": "b"}, save_every_rounds=1)
+    for step in range(5):
+        send(server, "b/0", step, version=step)
+        server.save(step + 1, "b/0", step + 1, 8 * (step + 1), {})
+    server.finish("b/0")
+    for task in ("a", "b"):
+        server.hand_in(5, task, metrics(50.0), {})
+
+    completed = server.drain()[1][5]
+
+    assert completed.evaluation is not None
+    assert completed.saved is not None
+    assert completed.progress.workers["b/0"] == WorkerProgress(5, 0, private_step=5, private_position=40)
+    assert completed.progress.best_top1 == 50.0
+
+
 def test_a_task_that_joins_later_follows_the_schedule_from_its_own_start() -> None:
     schedule = cosine(1.0, rounds=10)
     before = Progress(version=8, rounds=8, workers={"a/0": WorkerProgress(step=8)})  # type: ignore[arg-type]
