@@ -265,26 +265,27 @@ class ParameterServer:
         """Workers that have something to hand in."""
         return [worker for worker in self._workers if self.cuts(worker)]
 
-    def hand_in(self, version: int, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
+    def hand_in(self, cut: Cut, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""
-        if version in self._waiting:  # if not: it was put aside before the server was restored
-            self._waiting[version].metrics[task] = metrics
-            self._waiting[version].evaluated |= private
-            self._complete(version)
+        aside = self._put_aside_as(cut)
+        if aside is not None:
+            aside.metrics[task] = metrics
+            aside.evaluated |= private
+            self._complete(cut.version)
 
-    def save(self, version: int, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
+    def save(self, cut: Cut, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
         """What a worker holds as of its last push up to a version, with its optimiser, for the checkpoint.
 
         Args:
             step, position: of the worker and its stream at that moment.
         """
-        if version in self._waiting:
-            aside = self._waiting[version]
+        aside = self._put_aside_as(cut)
+        if aside is not None:
             progress = aside.progress.workers[worker]
             progress.private_step, progress.private_position = step, position
             aside.savers.add(worker)
             aside.saved |= private
-            self._complete(version)
+            self._complete(cut.version)
 
     def alive(self, worker: str) -> None:
         """A sign of life, for a worker that is busy without pushing."""
@@ -488,6 +489,11 @@ class ParameterServer:
             self._waiting[version] = _PutAside(Cut(version, evaluate, save, self._process), deepcopy(self._progress))
         else:
             earlier.cut = replace(earlier.cut, evaluate=evaluate or earlier.cut.evaluate, save=save or earlier.cut.save)
+
+    def _put_aside_as(self, cut: Cut) -> _PutAside | None:
+        """What waits for a worker's part; None where this is done, or was put aside before the server was restored."""
+        aside = self._waiting.get(cut.version)
+        return aside if aside is not None and aside.cut.server == cut.server else None
 
     def _complete(self, version: int) -> None:
         """Hand a version to the driver when all tasks and workers have handed in what they hold of it."""

@@ -282,9 +282,9 @@ def test_best_is_one_version_with_the_values_of_that_moment() -> None:
         reply = send(server, "b/0", step)
         assert reply is not None
         assert [cut.version for cut in reply.cuts] == [2 * step + 2]
-        server.hand_in(reply.version, "b", metrics(top1), private)
+        server.hand_in(reply.cuts[0], "b", metrics(top1), private)
         assert server.drain()[1] == {}
-        server.hand_in(reply.version, "a", metrics(top1 - 10), {})
+        server.hand_in(reply.cuts[0], "a", metrics(top1 - 10), {})
         ((version, completed),) = server.drain()[1].items()
         assert completed.evaluation is not None
         assert set(completed.evaluation.groups) == {"private:b"}
@@ -313,7 +313,7 @@ def test_only_the_first_worker_of_a_task_owes_its_validation() -> None:
     for worker in ("a/0", "a/1", "b/0"):
         send(server, worker)
     assert server.owing() == ["a/0", "b/0"]
-    server.hand_in(3, "a", metrics(50.0), {})
+    server.hand_in(server.cuts("a/0")[0], "a", metrics(50.0), {})
     assert server.owing() == ["b/0"]
 
 
@@ -496,10 +496,10 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     (cut,) = reply.cuts
     assert (cut.version, cut.evaluate, cut.save) == (2, False, True)
     held = {"private:b": GroupValues(np.ones(1, np.float32), np.zeros(0, np.int64))}
-    server.save(2, "b/0", 1, 8, held)
+    server.save(cut, "b/0", 1, 8, held)
     assert server.drain()[1] == {}
     send(server, "b/0", 1)
-    server.save(2, "a/0", 1, 8, {})
+    server.save(cut, "a/0", 1, 8, {})
 
     completed = server.drain()[1][2]
     assert completed.saved == held
@@ -514,10 +514,11 @@ def test_a_checkpoint_whose_version_is_validated_later_says_how_far_the_private_
     server = make_server(workers={"b/0": "b"}, save_every_rounds=1)
     for step in range(5):
         send(server, "b/0", step, version=step)
-        server.save(step + 1, "b/0", step + 1, 8 * (step + 1), {})
+        server.save(server.cuts("b/0")[0], "b/0", step + 1, 8 * (step + 1), {})
     server.finish("b/0")
+    (cut,) = server.cuts("b/0")
     for task in ("a", "b"):
-        server.hand_in(5, task, metrics(50.0), {})
+        server.hand_in(cut, task, metrics(50.0), {})
 
     completed = server.drain()[1][5]
 
