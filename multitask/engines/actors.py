@@ -272,8 +272,7 @@ class RemoteServer:
         ]
         parts = [{name: gradient for name, gradient in part.items() if gradient.size} for part in parts]
         problems = [
-            shard.stash.remote((push.worker, push.step), part, self._names)
-            for shard, part in zip(self._shards, parts[1:], strict=True)
+            shard.stash.remote(push.key, part, self._names) for shard, part in zip(self._shards, parts[1:], strict=True)
         ]
         return self._connection, [self._server.push.remote(push, parts[0], *problems)]
 

@@ -160,7 +160,7 @@ class RankServer:
         for name, step in update.items():
             if name not in self._users:
                 continue
-            workers = [worker for worker, _ in step.pushes]
+            workers = [worker for worker, *_ in step.pushes]
             if name not in sums:  # nobody else uses this group
                 total = self._gradients[name]
             elif workers == self._expected(name):

@@ -206,7 +206,7 @@ class ParameterServer:
             return
         self._check_order(push)
         problem = next(filter(None, (push.problem, *problems)), None)
-        problem = problem or self.shard.stash((worker, push.step), gradients, self.groups_of(worker))
+        problem = problem or self.shard.stash(push.key, gradients, self.groups_of(worker))
         if problem:
             self._refuse(push, problem)
         self._arrived[worker] = push
@@ -411,13 +411,13 @@ class ParameterServer:
             rate = self._private_rate(users[0].worker) if private else self._schedule(math.floor(self._progress.rounds))
             if self._rules.divide_rate_by_staleness:
                 rate /= max(1, max(self._staleness(push) for push in users))
-            keys = tuple((push.worker, push.step) for push in users)
+            keys = tuple(push.key for push in users)
             update[name] = GroupUpdate(keys, tuple(task.weight for task in tasks), rate)
         return update
 
     def _apply(self, update: Update, done: Sequence[Push]) -> None:
         for shard in self._shards:
-            shard.apply(update, [(push.worker, push.step) for push in done])
+            shard.apply(update, [push.key for push in done])
 
     def _staleness(self, push: Push) -> int:
         return self._progress.version - push.version

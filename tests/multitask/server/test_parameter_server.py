@@ -1,5 +1,6 @@
 import itertools
 import pickle
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -216,6 +217,23 @@ def test_a_process_that_was_replaced_is_turned_away() -> None:
         send(server, step=1)
     assert bits(server) == before
     assert send(server, step=1, incarnation=1).version == 2  # type: ignore[union-attr]
+
+
+def test_what_a_replaced_process_sends_to_a_shard_late_is_not_applied_and_not_kept() -> None:
+    server = make_server()
+    server.join("a/0", 1, step=None)
+    push = Push(worker="a/0", step=0, version=0, loss=1.0, images=8, seconds=0.1, incarnation=1)
+    late = replace(push, incarnation=0)
+    other = Shard({"both": make_group(3), "only_a": make_group(5)})
+    server._shards.append(other)
+    for of, value in ((push, 1.0), (late, 9.0)):
+        gradients = {name: np.full(32, value, np.float32) for name in FLOATS["a"]}
+        assert other.stash(of.key, gradients, FLOATS["a"]) is None
+
+    send(server, incarnation=1)
+
+    assert pickle.dumps(other.groups["both"].state()) == pickle.dumps(server.shard.groups["both"].state())
+    assert other._stashed == {}
 
 
 def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_step() -> None:
