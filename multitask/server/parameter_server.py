@@ -215,6 +215,12 @@ class ParameterServer:
         else:
             self._apply_round_if_complete()
 
+    def is_early(self, push: Push) -> bool:
+        """It was sent after another push of the same process, and has overtaken it."""
+        if push.incarnation != self._incarnation.get(push.worker):
+            return False
+        return 0 < push.step - self._progress.workers[push.worker].step <= self._rules.in_flight
+
     def reply(self, worker: str, step: int | None = None) -> Reply | None:
         """How things stand for a worker; None while it has to wait for others.
 
