@@ -116,7 +116,7 @@ class Pusher:
         begun = time.monotonic()
         parts = [{self._group: self._gradient[start:stop]} for start, stop in self._ranges]
         problems = [
-            shard.stash.remote((self._name, self._step), part, [self._group])
+            shard.stash.remote((self._name, 0, self._step), part, [self._group])
             for shard, part in zip(self._shards, parts[1:], strict=True)
         ]
         waiting = self._server.push_numbers.remote(self._name, self._step, self._version, parts[0], *problems)

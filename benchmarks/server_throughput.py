@@ -129,13 +129,12 @@ class NumbersServer(ServerActor):
         self, worker: str, step: int, version: int, gradients: Gradients, *problems: str | None
     ) -> Any:
         arrived = time.monotonic()
-        reply, refs = await self.push(
-            Push(worker, step, version, loss=0.0, images=1, seconds=0.0), gradients, *problems
-        )
+        push = Push(worker, step, version, loss=0.0, images=1, seconds=0.0)
+        reply, refs = await self.push(push, gradients, *problems)
         shard = self._server.shard
         assert isinstance(shard, ClockedShard)
-        key = worker, step
-        moments = (arrived, time.monotonic(), shard.check_s.pop(key), shard.update_s.pop(key), self._publish_s)
+        checked_s, updated_s = shard.check_s.pop(push.key), shard.update_s.pop(push.key)
+        moments = arrived, time.monotonic(), checked_s, updated_s, self._publish_s
         return reply, refs, moments
 
     def _clocked_refs(self, names: Any) -> Refs:

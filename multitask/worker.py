@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -342,7 +342,7 @@ class TaskWorker:
             self._seen |= {(*which, "evaluate")} if evaluate else set()
             self._seen |= {(*which, "save")} if save else set()
             if evaluate or save:
-                new.append(Cut(cut.version, evaluate, save))
+                new.append(replace(cut, evaluate=evaluate, save=save))
         return new
 
     def _hand_in(self, cut: Cut) -> "HandIn":
@@ -370,14 +370,13 @@ class HandIn:
 
 def give(worker: TaskWorker, server: Server, held: HandIn) -> None:
     """Give the server what it asked for: the private tensors first, since evaluating takes long."""
-    version = held.cut.version
     if held.cut.save:
-        server.call("save", version, worker.name, held.step, held.position, held.private)
-    values = server.kept(version, worker.name) if held.cut.evaluate else None
+        server.call("save", held.cut, worker.name, held.step, held.position, held.private)
+    values = server.kept(held.cut.version, worker.name) if held.cut.evaluate else None
     if values is not None:
         private = {name: GroupValues(group.values, group.counters) for name, group in held.private.items()}
         metrics = worker.evaluate(values, private, lambda: server.call("alive", worker.name))
-        server.call("hand_in", version, worker.task, metrics, private)
+        server.call("hand_in", held.cut, worker.task, metrics, private)
 
 
 def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) -> Iterator[None]:

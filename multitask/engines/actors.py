@@ -191,6 +191,8 @@ class ServerActor:
         return await self._answer(worker)
 
     async def push(self, push: Push, gradients: Gradients, *problems: str | None) -> tuple[Reply, list[Refs]]:
+        while self._server.is_early(push):  # Ray starts a call when all that it carries is there, whichever came first
+            await self._change()
         self._server.push(push, gradients, problems)
         # Pushes that have arrived meanwhile come first: the values are then published once for all of them.
         await asyncio.sleep(0)
@@ -213,11 +215,14 @@ class ServerActor:
     async def _answer(self, worker: str, step: int | None = None) -> tuple[Reply, list[Refs]]:
         self._notify()
         while (reply := self._server.reply(worker, step)) is None:
-            self._changed = self._changed or asyncio.Event()
-            await self._changed.wait()
+            await self._change()
         names = self._server.groups_of(worker)
         others = [shard.read.remote(names) for shard in self._others]
         return reply, [self._published.refs(names), *[await other for other in others]]
+
+    async def _change(self) -> None:
+        self._changed = self._changed or asyncio.Event()
+        await self._changed.wait()
 
     def _notify(self) -> None:
         """Let those who wait look again."""
@@ -272,8 +277,7 @@ class RemoteServer:
         ]
         parts = [{name: gradient for name, gradient in part.items() if gradient.size} for part in parts]
         problems = [
-            shard.stash.remote((push.worker, push.step), part, self._names)
-            for shard, part in zip(self._shards, parts[1:], strict=True)
+            shard.stash.remote(push.key, part, self._names) for shard, part in zip(self._shards, parts[1:], strict=True)
         ]
         return self._connection, [self._server.push.remote(push, parts[0], *problems)]
 

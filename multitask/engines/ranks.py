@@ -90,8 +90,8 @@ class RankServer:
             return cuts
         if method in ("save", "hand_in"):
             # What a server would keep itself: the last argument holds what only this worker has.
-            *others, private = arguments
-            arguments = (*others, private | self._kept_here(arguments[0], slots=method == "save"))
+            cut, *others, private = arguments
+            arguments = (cut, *others, private | self._kept_here(cut.version, slots=method == "save"))
         return self._ask("call", method, *arguments)
 
     def rest(self, worker: TaskWorker) -> None:
@@ -160,7 +160,7 @@ class RankServer:
         for name, step in update.items():
             if name not in self._users:
                 continue
-            workers = [worker for worker, _ in step.pushes]
+            workers = [worker for worker, *_ in step.pushes]
             if name not in sums:  # nobody else uses this group
                 total = self._gradients[name]
             elif workers == self._expected(name):

@@ -287,6 +287,8 @@ class _Session:
         self._steps = dict.fromkeys(crew.job.workers, 0)
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
+        self._unsettled: set[str] = set()
+        """Workers that may have said so to a server that is lost."""
         self._calls: dict[ray.ObjectRef[Any], str] = {}
         """Calls of workers that are not answered yet."""
         self._pausing = False
@@ -325,7 +327,7 @@ class _Session:
                     continue
                 try:
                     results[name] = ray.get(call)
-                    self._trained |= {name} if method == "train" else set()
+                    self._trained |= {name} if method != "prepare" else set()
                     self._outcome.back(name)
                 except RayTaskError as error:
                     self._poll()  # what led there is worth knowing, and a checkpoint may be complete
@@ -337,9 +339,16 @@ class _Session:
             self._calls = {call: name for call, name in self._calls.items() if name not in moved}
             self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
+            self._calls |= self._settle_again()
             if method == "train" and self._trained:
                 self._calls |= {crew.call(name, "answer_cuts"): name for name in self._idle(self._call("owing"))}
         return results
+
+    def _settle_again(self) -> dict["ray.ObjectRef[Any]", str]:
+        """Others must not wait for a worker that has finished, of which a restored server does not know."""
+        names = [name for name in self._job.workers if name in self._trained & self._unsettled]
+        self._unsettled -= set(names)
+        return {self._crew.call(name, "settle"): name for name in names}
 
     def _idle(self, names: Iterable[str]) -> list[str]:
         """Those of the workers that have made their last step, and of which nothing is asked."""
@@ -408,8 +417,7 @@ class _Session:
             self._lose("server", "The parameter server was lost.")
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
-            # Others must not wait for a worker that has finished.
-            self._calls |= {self._crew.call(name, "settle"): name for name in self._trained}
+            self._unsettled = set(self._job.workers)
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
             self._outcome.back("server")
 

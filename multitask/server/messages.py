@@ -44,6 +44,11 @@ class Push:
     problem: str | None = None
     """What is wrong with the part of the gradient that stays with the worker: then the push is refused."""
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Names it at the shards, where what an earlier process of the worker sent may arrive late."""
+        return self.worker, self.incarnation, self.step
+
 
 Gradients = dict[str, np.ndarray]
 """Group -> flat float32: gradients, then batch statistics. The groups on the server only; whole, or a shard's range."""

@@ -206,7 +206,7 @@ class ParameterServer:
             return
         self._check_order(push)
         problem = next(filter(None, (push.problem, *problems)), None)
-        problem = problem or self.shard.stash((worker, push.step), gradients, self.groups_of(worker))
+        problem = problem or self.shard.stash(push.key, gradients, self.groups_of(worker))
         if problem:
             self._refuse(push, problem)
         self._arrived[worker] = push
@@ -214,6 +214,12 @@ class ParameterServer:
             self._apply_arrived()
         else:
             self._apply_round_if_complete()
+
+    def is_early(self, push: Push) -> bool:
+        """It was sent after another push of the same process, and has overtaken it."""
+        if push.incarnation != self._incarnation.get(push.worker):
+            return False
+        return 0 < push.step - self._progress.workers[push.worker].step <= self._rules.in_flight
 
     def reply(self, worker: str, step: int | None = None) -> Reply | None:
         """How things stand for a worker; None while it has to wait for others.
@@ -265,26 +271,27 @@ class ParameterServer:
         """Workers that have something to hand in."""
         return [worker for worker in self._workers if self.cuts(worker)]
 
-    def hand_in(self, version: int, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
+    def hand_in(self, cut: Cut, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""
-        if version in self._waiting:  # if not: it was put aside before the server was restored
-            self._waiting[version].metrics[task] = metrics
-            self._waiting[version].evaluated |= private
-            self._complete(version)
+        aside = self._put_aside_as(cut)
+        if aside is not None:
+            aside.metrics[task] = metrics
+            aside.evaluated |= private
+            self._complete(cut.version)
 
-    def save(self, version: int, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
+    def save(self, cut: Cut, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
         """What a worker holds as of its last push up to a version, with its optimiser, for the checkpoint.
 
         Args:
             step, position: of the worker and its stream at that moment.
         """
-        if version in self._waiting:
-            aside = self._waiting[version]
+        aside = self._put_aside_as(cut)
+        if aside is not None:
             progress = aside.progress.workers[worker]
             progress.private_step, progress.private_position = step, position
             aside.savers.add(worker)
             aside.saved |= private
-            self._complete(version)
+            self._complete(cut.version)
 
     def alive(self, worker: str) -> None:
         """A sign of life, for a worker that is busy without pushing."""
@@ -410,13 +417,13 @@ class ParameterServer:
             rate = self._private_rate(users[0].worker) if private else self._schedule(math.floor(self._progress.rounds))
             if self._rules.divide_rate_by_staleness:
                 rate /= max(1, max(self._staleness(push) for push in users))
-            keys = tuple((push.worker, push.step) for push in users)
+            keys = tuple(push.key for push in users)
             update[name] = GroupUpdate(keys, tuple(task.weight for task in tasks), rate)
         return update
 
     def _apply(self, update: Update, done: Sequence[Push]) -> None:
         for shard in self._shards:
-            shard.apply(update, [(push.worker, push.step) for push in done])
+            shard.apply(update, [push.key for push in done])
 
     def _staleness(self, push: Push) -> int:
         return self._progress.version - push.version
@@ -489,6 +496,11 @@ class ParameterServer:
         else:
             earlier.cut = replace(earlier.cut, evaluate=evaluate or earlier.cut.evaluate, save=save or earlier.cut.save)
 
+    def _put_aside_as(self, cut: Cut) -> _PutAside | None:
+        """What waits for a worker's part; None where this is done, or was put aside before the server was restored."""
+        aside = self._waiting.get(cut.version)
+        return aside if aside is not None and aside.cut.server == cut.server else None
+
     def _complete(self, version: int) -> None:
         """Hand a version to the driver when all tasks and workers have handed in what they hold of it."""
         aside = self._waiting[version]
@@ -502,7 +514,8 @@ class ParameterServer:
             best = mean > self._progress.best_top1
             self._progress.best_top1 = max(mean, self._progress.best_top1)
             evaluation = Evaluation(version, math.floor(aside.progress.rounds), metrics, best, aside.evaluated)
-        aside.progress.best_top1 = self._progress.best_top1
         earlier = self._completed.get(version, Completed(aside.progress, None, None))
-        saved = aside.saved if cut.save else earlier.saved
-        self._completed[version] = Completed(aside.progress, evaluation or earlier.evaluation, saved)
+        # What is saved goes with the steps that it has learned from.
+        progress, saved = (aside.progress, aside.saved) if cut.save else (earlier.progress, earlier.saved)
+        progress.best_top1 = self._progress.best_top1
+        self._completed[version] = Completed(progress, evaluation or earlier.evaluation, saved)

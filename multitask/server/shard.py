@@ -10,8 +10,8 @@ from torch import Tensor
 from multitask.server.group import ParameterGroup
 from multitask.server.messages import Gradients, GroupValues, as_tensor, is_finite
 
-Key = tuple[str, int]
-"""Worker and step: names a push."""
+Key = tuple[str, int, int]
+"""Worker, incarnation and step: names a push."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Shard:
         return None
 
     def apply(self, update: Update, done: Iterable[Key]) -> None:
-        """One step of each named group, then forget the pushes that are done with."""
+        """One step of each named group, then forget the pushes that are done with, and those before them of the same
+        workers, which were turned away.
+        """
         for name, step in update.items():
             group = self.groups[name]
             if group.size:
@@ -64,8 +66,8 @@ class Shard:
                 if len(gradients) > 1 and name not in self._sums:
                     self._sums[name] = torch.empty_like(gradients[0])
                 group.apply(mean(gradients, step.weights, self._sums.get(name)), step.rate)
-        for key in done:
-            self._stashed.pop(key, None)
+        newest = {key[0]: key for key in done}
+        self._stashed = {key: pushed for key, pushed in self._stashed.items() if key > newest.get(key[0], ())}
 
     def keep(self, version: int, slots: bool) -> None:
         """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""

@@ -15,7 +15,7 @@ from multitask.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Gradients, Push, StepRecord, as_tensor
 from multitask.spec import JobSpec, load_spec
-from multitask.worker import TaskWorker
+from multitask.worker import TaskWorker, give
 from tests.conftest import run_engine
 
 MakeSpec = Callable[..., JobSpec]
@@ -147,6 +147,26 @@ def test_private_tensors_never_learn_from_a_push_with_a_problem(make_spec: MakeS
     worker.absorb(replace(push, problem=problem), private, replace(reply, rate=0.1), values)
 
     assert torch.equal(worker._private["private:pets"].values, before) == (problem is not None)
+
+
+def test_what_was_put_aside_on_a_lost_server_is_not_taken_for_the_restored_ones_same_version(
+    make_spec: MakeSpec,
+) -> None:
+    job, worker = worker_of(make_spec({"pets": {}}, evaluate_every=1))
+    push, gradients, private = worker.compute()
+    lost, restored = job.make_server(), job.make_server()
+    for server in (lost, restored):
+        server.push(push, gradients)
+        server.put_aside()
+    (held,) = worker.absorb(push, private, *DirectServer(lost).pull("pets/0"))
+    assert (held.cut.version, held.cut.evaluate, held.cut.save) == (1, True, True)
+
+    give(worker, DirectServer(restored), held)
+
+    assert restored.owing() == ["pets/0"]
+    worker.answer_cuts(DirectServer(restored))
+    assert restored.owing() == []
+    assert restored.drain()[1].keys() == {1}
 
 
 def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec) -> None:

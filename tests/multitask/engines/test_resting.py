@@ -54,7 +54,7 @@ def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(
 
         def ask(method: str, *arguments: Any) -> Any:
             if method == "call" and arguments[0] == "hand_in":
-                handed_in.append(arguments[1])
+                handed_in.append(arguments[1].version)
             # A method of an actor as Ray would call it; none of these waits.
             coroutine = getattr(mine, method)(mine._group, *arguments)
             with pytest.raises(StopIteration) as answered:
@@ -131,7 +131,7 @@ def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job)
 def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(job: Job, killed: list[str]) -> None:
     async def story() -> None:
         mine = await resting(job, *job.workers)
-        mine._server.hand_in(0, "pets", {"top1": 50.0}, {})
+        mine._server.hand_in(mine._server.cuts("pets/0")[0], "pets", {"top1": 50.0}, {})
         assert mine._server.owing() == ["cars/0"]
         assert await silent(mine) == ["cars/0"]
 

@@ -136,6 +136,42 @@ def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_s
     assert ("pets/0", "catch_up") in calls.sent
 
 
+def test_a_worker_that_told_only_a_lost_server_of_its_last_step_tells_the_restored_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it has made its step, the driver learns when the server is back already."""
+    mine, calls, _ = watched(job, monkeypatch)
+    monkeypatch.setattr(mine, "_patiently", lambda _: ["the life of another server"])
+    monkeypatch.setattr(mine, "_poll", mine._watch_server)
+    calls.waits = lambda call: call == ("pets/1", "train") and mine._lives == []
+
+    mine._all("train")
+
+    assert calls.sent == [(name, method) for method in ("train", "settle") for name in job.workers]
+
+
+def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_restored_later(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, calls, _ = watched(job, monkeypatch)
+    polls = 0
+
+    def poll() -> None:
+        nonlocal polls
+        polls += 1
+        mine._watch_server()
+
+    mine._lives = [0]
+    monkeypatch.setattr(mine, "_patiently", lambda _: [0 if polls < 3 else 1])
+    monkeypatch.setattr(mine, "_poll", poll)
+    calls.lost["pets/0", "settle"] = RayActorError()
+    calls.waits = lambda call: call == ("pets/1", "settle") and polls < 4
+
+    mine._all("settle")
+
+    assert calls.sent[2:4] == [("pets/0", "catch_up"), ("pets/0", "settle")]
+
+
 def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, calls, replaced = watched(job, monkeypatch)
     calls.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")

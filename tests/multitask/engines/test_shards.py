@@ -54,7 +54,7 @@ def test_a_shard_that_misses_a_change_is_as_one_that_was_started_again(job: Job,
 def test_a_shard_that_cannot_make_a_change_lets_its_values_go(job: Job) -> None:
     shard = ShardActor()
     life = shard.begin(job, 1)
-    update = {job.served()[0].name: GroupUpdate((("pets/0", 0),), (1.0,), 0.1)}
+    update = {job.served()[0].name: GroupUpdate((("pets/0", 0, 0),), (1.0,), 0.1)}
 
     with pytest.raises(KeyError):
         told(shard, lost=None).apply(update, [])

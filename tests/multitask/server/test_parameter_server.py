@@ -1,5 +1,6 @@
 import itertools
 import pickle
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -226,6 +227,23 @@ def test_a_process_that_was_replaced_is_turned_away() -> None:
     assert send(server, step=1, incarnation=1).version == 2  # type: ignore[union-attr]
 
 
+def test_what_a_replaced_process_sends_to_a_shard_late_is_not_applied_and_not_kept() -> None:
+    server = make_server()
+    server.join("a/0", 1, step=None)
+    push = Push(worker="a/0", step=0, version=0, loss=1.0, images=8, seconds=0.1, incarnation=1)
+    late = replace(push, incarnation=0)
+    other = Shard({"both": make_group(3), "only_a": make_group(5)})
+    server._shards.append(other)
+    for of, value in ((push, 1.0), (late, 9.0)):
+        gradients = {name: np.full(32, value, np.float32) for name in FLOATS["a"]}
+        assert other.stash(of.key, gradients, FLOATS["a"]) is None
+
+    send(server, incarnation=1)
+
+    assert pickle.dumps(other.groups["both"].state()) == pickle.dumps(server.shard.groups["both"].state())
+    assert other._stashed == {}
+
+
 def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_step() -> None:
     server = make_server()
     server.join("a/0", 1, step=None)
@@ -290,9 +308,9 @@ def test_best_is_one_version_with_the_values_of_that_moment() -> None:
         reply = send(server, "b/0", step)
         assert reply is not None
         assert [cut.version for cut in reply.cuts] == [2 * step + 2]
-        server.hand_in(reply.version, "b", metrics(top1), private)
+        server.hand_in(reply.cuts[0], "b", metrics(top1), private)
         assert server.drain()[1] == {}
-        server.hand_in(reply.version, "a", metrics(top1 - 10), {})
+        server.hand_in(reply.cuts[0], "a", metrics(top1 - 10), {})
         ((version, completed),) = server.drain()[1].items()
         assert completed.evaluation is not None
         assert set(completed.evaluation.groups) == {"private:b"}
@@ -321,7 +339,7 @@ def test_only_the_first_worker_of_a_task_owes_its_validation() -> None:
     for worker in ("a/0", "a/1", "b/0"):
         send(server, worker)
     assert server.owing() == ["a/0", "b/0"]
-    server.hand_in(3, "a", metrics(50.0), {})
+    server.hand_in(server.cuts("a/0")[0], "a", metrics(50.0), {})
     assert server.owing() == ["b/0"]
 
 
@@ -504,10 +522,10 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     (cut,) = reply.cuts
     assert (cut.version, cut.evaluate, cut.save) == (2, False, True)
     held = {"private:b": GroupValues(np.ones(1, np.float32), np.zeros(0, np.int64))}
-    server.save(2, "b/0", 1, 8, held)
+    server.save(cut, "b/0", 1, 8, held)
     assert server.drain()[1] == {}
     send(server, "b/0", 1)
-    server.save(2, "a/0", 1, 8, {})
+    server.save(cut, "a/0", 1, 8, {})
 
     completed = server.drain()[1][2]
     assert completed.saved == held
@@ -516,6 +534,24 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     assert completed.progress.workers["b/0"] == WorkerProgress(step=1, private_step=1, private_position=8)
     assert Progress.from_json(completed.progress.to_json()) == completed.progress
     assert server.shard.kept(2)["both"].slots.keys() == {"momentum_buffer"}  # type: ignore[index]
+
+
+def test_a_checkpoint_whose_version_is_validated_later_says_how_far_the_private_tensors_are() -> None:
+    server = make_server(workers={"b/0": "b"}, save_every_rounds=1)
+    for step in range(5):
+        send(server, "b/0", step, version=step)
+        server.save(server.cuts("b/0")[0], "b/0", step + 1, 8 * (step + 1), {})
+    server.finish("b/0")
+    (cut,) = server.cuts("b/0")
+    for task in ("a", "b"):
+        server.hand_in(cut, task, metrics(50.0), {})
+
+    completed = server.drain()[1][5]
+
+    assert completed.evaluation is not None
+    assert completed.saved is not None
+    assert completed.progress.workers["b/0"] == WorkerProgress(5, 0, private_step=5, private_position=40)
+    assert completed.progress.best_top1 == 50.0
 
 
 def test_a_task_that_joins_later_follows_the_schedule_from_its_own_start() -> None:

@@ -1,0 +1,55 @@
+"""The parameter server as an actor, without Ray."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from multitask.engines import actors
+from multitask.engines.actors import ServerActor
+from multitask.job import Job
+from multitask.server.messages import Gradients, OutOfStepError, Push, PushRejectedError, Reply
+from multitask.spec import JobSpec
+
+
+@pytest.fixture
+def job(make_spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(actors.ray, "put", lambda values: values)
+    return Job(make_spec({"pets": {}}, engine={"name": "async", "in_flight": 1}))
+
+
+def push_of(job: Job, step: int) -> tuple[Push, Gradients]:
+    gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in job.served()}
+    return Push("pets/0", step, version=0, loss=1.0, images=8, seconds=0.1), gradients
+
+
+async def overtaking(job: Job) -> tuple[ServerActor, "asyncio.Task[tuple[Reply, object]]"]:
+    """A server, and a push that has come before the one that was sent before it."""
+    server = ServerActor()
+    server.begin(job)
+    await server.join("pets/0", 0, None, 0)
+    early = asyncio.create_task(server.push(*push_of(job, 1)))
+    await asyncio.sleep(0)
+    return server, early
+
+
+def test_a_push_that_has_overtaken_the_one_before_it_waits_for_its_turn(job: Job) -> None:
+    async def story() -> list[tuple[int, int]]:
+        server, early = await overtaking(job)
+        with pytest.raises(OutOfStepError):
+            await server.push(*push_of(job, 2))
+        replies = [(await server.push(*push_of(job, 0)))[0], (await early)[0]]
+        return [(reply.applied_version, reply.step) for reply in replies]
+
+    assert asyncio.run(story()) == [(1, 1), (2, 2)]
+
+
+def test_an_early_push_does_not_wait_for_one_of_a_process_that_was_replaced(job: Job) -> None:
+    async def story() -> None:
+        server, early = await overtaking(job)
+        await server.join("pets/0", 1, None, 0)
+        with pytest.raises(PushRejectedError, match="process 1 took its place"):
+            await early
+
+    asyncio.run(story())
