@@ -36,6 +36,9 @@ from multitask.worker import TrainingError, Values, failure
 POLL_S = 0.5
 RESTARTS_WITHOUT_A_STEP = 3
 """Times that a worker, or under `sync` the whole group, may be lost without a step made in between."""
+RAY_STARTS = 3
+"""Times that a Ray of the run's own is tried to start."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ALL = "all workers"
 Answer = TypeVar("Answer")
 
@@ -241,17 +244,30 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    embedded: dict[str, Any] = {}
     if address == "local":
-        embedded = {"include_dashboard": False}
-        # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients
-        # and values into memory never touched before, with a page fault for every 4 KiB.
-        os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **embedded)
+        _start_ray()
+    else:
+        ray.init(address=address, **QUIET)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients and
+    # values into memory never touched before, with a page fault for every 4 KiB.
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")
+    # It gives its own processes half a minute to start, which is little where others keep the machine busy.
+    for tries_left in reversed(range(RAY_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, **QUIET)
+            break
+        except Exception as error:  # of no type of its own
+            ray.shutdown()
+            if not tries_left:
+                raise
+            log.warning("Ray did not start on this machine; it is tried again. (%s)", error)
 
 
 @contextlib.contextmanager
@@ -285,6 +301,10 @@ class _Session:
         self._restarts = dict.fromkeys(crew.job.workers, (0, -1))
         """Worker -> restarts without a step made in between, and its step at the last one."""
         self._steps = dict.fromkeys(crew.job.workers, 0)
+        self._processes: dict[str, int] = {}
+        """Worker -> the process that made its last step."""
+        self._lost_processes: dict[str, int] = {}
+        """The same at its last loss: of what such a process made, the driver may hear after that."""
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
         self._unsettled: set[str] = set()
@@ -378,8 +398,11 @@ class _Session:
             self._call("release", version)
         self._steps = {name: worker.step for name, worker in news[2].workers.items()}
         self.made_steps = self.made_steps or bool(news[0])
-        for name in {record.worker for record in news[0]} | ({ALL} if news[0] else set()):
-            self._outcome.back(name)
+        for record in news[0]:
+            self._outcome.back(ALL)
+            self._processes[record.worker] = record.process
+            if record.process != self._lost_processes.get(record.worker):
+                self._outcome.back(record.worker)
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
@@ -468,6 +491,7 @@ class _Session:
         moved = self._crew.replace(name)
         for other in moved:
             self._outcome.lose(other)
+            self._lost_processes[other] = self._processes.get(other, 0)
         self._trained -= set(moved)
         return moved
 

@@ -68,9 +68,9 @@ class FakeCrew:
             cuts, _ = await ledger.cuts(group, name)
             for cut in cuts:
                 if cut.save:
-                    await ledger.call(group, "save", cut.version, name, step, 0, {})
+                    await ledger.call(group, "save", cut, name, step, 0, {})
                 if cut.evaluate:
-                    await ledger.call(group, "hand_in", cut.version, self._job.workers[name], {"top1": 50.0}, {})
+                    await ledger.call(group, "hand_in", cut, self._job.workers[name], {"top1": 50.0}, {})
 
         async def ask_for_a_pause() -> None:
             if step == self.pause_at:

@@ -153,7 +153,8 @@ def test_a_rank_that_rests_waits_for_one_that_has_still_to_read_of_its_round(mak
             await mine.push(group, Push("food/0", step, version=step, loss=1.0, images=8, seconds=0.1))
 
         async def hand_in(version: int, task: str) -> None:
-            await mine.call(group, "hand_in", version, task, {"top1": 50.0}, {})
+            [cut] = [cut for cut in mine._server.cuts(f"{task}/0") if cut.version == version]
+            await mine.call(group, "hand_in", cut, task, {"top1": 50.0}, {})
 
         await make_step(0)
         await mine.rest(group, "pets/0")

@@ -1,5 +1,6 @@
 """What becomes of guests and their hosts, without processes."""
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from multitask.engines import actors, served
 from multitask.engines.actors import ServedWorker, WorkerActor
 from multitask.engines.interface import Driver, Outcome
+from multitask.engines.served import ray_session
 from multitask.job import Job
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
@@ -179,6 +181,29 @@ def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(job: Job, monk
     assert replaced == ["pets/1"]
 
 
+def test_a_lost_worker_is_back_with_a_step_of_another_process(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last steps of the lost one the driver may hear later."""
+    mine = session(job)
+    process = 1
+    record = {"worker": "pets/0", "step": 0}
+    monkeypatch.setattr(served, "take", lambda *_: True)
+    monkeypatch.setattr(mine, "_watch_server", lambda: None)
+    monkeypatch.setattr(mine, "_end_what_hangs", lambda: None)
+    monkeypatch.setattr(
+        mine, "_call", lambda method: ([Mock(**record, process=process)], {}, job.progress) if method == "drain" else []
+    )
+    mine._poll()
+    mine._replace("pets/0", "killed")
+
+    mine._poll()
+    assert "pets/0" in mine._outcome.lost_at
+
+    process = 2
+    mine._poll()
+    assert "pets/0" not in mine._outcome.lost_at
+    assert len(mine._outcome.recoveries) == 1
+
+
 def test_only_workers_that_were_asked_for_something_may_hang(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = session(job)
     asked: list[object] = []
@@ -248,3 +273,25 @@ def test_no_thread_receives_a_reference_while_another_lets_go_of_its_last(monkey
 
     assert actors._take(answer) == ("the reply", {"shared": ["values of the first shard", "second"]})  # type: ignore[arg-type, comparison-overlap]
     assert let_go == [True] * 3
+
+
+@pytest.mark.parametrize(("failing", "tries"), [(2, 3), (3, 3)])
+def test_a_ray_of_its_own_that_does_not_start_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, failing: int, tries: int
+) -> None:
+    tried: list[str] = []
+
+    def start(address: str, **_: Any) -> None:
+        tried.append(address)
+        if len(tried) <= failing:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(served.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(served.ray, "init", start)
+    monkeypatch.setattr(served.ray, "shutdown", lambda: None)
+
+    with pytest.raises(Exception, match="timed out") if failing == tries else contextlib.nullcontext(), ray_session():
+        pass
+
+    assert tried == ["local"] * tries
