@@ -19,8 +19,9 @@ from multitask.data.batches import Drawn
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.logs import log_to_stderr
-from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply
-from multitask.server.parameter_server import ParameterServer
+from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, StepRecord
+from multitask.server.parameter_server import Completed, ParameterServer
+from multitask.server.progress import Progress
 from multitask.server.shard import Key, Shard, Update
 from multitask.worker import ONE_AT_A_TIME, Values, train_steps
 
@@ -52,6 +53,25 @@ def begun(what: Answer | None) -> Answer:
     if what is None:
         raise NotBegunError("Its values are still to come.")
     return what
+
+
+class LastAnswer:
+    """What was handed out last, for one who asks again because the answer was lost: it may have been made or not."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._answer: Any = None
+
+    def to(self, number: int, make: Callable[[], Answer]) -> Answer:
+        """Args:
+        number: of the question, from 1; the same where it is asked again.
+        make: gives out what it gives out once.
+        """
+        if number != self._number:
+            self._answer = make()
+            self._number = number
+        answer: Answer = self._answer
+        return answer
 
 
 class _Published:
@@ -159,6 +179,7 @@ class ServerActor:
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self._held: ParameterServer | None = None
+        self._drained = LastAnswer()
         self._lives: list[int] | None = None
         self._changed: asyncio.Event | None = None
 
@@ -206,6 +227,10 @@ class ServerActor:
             return None
         names = parts[0] if worker is None else self._server.groups_of(worker)
         return {name: [part[name] for part in parts if part is not None] for name in names or ()}
+
+    async def drain(self, number: int) -> tuple[list[StepRecord], dict[int, Completed], Progress]:
+        """As `ParameterServer.drain`; under the number of the last call, the same once more."""
+        return self._drained.to(number, self._server.drain)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         answer = getattr(self._server, method)(*arguments)

@@ -7,6 +7,7 @@ what runs inside the ranks.
 
 import contextlib
 import importlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -180,6 +181,8 @@ class _Session:
     def __init__(self, job: Job, driver: Driver, outcome: Outcome, crew: Crew) -> None:
         self._job, self._driver, self._outcome, self._crew = job, driver, outcome, crew
         self._pausing = False
+        self._numbers = itertools.count(1)
+        """Of reports."""
         self._losses = 0
         self._made_steps = False
         self._late = list(job.workers)
@@ -220,7 +223,7 @@ class _Session:
 
     def _poll(self) -> Report:
         """Tell the driver what happened; count what was lost."""
-        report: Report = self._call("report", self._job.spec.resources.step_timeout_s)
+        report: Report = self._call("report", self._job.spec.resources.step_timeout_s, next(self._numbers))
         records, completed, progress = report.news
         # The ranks hand in all values, so the ledger keeps none.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})

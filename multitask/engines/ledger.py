@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import Actor, begun
+from multitask.engines.actors import Actor, LastAnswer, begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.server.messages import Cut, Gradients, Push, PushRejectedError, Reply, StepRecord
@@ -108,6 +108,7 @@ class LedgerActor:
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: tuple[str, str] | None = None
+        self._reported = LastAnswer()
         self._held: ParameterServer | None = None
         self._group = 0
         self._starting = True
@@ -193,11 +194,15 @@ class LedgerActor:
 
     # What the driver and Train's controller call.
 
-    async def report(self, silent_s: float) -> Report:
+    async def report(self, silent_s: float, number: int) -> Report:
         """Args:
         silent_s: a worker of which nothing was heard for so long, though it waits for nobody, is ended; Train does the
             rest.
+        number: counts the reports; under that of the last call, the same report once more.
         """
+        return self._reported.to(number, lambda: self._report(silent_s))
+
+    def _report(self, silent_s: float) -> Report:
         silent = [worker for worker in self._server.silent(silent_s, self._working()) if worker in self._actors]
         for worker in silent:
             ray.kill(self._actors.pop(worker))

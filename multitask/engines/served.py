@@ -5,6 +5,7 @@ Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`b
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -31,6 +32,9 @@ from multitask.engines.actors import (
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
 from multitask.job import Job, make_rules, rank_of
+from multitask.server.messages import StepRecord
+from multitask.server.parameter_server import Completed
+from multitask.server.progress import Progress
 from multitask.worker import TrainingError, Values, failure
 
 POLL_S = 0.5
@@ -312,6 +316,8 @@ class _Session:
         self._calls: dict[ray.ObjectRef[Any], str] = {}
         """Calls of workers that are not answered yet."""
         self._pausing = False
+        self._numbers = itertools.count(1)
+        """Of what is drained from the server."""
         self.made_steps = False
 
     def run(self) -> Outcome:
@@ -392,7 +398,7 @@ class _Session:
             Everything that the server gave out could be told.
         """
         self._watch_server()
-        news = self._call("drain")
+        news = self._drain()
         told = take(self._job, self._driver, self._outcome, news, self._kept)
         for version in news[1]:
             self._call("release", version)
@@ -442,10 +448,14 @@ class _Session:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
             self._unsettled = set(self._job.workers)
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
-            self._outcome.back("server")
+        self._outcome.back("server")  # one that could not be reached may never have been away
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._patiently(lambda: self._crew.server.call.remote(method, *arguments))
+
+    def _drain(self) -> tuple[list[StepRecord], dict[int, Completed], Progress]:
+        number = next(self._numbers)
+        return self._patiently(lambda: self._crew.server.drain.remote(number))
 
     def _kept(self, version: int) -> Values | None:
         """The values of a version put aside; None where the server was lost since."""

@@ -255,7 +255,7 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
         found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=300)
         refused = {
             (record.step, record.worker): record.refused
-            for record in ray.get(ledger.report.remote(600.0)).news[0]
+            for record in ray.get(ledger.report.remote(600.0, 1)).news[0]
             if record.refused
         }
     finally:

@@ -1,24 +1,47 @@
 """The ledger of engine `allreduce`, without Ray."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 from multitask.engines.ledger import LedgerActor
 from multitask.job import Job
+from multitask.server.messages import Push
 from multitask.spec import JobSpec
 from tests.conftest import store_of
+
+
+def test_a_report_that_is_asked_for_again_is_the_same_and_the_next_one_has_what_came_since(
+    make_spec: Callable[..., JobSpec],
+) -> None:
+    job = Job(make_spec(engine={"name": "allreduce"}))
+
+    async def ask() -> list[tuple[list[int], list[str]]]:
+        ledger = LedgerActor()
+        await ledger.begin(job, store_of(job))
+        found = []
+        for step, number in enumerate((1, 1, 2)):
+            await ledger.lose(f"loss {step}")
+            for worker in job.workers:
+                ledger._server.push(Push(worker, step, step, loss=1.0, images=8, seconds=0.1), {})
+            report = await ledger.report(600.0, number)
+            found.append(([record.step for record in report.news[0]], report.lost))
+        return found
+
+    first = [0, 0], ["loss 0"]
+    assert asyncio.run(ask()) == [first, first, ([1, 1, 2, 2], ["loss 1", "loss 2"])]
 
 
 def test_after_a_loss_all_ranks_are_missing_until_they_join_the_next_group(make_spec: Callable[..., JobSpec]) -> None:
     job = Job(make_spec(engine={"name": "allreduce"}))
 
     async def lose_a_group() -> list[tuple[set[str], bool, list[str]]]:
-        ledger = LedgerActor()
+        ledger, numbers = LedgerActor(), itertools.count(1)
         await ledger.begin(job, store_of(job))
         found = []
 
         async def look() -> None:
-            report = await ledger.report(600.0)
+            report = await ledger.report(600.0, next(numbers))
             found.append((set(report.processes), await ledger.starting(), report.lost))
 
         for loses in (True, False):

@@ -1,6 +1,7 @@
 """What ranks of engine `allreduce` do after their last step, without processes."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from multitask.server.messages import Cut, Push
 from multitask.spec import JobSpec
 from tests.conftest import store_of
 
+NUMBERS = itertools.count(1)
 MakeSpec = Callable[..., JobSpec]
 
 
@@ -95,7 +97,7 @@ async def silent(mine: LedgerActor, *alive: str) -> list[str]:
         mine._server._heard[worker] -= 1000
     for worker in alive:
         mine._server.alive(worker)
-    return (await mine.report(600)).silent
+    return (await mine.report(600, next(NUMBERS))).silent
 
 
 def test_a_rank_that_waits_for_others_to_start_does_not_hang(job: Job, killed: list[str]) -> None:

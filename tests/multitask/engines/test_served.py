@@ -1,24 +1,29 @@
 """What becomes of guests and their hosts, without processes."""
 
+import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
 from multitask.engines import actors, served
-from multitask.engines.actors import ServedWorker, WorkerActor
+from multitask.engines.actors import ServedWorker, ServerActor, WorkerActor
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.served import ray_session
 from multitask.job import Job
+from multitask.server.messages import Push
 from multitask.spec import JobSpec
 from multitask.worker import TrainingError
 from tests.conftest import store_of
 
 MakeSpec = Callable[..., JobSpec]
+METHODS = ("ping", "drain", "call", "kept")
 GROWING = {"pets": {"workers": 2, "min_workers": 1}}
 
 
@@ -26,6 +31,8 @@ class OneProcess:
     """A crew whose workers are all in one process."""
 
     heals = True
+    shards = ()
+    server: Any = None
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -174,6 +181,37 @@ def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_r
     assert calls.sent[2:4] == [("pets/0", "catch_up"), ("pets/0", "settle")]
 
 
+def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, told = ServerActor(), []
+    server.begin(job)
+    crew = OneProcess(job)
+    crew.server = Mock(**{f"{name}.remote": partial(partial, getattr(server, name)) for name in METHODS})
+    mine = served._Session(crew, Driver(lambda records, *_: told.append(records), store_of(job)), Outcome())  # type: ignore[arg-type]
+    mine._lives = server.ping()
+    lost = ["drain"]
+
+    def get(call: Any, **_: object) -> Any:
+        answer = call()
+        answer = asyncio.run(answer) if asyncio.iscoroutine(answer) else answer
+        if call.func.__name__ in lost:
+            raise ActorUnavailableError(lost.pop(), None)
+        return answer
+
+    monkeypatch.setattr(served.ray, "get", get)
+    monkeypatch.setattr(served, "POLL_S", 0.0)
+    gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in job.served()}
+    server._server.push(Push("pets/0", 0, 0, loss=1.0, images=8, seconds=0.1), gradients)
+
+    mine._poll()
+    assert mine._outcome.lost_at.keys() == {"server"}
+    mine._poll()
+
+    assert [[record.step for record in records] for records in told] == [[0], []]
+    assert mine._outcome.lost_at == {}, "it was there all the time"
+
+
 def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, calls, replaced = watched(job, monkeypatch)
     calls.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
@@ -189,9 +227,7 @@ def test_a_lost_worker_is_back_with_a_step_of_another_process(job: Job, monkeypa
     monkeypatch.setattr(served, "take", lambda *_: True)
     monkeypatch.setattr(mine, "_watch_server", lambda: None)
     monkeypatch.setattr(mine, "_end_what_hangs", lambda: None)
-    monkeypatch.setattr(
-        mine, "_call", lambda method: ([Mock(**record, process=process)], {}, job.progress) if method == "drain" else []
-    )
+    monkeypatch.setattr(mine, "_drain", lambda: ([Mock(**record, process=process)], {}, job.progress))
     mine._poll()
     mine._replace("pets/0", "killed")
 
