@@ -100,7 +100,7 @@ def accuracy_parameters(modes: Sequence[Mode], tasks: Sequence[str], heading: st
 
 
 def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -> bytes | None:
-    """Validation accuracy over steps, a panel per task; None where no mode has a curve."""
+    """Validation accuracy over rounds, a panel per task; None where no mode has a curve."""
     drawn = [mode for mode in modes if any(mode.curves.get(task) for task in tasks)]
     tasks = [task for task in tasks if any(mode.curves.get(task) for mode in drawn)]
     if not drawn:
@@ -129,15 +129,15 @@ def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -
         ends = []
         for mode in drawn:
             if curve := mode.curves.get(task):
-                steps, values = zip(*curve, strict=True)
-                axes.plot(steps, values, color=colours[mode.key], linewidth=1.9, solid_capstyle="round")
-                axes.plot(steps[-1], values[-1], "o", color=colours[mode.key], markersize=4)
-                ends.append((mode.key, steps[-1], values[-1]))
+                rounds, values = zip(*curve, strict=True)
+                axes.plot(rounds, values, color=colours[mode.key], linewidth=1.9, solid_capstyle="round")
+                axes.plot(rounds[-1], values[-1], "o", color=colours[mode.key], markersize=4)
+                ends.append((mode.key, rounds[-1], values[-1]))
         gap = 11 * (high - low) / (panel * POINTS_PER_INCH)
-        for (key, step, value), place in zip(ends, spread([end[2] for end in ends], gap, low, high), strict=True):
+        for (key, round_, value), place in zip(ends, spread([end[2] for end in ends], gap, low, high), strict=True):
             axes.annotate(
                 f"{value:.1f}",
-                (step, place),
+                (round_, place),
                 xytext=(6, 0),
                 textcoords="offset points",
                 color=colours[key],
@@ -147,7 +147,7 @@ def learning_curves(modes: Sequence[Mode], tasks: Sequence[str], theme: Theme) -
             )
         axes.set_title(plain(task), loc="left", color=theme.text, fontsize=10.5, fontweight="bold", pad=7)
         if row == rows - 1:
-            axes.set_xlabel("steps", color=theme.muted, fontsize=9)
+            axes.set_xlabel("rounds: a step of each task still training", color=theme.muted, fontsize=9)
         if column == 0:
             axes.set_ylabel("top-1, %", color=theme.muted, fontsize=9)
     return png(figure)

@@ -241,7 +241,7 @@ def _figures(results: Results) -> list[tuple[str, str, bytes, bytes]]:
         pair = [plots.accuracy_parameters(modes, tasks, short, theme) for theme in (plots.LIGHT, plots.DARK)]
         drawn.append(("accuracy_parameters", f"Accuracy against parameters. {words}", pair[0], pair[1]))
         curves = [plots.learning_curves(modes, tasks, theme) for theme in (plots.LIGHT, plots.DARK)]
-        drawn.append(("learning_curves", "Validation accuracy over steps, one panel per task.", curves[0], curves[1]))
+        drawn.append(("learning_curves", "Validation accuracy over rounds, one panel per task.", curves[0], curves[1]))
     bundles, separate = results.get("bundles"), results["modes"].get(SEPARATE)
     if bundles and separate and results.get("backbone"):
         patches = {task: bundle["bytes"] for task, bundle in bundles.items()}
