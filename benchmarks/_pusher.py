@@ -47,8 +47,8 @@ class ShardShell:
     def stash(self, key: Any, gradients: Any, names: Any) -> str | None:
         return self._held.stash(key, gradients, names)
 
-    def apply(self, update: Any, done: Any) -> None:
-        self._held.apply(update, done)
+    def follow(self, number: int, method: str, *arguments: Any) -> None:
+        self._held.follow(number, method, *arguments)
 
     def read(self, names: Any) -> Any:
         return self._held.read(names)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from multitask.checkpoint import CheckpointStore
@@ -19,6 +20,10 @@ from multitask.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.server.progress import Progress
 from multitask.spec import JobSpec, load_spec
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 MakeData = Callable[..., str]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from multitask.placement import Demand, Node, fits, misfit, room
@@ -102,7 +102,6 @@ def demand_lists(draw: st.DrawFn) -> list[Demand]:
     ]
 
 
-@settings(deadline=None)
 @given(demand_lists(), NODES)
 def test_room_is_what_trying_every_way_finds(demands: list[Demand], nodes: list[Node]) -> None:
     expected = most(demands, nodes)

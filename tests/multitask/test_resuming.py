@@ -332,9 +332,9 @@ def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec
     assert [task.name for task in Run(directory).spec.tasks] == ["pets", "food", "more_cars"]
     assert set(run.export().bundles) == {"pets", "food", "more_cars"}
     assert {name: task["made"] for name, task in read_status(directory)["tasks"].items()} == {
-        "pets": 150,
-        "food": 150,
-        "more_cars": 150,
+        "pets": 300,
+        "food": 300,
+        "more_cars": 300,
     }
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     parent = client.get_run(run.result["mlflow_run_id"])

@@ -19,7 +19,7 @@ from patches import bundle as bundle_file
 from tests.patches.helpers import SMALL, bits, images, small_backbone, train
 
 BACKBONE = small_backbone()
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def trained(method: str = "scale_bias", **options: Any) -> PatchedModel:

@@ -31,7 +31,7 @@ def instances(draw: st.DrawFn) -> tuple[list[Candidate], dict[str, Any], Costs, 
     return candidates, right, costs, max(names, key=lambda name: right[name].sum())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(instances(), st.floats(0.5, 1.0), st.floats(0.0, 0.2))
 def test_on_the_fitting_data_no_cascade_is_dearer_or_less_accurate_than_asked(
     instance: tuple[list[Candidate], dict[str, Any], Costs, str], relative: float, slack: float
@@ -47,7 +47,7 @@ def test_on_the_fitting_data_no_cascade_is_dearer_or_less_accurate_than_asked(
     assert sum(stage.right for stage in stages) >= relative * right[reference].sum() - 1e-6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(instances(), st.randoms(use_true_random=False))
 def test_neither_the_order_of_the_pool_nor_of_the_images_changes_the_cascade(
     instance: tuple[list[Candidate], dict[str, Any], Costs, str], random: Any
@@ -71,7 +71,7 @@ def test_neither_the_order_of_the_pool_nor_of_the_images_changes_the_cascade(
     assert found == Pool(candidates, right, costs, reference).cascade(1.0, 0.0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(instances(), st.integers(1, 20), st.data())
 def test_a_dearer_model_that_is_right_less_often_on_the_same_scores_is_never_used(
     instance: tuple[list[Candidate], dict[str, Any], Costs, str], more: int, data: st.DataObject

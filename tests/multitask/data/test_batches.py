@@ -66,7 +66,7 @@ layouts = st.sampled_from([1, 2, 3, 7, 10, 16]).flatmap(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts, batch_size=st.integers(1, 20), epochs=st.integers(1, 3), seed=st.integers(0, 2**32))
 def test_each_epoch_gives_every_row_to_one_worker_once(
     tables: dict[int, ImageTable], layout: tuple[int, int], batch_size: int, epochs: int, seed: int
@@ -84,7 +84,7 @@ def test_each_epoch_gives_every_row_to_one_worker_once(
     assert [Counter(epoch) for epoch in seen] == [Counter(range(rows))] * epochs
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     layout=layouts,
     batch_size=st.integers(1, 9),

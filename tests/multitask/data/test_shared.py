@@ -42,7 +42,7 @@ def equal(first: Drawn, second: Drawn) -> bool:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(turns=st.lists(st.sampled_from(list(SIZES)), max_size=60), ahead=st.integers(0, 5))
 def test_each_reader_gets_what_a_stream_of_its_own_would_give_in_any_order_of_turns(
     photos: ImageTable, turns: list[str], ahead: int

@@ -28,7 +28,7 @@ def edit_index(path: Path, **changes: object) -> None:
     (path / "index.json").write_text(json.dumps(index | changes))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.lists(st.tuples(st.binary(max_size=40), st.integers(0, 2)), min_size=1, max_size=30),
     rows_per_shard=st.integers(1, 31),

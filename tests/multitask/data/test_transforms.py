@@ -92,7 +92,7 @@ def test_an_image_of_the_right_size_is_unchanged() -> None:
     assert torch.equal(resized([image], 16)[0], image)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.sampled_from([(28, 28), (28, 20), (7, 16), (16, 16), (1, 9), (1, 1)]), min_size=1, max_size=9),
     resolution=st.integers(2, 33),
