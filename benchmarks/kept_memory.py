@@ -4,6 +4,7 @@ Two processes train one network on the same generated images, one with glibc's d
 `multitask.memory.keep_freed_memory`. They take turns of a few steps, of which the first counts for nothing.
 """
 
+import contextlib
 import multiprocessing
 import resource
 import time
@@ -70,9 +71,10 @@ def train_when_told(told: Connection, keep: bool, model: str, resolution: int, b
     network = get_model(model).train()
     images = torch.rand(batch, 3, resolution, resolution).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch)
-    while True:
-        steps = [one_step(network, images, labels) for _ in range(told.recv())]
-        told.send(steps[1:])
+    with contextlib.suppress(EOFError):  # nobody is there to tell more
+        while True:
+            steps = [one_step(network, images, labels) for _ in range(told.recv())]
+            told.send(steps[1:])
 
 
 def one_step(network: Any, images: torch.Tensor, labels: torch.Tensor) -> Step:
