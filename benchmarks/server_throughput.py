@@ -33,12 +33,12 @@ from multitask.engines.actors import Refs, ServerActor, ShardActor
 from multitask.engines.served import ray_session
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import flatten, make_layout, named_tensors, tensor_roles
-from multitask.server.messages import Gradients, GroupValues, Push, Reply, StepRecord
+from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord
 from multitask.server.optimizers import make_optimizer
 from multitask.server.parameter_server import OtherShards, ParameterServer, Rules, ServedTask
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.schedules import constant
-from multitask.server.shard import Key, Shard, Update
+from multitask.server.shard import Shard, Update
 
 MODELS = ("mobilenet_v2", "resnet50")
 GOAL_MODEL = "resnet50"

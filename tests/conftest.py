@@ -138,15 +138,9 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     import ray
 
-    # Ray gives its own processes 15 s to start, which is little on a machine full of other tests.
-    for last_try in (False, False, True):
-        try:
-            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
-            break
-        except Exception:
-            ray.shutdown()
-            if last_try:
-                raise
+    from multitask.engines.served import start_ray
+
+    start_ray(num_cpus=2)
     yield
     ray.shutdown()
 

@@ -19,10 +19,10 @@ from multitask.data.batches import Drawn
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
 from multitask.logs import log_to_stderr
-from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, StepRecord
+from multitask.server.messages import Gradients, GroupValues, Key, OutOfStepError, Push, Reply, StepRecord
 from multitask.server.parameter_server import Completed, ParameterServer
 from multitask.server.progress import Progress
-from multitask.server.shard import Key, Shard, Update
+from multitask.server.shard import Shard, Update
 from multitask.worker import ONE_AT_A_TIME, Values, train_steps
 
 RETRY_S = 0.2

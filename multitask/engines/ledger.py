@@ -13,10 +13,10 @@ from multitask.checkpoint import CheckpointStore
 from multitask.engines.actors import Actor, LastAnswer, begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job import Job
-from multitask.server.messages import Cut, Gradients, Push, PushRejectedError, Reply, StepRecord
+from multitask.server.messages import Cut, Gradients, Key, Push, PushRejectedError, Reply, StepRecord
 from multitask.server.parameter_server import Completed, ParameterServer
 from multitask.server.progress import Progress
-from multitask.server.shard import Key, Shard, Update
+from multitask.server.shard import Shard, Update
 
 WAIT = timedelta(days=1)
 """How long a collective waits for others, who may be evaluating: Train and the ledger notice who is lost or hangs."""

@@ -249,7 +249,10 @@ def ray_session() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
-        _start_ray()
+        # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients
+        # and values into memory never touched before, with a page fault for every 4 KiB.
+        os.environ.setdefault("RAY_free_objects_batch_size", "1")
+        start_ray()
     else:
         ray.init(address=address, **QUIET)
     try:
@@ -258,14 +261,16 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_ray() -> None:
-    # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients and
-    # values into memory never touched before, with a page fault for every 4 KiB.
-    os.environ.setdefault("RAY_free_objects_batch_size", "1")
-    # It gives its own processes half a minute to start, which is little where others keep the machine busy.
+def start_ray(**options: Any) -> None:
+    """Start Ray on this machine, again where it fails: it gives its own processes half a minute, which is little where
+    others keep the machine busy.
+
+    Args:
+        options: of `ray.init`.
+    """
     for tries_left in reversed(range(RAY_STARTS)):
         try:
-            ray.init(address="local", include_dashboard=False, **QUIET)
+            ray.init(address="local", include_dashboard=False, **QUIET, **options)
             break
         except Exception as error:  # of no type of its own
             ray.shutdown()

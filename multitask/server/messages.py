@@ -45,11 +45,13 @@ class Push:
     """What is wrong with the part of the gradient that stays with the worker: then the push is refused."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> "Key":
         """Names it at the shards, where what an earlier process of the worker sent may arrive late."""
         return self.worker, self.incarnation, self.step
 
 
+Key = tuple[str, int, int]
+"""Worker, incarnation and step: names a push."""
 Gradients = dict[str, np.ndarray]
 """Group -> flat float32: gradients, then batch statistics. The groups on the server only; whole, or a shard's range."""
 

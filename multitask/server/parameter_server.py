@@ -14,6 +14,7 @@ from multitask.server.messages import (
     Evaluation,
     Gradients,
     GroupValues,
+    Key,
     OutOfStepError,
     Push,
     PushRejectedError,
@@ -23,7 +24,7 @@ from multitask.server.messages import (
 )
 from multitask.server.progress import Progress
 from multitask.server.schedules import Schedule
-from multitask.server.shard import GroupUpdate, Key, Shard, Update
+from multitask.server.shard import GroupUpdate, Shard, Update
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from multitask.server.group import ParameterGroup
-from multitask.server.messages import Gradients, GroupValues, as_tensor, is_finite
-
-Key = tuple[str, int, int]
-"""Worker, incarnation and step: names a push."""
+from multitask.server.messages import Gradients, GroupValues, Key, as_tensor, is_finite
 
 
 @dataclass(frozen=True)

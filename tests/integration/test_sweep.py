@@ -261,6 +261,8 @@ def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path
     assert set(ends) == {("stopped", 40), ("finished", 80)}
     assert result.choice is not None
     assert result.choice.trial.values == {"optimizer.rate": 0.03}
+    resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    assert [(outcome.state, outcome.rounds) for outcome in resumed.outcomes] == ends
 
 
 @pytest.mark.usefixtures("ray_cluster")
