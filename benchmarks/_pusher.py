@@ -60,8 +60,8 @@ class ServerShell:
     def __init__(self, make: Callable[[], Any]) -> None:
         self._held = make()
 
-    async def begin(self, job: Any, shards: Sequence[Any], *lives: int) -> None:
-        self._held.begin(job, shards, *lives)
+    async def begin(self, job: Any, shards: Sequence[Any], *incarnations: int) -> None:
+        self._held.begin(job, shards, *incarnations)
 
     async def push_numbers(self, *arguments: Any) -> Any:
         return await self._held.push_numbers(*arguments)
@@ -71,7 +71,7 @@ class ServerShell:
 
 
 class Pusher:
-    """The wire side of a worker as `multitask.engines.actors.RemoteServer` has it, without the model behind it."""
+    """The wire side of a worker as `multitask.engines.remote.RemoteServer` has it, without the model behind it."""
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ class Pusher:
         ]
         waiting = self._server.push_numbers.remote(self._name, self._step, self._version, parts[0], *problems)
         sent = time.monotonic()
-        (version, refused), refs, moments = ray.get(waiting, timeout=TIMEOUT_S)
-        assert refused is None, refused
+        (version, rejected), refs, moments = ray.get(waiting, timeout=TIMEOUT_S)
+        assert rejected is None, rejected
         answered = time.monotonic()
         values = ray.get([of_shard[self._group] for of_shard in refs], timeout=TIMEOUT_S)
         fetched = time.monotonic()

@@ -17,10 +17,11 @@ from torch.optim import SGD
 from torchvision.models import get_model
 
 from benchmarks._turns import TIMEOUT_S, Mark
+from multitask.cluster.memory import keep_freed_memory
 from multitask.data import Batch, prefetch
-from multitask.job import Job, rank_of
-from multitask.memory import keep_freed_memory
-from multitask.spec import SGDSpec
+from multitask.job.assignment import rank_of
+from multitask.job.job import Job
+from multitask.spec.schema import SGDSpec
 
 
 def make_network(job: Job) -> nn.Module:

@@ -1,8 +1,8 @@
 """Does a run end well whatever dies, and how soon is it back? Random kills of workers, servers, drivers and nodes.
 
 A job of two tasks and three workers trains on a simulated Ray cluster (two nodes beside the head, all on this machine)
-while its processes and nodes are killed at random moments. Every run has to end, with every step applied once, refused,
-or counted as lost with the server; under `sync` with the bits of a run that nobody disturbed. Linux only.
+while its processes and nodes are killed at random moments. Every run has to end, with every step applied once,
+rejected, or counted as lost with the server; under `sync` with the bits of a run that nobody disturbed. Linux only.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ import numpy as np
 from benchmarks._common import at_least, at_most, environment, finish, make_parser
 from benchmarks._pictures import noise_png
 from benchmarks._processes import own_actors
-from multitask.checkpoint import CheckpointStore
 from multitask.data import write_table
 from multitask.engines import ENGINES, Driver
-from multitask.job import Job
-from multitask.live import read_status
-from multitask.runs import write_spec
-from multitask.spec import JobSpec, load_spec
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
+from multitask.run.directory import write_spec
+from multitask.run.live import read_status
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 
 KINDS = ("worker", "server", "driver", "node")
 STEPS_PER_KILL = 200
@@ -202,11 +203,11 @@ class Chaos:
 
 
 def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
-    """Steps that were neither applied once, nor refused, nor counted as lost; below 0 if some were applied twice."""
+    """Steps that were neither applied once, nor rejected, nor counted as lost; below 0 if some were applied twice."""
     workers = sum(task.workers for task in spec.tasks)
     together = spec.engine.name == "sync"
     made = spec.steps * (1 if together else workers)
-    known = sum(task["lost_pushes"] + task["refused_pushes"] for task in result["tasks"].values())
+    known = sum(task["lost_pushes"] + task["rejected_pushes"] for task in result["tasks"].values())
     return made - int(result["last"]["version"]) - known
 
 

@@ -19,9 +19,9 @@ from rich.console import Console
 
 import multitask
 from benchmarks._common import Goal, at_most, environment, finish, make_parser
-from multitask.engines.served import ray_session
-from multitask.runs import evaluate_models
-from multitask.spec import load_spec
+from multitask.cluster.session import ray_session
+from multitask.run.directory import evaluate_models
+from multitask.spec.reading import load_spec
 
 SPEC = Path(__file__).parent.parent / "jobs" / "specs" / "demo.yaml"
 ENGINES = ("async", "sync")

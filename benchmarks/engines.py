@@ -28,15 +28,17 @@ from benchmarks._common import Goal, at_least, environment, finish, make_parser
 from benchmarks._pictures import noise_png
 from benchmarks._rivals import DDP, Documented, Plain
 from benchmarks._turns import LAPS, TIMEOUT_S, WARM_UP, Mark, Turns, Variant, outside_load, take_turns
-from multitask.checkpoint import CheckpointStore
+from multitask.cluster.session import ray_session
 from multitask.data import prefetch, write_table
-from multitask.engines.actors import ServerActor, WorkerActor
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.ranks import RankServer, make_reduction, process_groups
-from multitask.engines.served import ray_session
-from multitask.job import Job
-from multitask.server.messages import Gradients, Push, Reply
-from multitask.spec import JobSpec, load_spec
+from multitask.engines.server_actors import ServerActor
+from multitask.engines.workers import WorkerActor
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
+from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 from multitask.worker import Server, Values, train_steps
 
 BASE, OVERLAPPED, SYNC, ALLREDUCE = "nothing shared", "async in_flight 1", "sync", "allreduce"
@@ -140,11 +142,27 @@ class BlockedTime:
         self.seconds += time.perf_counter() - start
         return answer
 
-    def kept(self, version: int, worker: str) -> Values | None:
-        return self._server.kept(version, worker)
+    def snapshot(self, version: int, worker: str) -> Values | None:
+        return self._server.snapshot(version, worker)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return self._server.call(method, *arguments)
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
+        return self._server.snapshot_requests(worker)
+
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
+        self._server.report_state(request, worker, step, position, private)
+
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
+        self._server.report_evaluation(request, task, metrics, private)
+
+    def report_alive(self, worker: str) -> None:
+        self._server.report_alive(worker)
+
+    def finish(self, worker: str) -> None:
+        self._server.finish(worker)
 
 
 def run_steps(loop: Iterator[None], clock: BlockedTime, steps: int) -> list[Mark]:

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
-from multitask.checkpoint import CheckpointStore
 from multitask.data import write_table
 from multitask.engines import ENGINES, Driver
-from multitask.job import Job
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
 from multitask.server.messages import StepRecord
-from multitask.spec import load_spec
+from multitask.spec.reading import load_spec
 
 CLASSES = 10
 GB = 1e9

@@ -1,7 +1,7 @@
 """What does a training step on the CPU gain when its process keeps the memory that it frees?
 
 Two processes train one network on the same generated images, one with glibc's defaults, the other after
-`multitask.memory.keep_freed_memory`. They take turns of a few steps, of which the first counts for nothing.
+`multitask.cluster.memory.keep_freed_memory`. They take turns of a few steps, of which the first counts for nothing.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch.nn import functional
 from torchvision.models import get_model
 
 from benchmarks._common import at_most, environment, finish, make_parser
-from multitask.memory import keep_freed_memory
+from multitask.cluster.memory import keep_freed_memory
 
 ROWS = {"glibc's defaults": False, "freed memory kept": True}
 TURN = 4

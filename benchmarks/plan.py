@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks._common import Goal, at_most, environment, finish, make_parser
 from benchmarks._turns import WARM_UP, started, take_turn
 from benchmarks.engines import ALLREDUCE, BATCH, OVERLAPPED, RESOLUTIONS, SYNC, Setting, make_rows, write_tables
-from multitask.engines.served import ray_session
-from multitask.pace import cores_here, lay_out
-from multitask.planner import estimate
+from multitask.capacity.estimate import estimate
+from multitask.capacity.timing import cores_here, lay_out
+from multitask.cluster.session import ray_session
 
 ENGINES: dict[str, dict[str, Any]] = {
     OVERLAPPED: {"name": "async", "in_flight": 1},

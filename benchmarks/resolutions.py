@@ -39,9 +39,10 @@ from multitask.cascade.rules import Rule
 from multitask.data import open_table
 from multitask.data.transforms import decode
 from multitask.evaluation import evaluate, reestimate_statistics, torch_threads
-from multitask.job import Job, open_split, table_batches
-from multitask.runs import Run, evaluate_models
-from multitask.spec import load_spec
+from multitask.job.job import Job
+from multitask.job.tables import open_split, table_batches
+from multitask.run.directory import Run, evaluate_models
+from multitask.spec.reading import load_spec
 
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "demo_resolutions.yaml"
 SEEDS = (0, 1, 2)

@@ -29,8 +29,8 @@ from torchvision.models import get_model
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
 from benchmarks._pusher import Pusher, ServerShell, ShardShell, Trip
 from benchmarks._turns import TIMEOUT_S, ProcessorTime
-from multitask.engines.actors import Refs, ServerActor, ShardActor
-from multitask.engines.served import ray_session
+from multitask.cluster.session import ray_session
+from multitask.engines.server_actors import Refs, ServerActor, ShardActor
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord
@@ -121,8 +121,8 @@ class NumbersServer(ServerActor):
         super().__init__()
         self._publish_s = 0.0
 
-    def begin(self, job: Any, shards: Sequence[Any] = (), *lives: int) -> None:
-        super().begin(job, shards, *lives)
+    def begin(self, job: Any, shards: Sequence[Any] = (), *incarnations: int) -> None:
+        super().begin(job, shards, *incarnations)
         self._refs, self._published.refs = self._published.refs, self._clocked_refs  # type: ignore[method-assign]
 
     async def push_numbers(
@@ -147,7 +147,7 @@ class NumbersServer(ServerActor):
 def travel_as_tuples() -> None:
     """For readers in whose process our classes are not: their module imports torch."""
     register_serializer(GroupValues, serializer=lambda group: (group.values, group.counters), deserializer=tuple)
-    register_serializer(Reply, serializer=lambda reply: (reply.version, reply.refused), deserializer=tuple)
+    register_serializer(Reply, serializer=lambda reply: (reply.version, reply.rejected), deserializer=tuple)
 
 
 class Workers:
@@ -174,10 +174,10 @@ def started(numbers: Numbers, shards: int) -> Iterator[tuple[Any, Workers]]:
     first: Any = ray.remote(ServerShell).options(num_cpus=0)
     others: list[Any] = [shard.remote(NumbersShard) for _ in range(1, shards)]
     server: Any = first.remote(NumbersServer)
-    lives = [shard.begin.remote(reference, number) for number, shard in enumerate(others, start=1)]
+    incarnations = [shard.begin.remote(reference, number) for number, shard in enumerate(others, start=1)]
     workers = Workers(numbers, server, others)
     try:
-        ray.get(server.begin.remote(reference, others, *lives), timeout=TIMEOUT_S)
+        ray.get(server.begin.remote(reference, others, *incarnations), timeout=TIMEOUT_S)
         yield server, workers
     finally:
         for actor in (*workers.actors, server, *others):

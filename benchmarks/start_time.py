@@ -1,6 +1,6 @@
 """How long does a process of a run take to start, with torch.compile put off and without?
 
-New processes import what a worker needs and make one step of an optimiser, as `multitask.startup` has it, and with
+New processes import what a worker needs and make one step of an optimiser, as a run starts them, and with
 `torch._dynamo` imported first, as torchvision and torch's optimisers would; the limit is a process that imports torch
 alone. They take turns; what counts is the CPU time of a process, which others on the machine disturb least.
 """
@@ -12,9 +12,10 @@ import time
 from statistics import median
 
 from benchmarks._common import at_most, environment, finish, make_parser
+from multitask.startup import RUN_PROCESS
 
 WORKER = """
-import multitask.engines.actors
+import multitask.engines.workers
 import torch
 from multitask.server.optimizers import make_optimizer
 
@@ -67,7 +68,7 @@ def main() -> None:
 def start(code: str) -> tuple[float, float]:
     """CPU and wall seconds of a new process that runs this."""
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {RUN_PROCESS: "1"})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks._common import at_most, environment, finish, make_parser
-from multitask.engines.served import ray_session
-from multitask.live import read_status
+from multitask.cluster.session import ray_session
+from multitask.run.live import read_status
 from multitask.sweep import SweepResult, SweepSpec, load_sweep, run_sweep
-from multitask.sweep.outcomes import Choice, Outcome
+from multitask.sweep.outcomes import Choice, TrialOutcome
 from multitask.sweep.plan import describe
 from multitask.sweep.run import SOURCE_BACKBONE
 from multitask.sweep.spec import AshaScheduler
@@ -31,7 +31,7 @@ SPEC = Path(__file__).parent.parent / "jobs" / "specs" / "sweep_lr.yaml"
 class Swept:
     """A sweep that ran to its end."""
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[TrialOutcome]
     choice: Choice
     rounds: Sequence[int]
     """That each trial made, the last one before it stopped too."""
@@ -106,7 +106,7 @@ def run(spec: SweepSpec, ends: set[str]) -> Swept:
     return Swept(result.outcomes, result.choice, [rounds_made(outcome) for outcome in result.outcomes], minutes)
 
 
-def rounds_made(outcome: Outcome) -> int:
+def rounds_made(outcome: TrialOutcome) -> int:
     (task,) = read_status(outcome.plan.directory)["tasks"].values()
     return int(task["made"])
 

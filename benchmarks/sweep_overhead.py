@@ -20,10 +20,10 @@ from rich.console import Console
 import multitask
 from benchmarks._common import at_most, environment, finish, make_parser
 from benchmarks._pictures import noise_png
+from multitask.cluster.session import ray_session
 from multitask.data import write_table
 from multitask.engines import ENGINES
-from multitask.engines.served import ray_session
-from multitask.live import read_status
+from multitask.run.live import read_status
 from multitask.sweep import run_sweep
 
 CLASSES, SIZE = 10, 16

@@ -180,7 +180,7 @@ def plot(
     from multitask.cascade import check, load_cascade, read_predictions
     from multitask.cascade.figures import section, stage_sheet
     from multitask.data import open_table
-    from multitask.report import write_cascade_report
+    from multitask.report.report import write_cascade_report
 
     loaded, pool = load_cascade(cascade), read_predictions(predictions)
     point = loaded.point(max_cost, max_latency_ms)
@@ -205,7 +205,7 @@ def _measured(cost: str, models: list[str], export: Path | None) -> "Costs":
     """The cost of exported models."""
     import patches
     from multitask.cascade import CascadeError, View, count_macs, measure_latency
-    from multitask.runs import open_export
+    from multitask.run.directory import open_export
 
     if export is None:
         raise CascadeError(

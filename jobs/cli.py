@@ -14,6 +14,7 @@ from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.plan_verbs import plan
 from jobs.sweep_verbs import sweep
+from multitask.startup import put_off_torch_compile
 
 app = typer.Typer(
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
@@ -41,6 +42,7 @@ Weights = Annotated[
 
 def main() -> None:
     """Entry point: errors become one message and exit status 1; `--debug` shows the traceback instead."""
+    put_off_torch_compile()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -77,8 +79,8 @@ def train(
 ) -> None:
     """Run a training job, go on with one, or change the tasks of one that runs."""
     import multitask
-    from multitask.live import ask
-    from multitask.spec import load_task
+    from multitask.run.live import ask
+    from multitask.spec.reading import load_task
 
     if sum(choice is not None for choice in (spec, resume, attach, remove)) != 1:
         raise ValueError("Name one of: a job spec, --resume RUN, --attach RUN --task FILE, --remove RUN --task NAME.")
@@ -113,7 +115,7 @@ def status(
     json_output: AsJson = False,
 ) -> None:
     """Show how a run stands: state, steps, losses, speed, staleness and faults of each task."""
-    from multitask.live import read_status
+    from multitask.run.live import read_status
 
     found = read_status(run) if address is None else read_status_there(run, address)
     if json_output:
@@ -122,9 +124,9 @@ def status(
     print(f"{found['name']}: {found['state']}, engine {found['engine']}, last heard of {found['silent_s']:.0f} s ago")
     if found["error"]:
         print(found["error"])
-    if found.get("turned_away"):
-        print(f"turned away: {found['turned_away']} pushes and joins of unknown workers or replaced processes")
-    counts = ("redone", "lost", "refused", "skipped")
+    if found.get("rejected_calls"):
+        print(f"turned away: {found['rejected_calls']} pushes and joins of unknown workers or replaced processes")
+    counts = ("redone", "lost", "rejected", "skipped")
     table = Table("task", "steps", "loss", "rate", "images/s", "staleness", *counts)
     for name, task in found["tasks"].items():
         latest = task["latest"]
@@ -141,7 +143,7 @@ def export(
     json_output: AsJson = False,
 ) -> None:
     """Write the backbone and one bundle per task, all from one version of a run."""
-    from multitask.runs import Run
+    from multitask.run.directory import Run
 
     exported = Run(run).export(version, to)
     sizes = {str(path): path.stat().st_size for path in (exported.backbone, *exported.bundles.values())}
@@ -164,7 +166,7 @@ def gather(
 ) -> None:
     """Write a task's images as the maps that MIST's edge learns from: `python -m patches.edge`."""
     from multitask.gather import gather
-    from multitask.spec import load_spec
+    from multitask.spec.reading import load_spec
 
     for split, maps in gather(load_spec(spec), task, folder, k=k, dtype=dtype).items():
         row_bytes = sum(layout.row_bytes for layout in maps.layouts.values())
@@ -182,7 +184,7 @@ def evaluate(
     json_output: AsJson = False,
 ) -> None:
     """Evaluate a run's exported bundles on one of their tasks' tables."""
-    from multitask.runs import Run, RunError, evaluate_models, open_export
+    from multitask.run.directory import Run, RunError, evaluate_models, open_export
     from patches import unknown_name_message
 
     opened = Run(run)

@@ -25,7 +25,7 @@ def carry_job(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     import yaml
 
     from jobs.package import ADDED
-    from multitask.spec import dump_spec, load_spec
+    from multitask.spec.reading import dump_spec, load_spec
 
     content = paths.job(dump_spec(load_spec(spec)))
     return f"{ADDED}/{spec.name}", yaml.safe_dump(content, sort_keys=False).encode()
@@ -36,7 +36,7 @@ def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     import yaml
 
     from jobs.package import ADDED
-    from multitask.spec import dump_spec
+    from multitask.spec.reading import dump_spec
     from multitask.sweep.plan import plan_trials
     from multitask.sweep.spec import dump_sweep, load_sweep
 
@@ -155,14 +155,14 @@ def stop(job: Job, address: Address = None) -> None:
 
 
 def read_status_there(run: Path, address: str) -> dict[str, Any]:
-    """What `multitask.live.read_status` says on a cluster whose head has the run's directory.
+    """What `multitask.run.live.read_status` says on a cluster whose head has the run's directory.
 
     Raises:
         RunError: nothing was started in this directory.
     """
     from jobs.submission import read_json
-    from multitask.live import STATUS, judge_status
-    from multitask.runs import RunError
+    from multitask.run.directory import RunError
+    from multitask.run.live import STATUS, judge_status
 
     status = read_json(connect(address), run / STATUS)
     if status is None:

@@ -240,8 +240,8 @@ def _import(
     max_side: int | None,
     rows_per_shard: int,
 ) -> None:
+    from multitask.cluster.session import ray_session
     from multitask.data.importing import import_table
-    from multitask.engines.served import ray_session
 
     splits = {name: float(_value(share)) for name, share in _pairs(split, "--split").items()}
     with ray_session(), _progress() as on_rows:

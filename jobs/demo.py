@@ -23,12 +23,13 @@ import patches
 from multitask.cascade import Check, check
 from multitask.cascade.figures import headline, section, stage_sheet
 from multitask.cascade.from_run import cascade_from_run
+from multitask.cluster.session import ray_session
 from multitask.data import TrainBatches, open_table
-from multitask.engines.served import ray_session
 from multitask.evaluation import reestimate_statistics, torch_threads
-from multitask.report import accuracy_table, write_report
-from multitask.runs import Export, Run, evaluate_models, write_json
-from multitask.spec import TaskSpec, load_spec
+from multitask.report.report import accuracy_table, write_report
+from multitask.run.directory import Export, Run, evaluate_models, write_json
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import TaskSpec
 
 SPECS = Path(__file__).parent / "specs"
 MODES = {

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from multitask.planner import Estimate, Layout
+    from multitask.capacity.estimate import Estimate, Layout
 
 LARGE = 1000
 """Workers up to which the plan is drawn."""
@@ -33,9 +33,9 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
 ) -> None:
     """Time a few steps here, and estimate a cluster: steps, images/s, load of server and network, and the limit."""
-    from multitask.pace import cores_here, lay_out
-    from multitask.planner import SERVER_COSTS, best_shards, doublings, estimate, fit, saturation
-    from multitask.spec import load_spec
+    from multitask.capacity.estimate import SERVER_COSTS, best_shards, doublings, estimate, fit, saturation
+    from multitask.capacity.timing import cores_here, lay_out
+    from multitask.spec.reading import load_spec
 
     job = load_spec(spec)
     if workers is not None:

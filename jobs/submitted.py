@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import cli
 from jobs.package import TOKENS
-from multitask.engines.served import ray_session
+from multitask.cluster.session import ray_session
 
 LOOK_TIMEOUT_S = 1800.0
 """A node's first look waits for the job's packages there."""

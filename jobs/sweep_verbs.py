@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from multitask.sweep import Outcome
+    from multitask.sweep import TrialOutcome
 
 
 def sweep(
@@ -54,7 +54,7 @@ def sweep(
         print(f"Next: multitask train {result.directory}/best.yaml")
 
 
-def _show(outcomes: "Sequence[Outcome]") -> None:
+def _show(outcomes: "Sequence[TrialOutcome]") -> None:
     """The best trials."""
     from multitask.sweep.board import BEST_SHOWN
     from multitask.sweep.summary import trial_header, trial_rows

@@ -7,8 +7,10 @@ from typing import Any, Literal
 import torch
 
 from multitask.data import ImageTable
-from multitask.job import load_backbone, open_split, table_batches
-from multitask.spec import JobSpec, SpecError, TaskSpec
+from multitask.job.models import load_backbone
+from multitask.job.tables import open_split, table_batches
+from multitask.spec.errors import SpecError
+from multitask.spec.schema import JobSpec, TaskSpec
 from patches.edge import MAPS
 from patches.features import FeatureFile, Rows, write_features
 from patches.methods.mist import Gather

@@ -1,4 +1,8 @@
-"""Processes of a run start sooner without the machinery of torch.compile, which none of them uses."""
+"""Processes that a run starts do without the machinery of torch.compile, which none of them uses.
+
+They get the environment variable `RUN_PROCESS`, on which `import multitask` calls `put_off_torch_compile`; the command
+line calls it too. A user's own process, which may compile what it likes, keeps its `sys.modules` as they are.
+"""
 
 import importlib
 import sys
@@ -8,6 +12,8 @@ from typing import Any
 
 DYNAMO = "torch._dynamo"
 UTILS = f"{DYNAMO}.utils"
+RUN_PROCESS = "MULTITASK_RUN_PROCESS"
+"""Environment variable of the processes that a run starts."""
 
 
 class _StandIn(ModuleType):

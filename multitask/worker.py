@@ -18,39 +18,18 @@ from torch.nn.utils import clip_grad_norm_
 
 from multitask.data import Batch
 from multitask.data.feature_cache import FeatureCache
+from multitask.errors import TrainingError
 from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, bind, training_norms
-from multitask.server.messages import Cut, Gradients, GroupValues, Push, Reply, as_tensor, is_finite
+from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest, as_tensor, is_finite
 from patches import PatchedModel
 
-REFUSED_IN_A_ROW = 5
+REJECTED_IN_A_ROW = 5
 """Pushes that a worker may lose one after another before the run ends."""
 ALIVE_S = 10.0
 ONE_AT_A_TIME = threading.Lock()
 """Held by the worker that computes, of several in one process: torch's random numbers are the process's own."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the worker, its task and the step."""
-
-    def __init__(self, message: str, about: Mapping[str, object] | None = None) -> None:
-        """Args:
-        about: task, worker and step for the log, where one worker is to blame.
-        """
-        super().__init__(message)
-        self.about = dict(about or {})
-
-
-def failure(worker: str, task: str, steps: int, why: object) -> TrainingError:
-    """The error of a worker that raised.
-
-    Args:
-        steps: that it has made.
-    """
-    about = {"task": task, "worker": worker, "step": steps}
-    made = f"{steps} step{'' if steps == 1 else 's'}"
-    return TrainingError(f"Worker '{worker}' of task '{task}' failed after {made}: {why}", about)
 
 
 Values = Mapping[str, Sequence[GroupValues]]
@@ -61,18 +40,35 @@ class Server(Protocol):
     """How a worker reaches the parameter server: `multitask.engines` has one for each side of a process border."""
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
-        """The newest values for a worker that has nothing in flight."""
+        """The newest values for a worker whose pushes are all answered."""
 
     def push(self, push: Push, gradients: Gradients) -> Any:
         """Send a push; `wait` turns what this returns into the reply and the newest values."""
 
-    def wait(self, handle: Any) -> tuple[Reply, Values]: ...
+    def wait(self, handle: Any) -> tuple[Reply, Values]:
+        """Wait for the answer to a push."""
 
-    def kept(self, version: int, worker: str) -> Values | None:
-        """A version put aside: the groups that the worker's task uses; None where the server no longer knows it."""
+    def snapshot(self, version: int, worker: str) -> Values | None:
+        """A snapshot's groups that the worker's task uses; None where the server no longer has the snapshot."""
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Any other method of ParameterServer, waited for."""
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
+        """What the server asks this worker to report, the oldest snapshot first."""
+
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
+        """As `ParameterServer.report_state`."""
+
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
+        """As `ParameterServer.report_evaluation`."""
+
+    def report_alive(self, worker: str) -> None:
+        """Tell the server that this worker is busy and not lost."""
+
+    def finish(self, worker: str) -> None:
+        """Tell the server that this worker has made its last step."""
 
 
 def task_loss(outputs: Any, labels: Tensor, *, label_smoothing: float, auxiliary_weight: float) -> Tensor:
@@ -157,7 +153,7 @@ class TaskWorker:
         """Called in each step before the backward pass after which its gradients are final, if none is clipped."""
         self._version = 0
         self._seen: set[tuple[int, int, str]] = set()
-        self._refused_in_a_row = 0
+        self._rejected_in_a_row = 0
         self._values = {group: initial[group][0].to(device, copy=True) for group in layouts}
         self._counters = {group: initial[group][1].to(device, copy=True) for group in layouts}
         self._gradients = {group: torch.zeros(layout.pushed, device=device) for group, layout in layouts.items()}
@@ -210,7 +206,7 @@ class TaskWorker:
             incarnation=self._incarnation,
             skipped=skipped,
             bad_images=bad_images,
-            process=os.getpid(),
+            pid=os.getpid(),
             problem=problem,
         )
         self.step, self.position = self.step + 1, batch.position
@@ -272,28 +268,33 @@ class TaskWorker:
         bad = [group for group in self._private if not is_finite(self._gradients[group])]
         return f"it holds a gradient that is not finite in group '{bad[0]}'" if bad else None
 
-    def absorb(self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values) -> list["HandIn"]:
+    def absorb(
+        self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values
+    ) -> list["SnapshotPart"]:
         """Apply the private part of an answered push and take over the newest values.
 
         Returns:
             For each version put aside since the last reply: what this worker held as of its last push up to it.
         Raises:
-            TrainingError: the server refused several pushes in a row.
+            TrainingError: the server rejected several pushes in a row.
         """
-        due = [self._hand_in(cut) for cut in self._new(reply.cuts, lambda cut: cut.version < reply.applied_version)]
+        due = [
+            self._part_of(request)
+            for request in self._new(reply.requests, lambda request: request.version < reply.applied_version)
+        ]
         # A step made again, and one whose answer was lost, nobody refuses once more.
-        refused = reply.refused or push.problem
-        if refused is None:
-            self._refused_in_a_row = 0
+        rejected = reply.rejected or push.problem
+        if rejected is None:
+            self._rejected_in_a_row = 0
             for group, gradient in private_pushes.items():
                 self._private[group].apply(gradient, reply.rate)
         else:
-            self._refused_in_a_row += 1
-            if self._refused_in_a_row == REFUSED_IN_A_ROW:
-                raise TrainingError(f"{refused} It was refused push number {REFUSED_IN_A_ROW} in a row.")
+            self._rejected_in_a_row += 1
+            if self._rejected_in_a_row == REJECTED_IN_A_ROW:
+                raise TrainingError(f"{rejected} It was rejected push number {REJECTED_IN_A_ROW} in a row.")
         self._learned_step, self._learned_position = push.step + 1, push.position
         self.receive(reply, values)
-        return due + [self._hand_in(cut) for cut in self._new(reply.cuts)]
+        return due + [self._part_of(request) for request in self._new(reply.requests)]
 
     def receive(self, reply: Reply, values: Values) -> None:
         """Take over the newest values of all groups."""
@@ -322,32 +323,34 @@ class TaskWorker:
             self._counters[group].copy_(counters)
         return metrics
 
-    def complete(self, server: Server) -> None:
+    def answer_last_requests(self, server: Server) -> None:
         """After the last step of all workers: take over the final values and hand in what is still asked for."""
         self.receive(*server.pull(self.name))
-        self.answer_cuts(server)
+        self.answer_requests(server)
 
-    def answer_cuts(self, server: Server) -> None:
+    def answer_requests(self, server: Server) -> None:
         """After the own last step: hand in what is asked for, while others may still train."""
-        for cut in self._new(server.call("cuts", self.name)):
-            give(self, server, self._hand_in(cut))
+        for request in self._new(server.snapshot_requests(self.name)):
+            give(self, server, self._part_of(request))
 
-    def _new(self, cuts: Iterable[Cut], when: Callable[[Cut], bool] = lambda _: True) -> list[Cut]:
+    def _new(
+        self, requests: Iterable[SnapshotRequest], when: Callable[[SnapshotRequest], bool] = lambda _: True
+    ) -> list[SnapshotRequest]:
         """What is asked of this worker for the first time."""
         new = []
-        for cut in filter(when, cuts):
-            which = cut.server, cut.version
-            evaluate = cut.evaluate and self.validation is not None and (*which, "evaluate") not in self._seen
-            save = cut.save and (*which, "save") not in self._seen
+        for request in filter(when, requests):
+            which = request.server_incarnation, request.version
+            evaluate = request.evaluate and self.validation is not None and (*which, "evaluate") not in self._seen
+            save = request.save and (*which, "save") not in self._seen
             self._seen |= {(*which, "evaluate")} if evaluate else set()
             self._seen |= {(*which, "save")} if save else set()
             if evaluate or save:
-                new.append(replace(cut, evaluate=evaluate, save=save))
+                new.append(replace(request, evaluate=evaluate, save=save))
         return new
 
-    def _hand_in(self, cut: Cut) -> "HandIn":
-        private = {name: group.state(cut.save) for name, group in self._private.items()}
-        return HandIn(cut, self._learned_step, self._learned_position, private)
+    def _part_of(self, request: SnapshotRequest) -> "SnapshotPart":
+        private = {name: group.state(request.save) for name, group in self._private.items()}
+        return SnapshotPart(request, self._learned_step, self._learned_position, private)
 
     def _load(self, values: Values) -> None:
         for name, parts in values.items():
@@ -359,24 +362,24 @@ class TaskWorker:
 
 
 @dataclass(frozen=True)
-class HandIn:
+class SnapshotPart:
     """What a worker held as of its last push up to a version that was put aside."""
 
-    cut: Cut
+    request: SnapshotRequest
     step: int
     position: int
     private: dict[str, GroupValues]
 
 
-def give(worker: TaskWorker, server: Server, held: HandIn) -> None:
+def give(worker: TaskWorker, server: Server, held: SnapshotPart) -> None:
     """Give the server what it asked for: the private tensors first, since evaluating takes long."""
-    if held.cut.save:
-        server.call("save", held.cut, worker.name, held.step, held.position, held.private)
-    values = server.kept(held.cut.version, worker.name) if held.cut.evaluate else None
+    if held.request.save:
+        server.report_state(held.request, worker.name, held.step, held.position, held.private)
+    values = server.snapshot(held.request.version, worker.name) if held.request.evaluate else None
     if values is not None:
         private = {name: GroupValues(group.values, group.counters) for name, group in held.private.items()}
-        metrics = worker.evaluate(values, private, lambda: server.call("alive", worker.name))
-        server.call("hand_in", held.cut, worker.task, metrics, private)
+        metrics = worker.evaluate(values, private, lambda: server.report_alive(worker.name))
+        server.report_evaluation(held.request, worker.task, metrics, private)
 
 
 def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) -> Iterator[None]:
@@ -408,7 +411,7 @@ def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) 
         pause = absorb_oldest()
     worker.keep_features()
     if worker.step == steps:
-        server.call("finish", worker.name)
+        server.finish(worker.name)
 
 
 def _now_and_then(call: Callable[[], None], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -5,8 +5,9 @@ from patches.bank import PatchBank
 from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle, verify_bundle
 from patches.errors import BackboneError, BundleError, PatchError
 from patches.fold import fold
+from patches.method import MethodInfo
 from patches.names import unknown_name_message
-from patches.patch import MethodInfo, ParameterCounts, PatchedModel, attach, methods
+from patches.patch import ParameterCounts, PatchedModel, attach, methods
 
 __all__ = [
     "Backbone",

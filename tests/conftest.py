@@ -13,13 +13,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from multitask.checkpoint import CheckpointStore
 from multitask.data import write_table
 from multitask.engines import ENGINES, Driver, Outcome
-from multitask.job import Job
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.server.progress import Progress
-from multitask.spec import JobSpec, load_spec
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -138,7 +139,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     import ray
 
-    from multitask.engines.served import start_ray
+    from multitask.cluster.session import start_ray
 
     start_ray(num_cpus=2)
     yield

@@ -7,7 +7,8 @@ from multitask.cascade.costs import Costs, View, count_macs, measure_latency, re
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.model import CascadeModel
-from multitask.cascade.predictions import Predictions, predictions_writer, read_predictions
+from multitask.cascade.predictions import Predictions, read_predictions
+from multitask.data.predictions import predictions_writer
 
 __all__ = [
     "Answers",

@@ -10,7 +10,7 @@ from multitask.cascade.checking import Check
 from multitask.cascade.predictions import Predictions
 from multitask.data import ImageTable
 from multitask.data.sheet import picture_grid
-from multitask.plots import (
+from multitask.report.plots import (
     DARK,
     KNOWN_COLOURS,
     LIGHT,

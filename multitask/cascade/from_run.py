@@ -9,7 +9,7 @@ from multitask.cascade.costs import View, count_macs
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.predictions import Predictions, read_predictions
-from multitask.runs import Run, evaluate_models
+from multitask.run.directory import Run, evaluate_models
 
 SEED = 0
 """Of the halves of the validation images."""

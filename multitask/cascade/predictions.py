@@ -7,8 +7,7 @@ them; any other program may.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from multitask.cascade.errors import CascadeError
-from patches.files import atomic_file
+from multitask.data.predictions import LABEL, LOGITS, ROW
 from patches.names import unknown_name_message
 
-ROW, LABEL, LOGITS = "row", "label", "logits"
 SHOWN = 3
 """Rows that a message names."""
-
-Write = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None]
-"""Adds rows (n,), labels (n,) and logits (n, classes) to a file."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +102,6 @@ class Predictions:
             ]
             for place in places
         ]
-
-
-@contextmanager
-def predictions_writer(path: str | os.PathLike[str], classes: int) -> Iterator[Write]:
-    """A function that adds images to a model's file, which is there, whole, when the block ends."""
-    logits_type = pa.list_(pa.float32(), classes)
-    schema = pa.schema([(ROW, pa.int64()), (LABEL, pa.int64()), (LOGITS, logits_type)])
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema) as writer:
-
-        def write(rows: NDArray[np.int64], labels: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1), pa.float32()), type=logits_type)
-            writer.write_table(pa.table([rows, labels, column], schema))
-
-        yield write
 
 
 def read_predictions(folder: str | os.PathLike[str], models: Sequence[str] | None = None) -> Predictions:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from multitask.engines import allreduce, local, served
-from multitask.engines.interface import Driver, Outcome, Watch
-from multitask.job import Job
+from multitask.engines.interface import Driver, OnNews, Outcome
+from multitask.job.job import Job
 
 ENGINES: dict[str, Callable[[Job, Driver], Outcome]] = {
     "allreduce": allreduce.run,
@@ -14,4 +14,4 @@ ENGINES: dict[str, Callable[[Job, Driver], Outcome]] = {
     "sync": served.run,
 }
 
-__all__ = ["ENGINES", "Driver", "Outcome", "Watch"]
+__all__ = ["ENGINES", "Driver", "OnNews", "Outcome"]

@@ -17,17 +17,18 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import LOST, Actor, NotBegunError
+from multitask.cluster.arithmetic import Demand
+from multitask.cluster.memory import FOR_ALL_THREADS
+from multitask.cluster.places import check_places, cluster_nodes, demands
+from multitask.cluster.session import ray_session
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.ledger import WAIT, LedgerActor, Report
-from multitask.engines.places import check_places, cluster_nodes, demands
+from multitask.engines.ledger import WAIT, GroupStatus, LedgerActor
+from multitask.engines.loss import LOST, Actor, NotBegunError
 from multitask.engines.ranks import train_rank
-from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started, ray_session
-from multitask.job import Job
-from multitask.memory import FOR_ALL_THREADS
-from multitask.placement import Demand
-from multitask.worker import TrainingError, failure
+from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started
+from multitask.errors import TrainingError, failure
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
 
 HEALTH_CHECK_S = 0.5
 """Between two looks of Train at its workers: so long a loss goes unnoticed."""
@@ -52,8 +53,8 @@ def run(job: Job, driver: Driver) -> Outcome:
     outcome = Outcome()
     with ray_session():
         check_places(job.spec)
-        with crew_of(job, driver.store) as crew:
-            _Session(job, driver, outcome, crew).run()
+        with rank_group(job, driver.store) as crew:
+            AllreduceRun(job, driver, outcome, crew).run()
     return outcome
 
 
@@ -61,7 +62,7 @@ class StartError(RuntimeError):
     """Train could not start a group."""
 
 
-class Crew:
+class RankGroup:
     """The ledger, and Train's work as something to wait for."""
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
@@ -115,9 +116,9 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew_of(job: Job, store: CheckpointStore) -> Iterator[Crew]:
+def rank_group(job: Job, store: CheckpointStore) -> Iterator[RankGroup]:
     """The processes of a run, ended with the block."""
-    crew = Crew(job, store)
+    crew = RankGroup(job, store)
     try:
         yield crew
     finally:
@@ -175,10 +176,10 @@ def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path
         raise StartError(str(error)) from None
 
 
-class _Session:
+class AllreduceRun:
     """The driver's side, from the start of Train's group to its end."""
 
-    def __init__(self, job: Job, driver: Driver, outcome: Outcome, crew: Crew) -> None:
+    def __init__(self, job: Job, driver: Driver, outcome: Outcome, crew: RankGroup) -> None:
         self._job, self._driver, self._outcome, self._crew = job, driver, outcome, crew
         self._pausing = False
         self._numbers = itertools.count(1)
@@ -198,7 +199,7 @@ class _Session:
         _, _, progress = report.news
         self._outcome.paused = min(worker.step for worker in progress.workers.values()) < self._job.spec.steps
 
-    def _has_ended(self, report: Report) -> bool:
+    def _has_ended(self, report: GroupStatus) -> bool:
         """False where Train was lost, and with it the ranks, or the ledger after them: then all start again.
 
         Args:
@@ -221,16 +222,16 @@ class _Session:
         self._crew.start()
         return False
 
-    def _poll(self) -> Report:
+    def _poll(self) -> GroupStatus:
         """Tell the driver what happened; count what was lost."""
-        report: Report = self._call("report", self._job.spec.resources.step_timeout_s, next(self._numbers))
+        report: GroupStatus = self._call("report", self._job.spec.resources.step_timeout_s, next(self._numbers))
         records, completed, progress = report.news
         # The ranks hand in all values, so the ledger keeps none.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})
         if records:  # before anything that may meet the next loss
             self._outcome.back(ALL)
         if completed:
-            self._call("release", list(completed))
+            self._call("drop_snapshot", list(completed))
         if report.failure is not None:
             name, why = report.failure
             raise failure(name, self._job.workers[name], progress.workers[name].step, why)
@@ -255,7 +256,7 @@ class _Session:
         where = self._driver.store.where() or "the start"
         log.warning("The worker group was lost (%s). All workers go back to %s.", message, where)
 
-    def _await_start(self, report: Report) -> None:
+    def _await_start(self, report: GroupStatus) -> None:
         self._late = [name for name in self._job.workers if name not in report.processes]
         if not self._late:
             self._late_since = None

@@ -5,16 +5,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from multitask.checkpoint import CheckpointStore
-from multitask.job import Job
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord, whole
-from multitask.server.parameter_server import Completed
+from multitask.server.parameter_server import CompleteSnapshot
 from multitask.server.progress import Progress
 from multitask.worker import Values
 
 log = logging.getLogger(__name__)
 
-Watch = Callable[[list[StepRecord], list[Evaluation], Progress], None]
+OnNews = Callable[[list[StepRecord], list[Evaluation], Progress], None]
 """Called now and then with what happened since the last call, and where the run stands."""
 
 
@@ -22,7 +22,7 @@ Watch = Callable[[list[StepRecord], list[Evaluation], Progress], None]
 class Driver:
     """Whom an engine tells and asks while it runs."""
 
-    watch: Watch
+    watch: OnNews
     store: CheckpointStore
     wants_pause: Callable[[], bool] = lambda: False
     """Asked now and then: stop all workers after their step, save a checkpoint, and return."""
@@ -53,7 +53,7 @@ def take(
     job: Job,
     driver: Driver,
     outcome: Outcome,
-    news: tuple[list[StepRecord], Mapping[int, Completed], Progress],
+    news: tuple[list[StepRecord], Mapping[int, CompleteSnapshot], Progress],
     kept: Callable[[int], Values | None],
 ) -> bool:
     """Tell the driver what the server gave out, and save the checkpoints that are complete.

@@ -9,12 +9,12 @@ from typing import Any
 
 import ray
 
-from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import Actor, LastAnswer, begun
+from multitask.engines.loss import Actor, LastAnswer, begun
 from multitask.engines.metrics import ServerMetrics
-from multitask.job import Job
-from multitask.server.messages import Cut, Gradients, Key, Push, PushRejectedError, Reply, StepRecord
-from multitask.server.parameter_server import Completed, ParameterServer
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
+from multitask.server.messages import Gradients, Key, Push, PushRejectedError, Reply, SnapshotRequest, StepRecord
+from multitask.server.parameter_server import CompleteSnapshot, ParameterServer
 from multitask.server.progress import Progress
 from multitask.server.shard import Shard, Update
 
@@ -24,13 +24,13 @@ WAIT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Apply:
-    """A round's update, empty where all pushes were refused."""
+    """A round's update, empty where all pushes were rejected."""
 
     update: Update
 
 
 @dataclass(frozen=True)
-class Keep:
+class TakeSnapshot:
     """Put the values aside as they stand."""
 
     version: int
@@ -38,11 +38,11 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Release:
+class DropSnapshot:
     version: int
 
 
-Operation = Apply | Keep | Release
+Operation = Apply | TakeSnapshot | DropSnapshot
 
 
 class Ledger(Shard):
@@ -70,11 +70,11 @@ class Ledger(Shard):
     def apply(self, update: Update, done: Iterable[Key]) -> None:  # noqa: ARG002
         self._write(Apply(update))
 
-    def keep(self, version: int, slots: bool) -> None:
-        self._write(Keep(version, slots))
+    def take_snapshot(self, version: int, slots: bool) -> None:
+        self._write(TakeSnapshot(version, slots))
 
-    def release(self, version: int) -> None:
-        self._write(Release(version))
+    def drop_snapshot(self, version: int) -> None:
+        self._write(DropSnapshot(version))
 
     def _write(self, operation: Operation) -> None:
         for unread in self._unread.values():
@@ -82,10 +82,10 @@ class Ledger(Shard):
 
 
 @dataclass(frozen=True)
-class Report:
+class GroupStatus:
     """What the driver hears of a worker group now and then."""
 
-    news: tuple[list[StepRecord], dict[int, Completed], Progress]
+    news: tuple[list[StepRecord], dict[int, CompleteSnapshot], Progress]
     """What `ParameterServer.drain` returned."""
     processes: dict[str, int]
     """Worker -> process id, of those that have joined the present group."""
@@ -171,10 +171,10 @@ class LedgerActor:
         self._notify()
         return answer
 
-    async def cuts(self, group: int, worker: str) -> tuple[tuple[Cut, ...], list[Operation]]:
+    async def snapshot_requests(self, group: int, worker: str) -> tuple[tuple[SnapshotRequest, ...], list[Operation]]:
         """What is asked of a worker, with the operations that put it aside: others may push at any moment."""
         self._check(group)
-        return self._server.cuts(worker), self._ledger.read(worker)
+        return self._server.snapshot_requests(worker), self._ledger.read(worker)
 
     async def rest(self, group: int, worker: str) -> tuple[list[Operation], bool]:
         """A worker has made its steps, or pauses: what the others do meanwhile, and whether all of them rest."""
@@ -182,7 +182,7 @@ class LedgerActor:
         if worker not in self._resting:
             self._resting.add(worker)
             if self._all_rest() and self._pause_wanted:
-                self._server.put_aside()
+                self._server.snapshot_for_checkpoint()
             self._notify()
         while not (self._ledger.news(worker) or self._all_rest()):
             await self._change(group)
@@ -194,7 +194,7 @@ class LedgerActor:
 
     # What the driver and Train's controller call.
 
-    async def report(self, silent_s: float, number: int) -> Report:
+    async def report(self, silent_s: float, number: int) -> GroupStatus:
         """Args:
         silent_s: a worker of which nothing was heard for so long, though it waits for nobody, is ended; Train does the
             rest.
@@ -202,17 +202,17 @@ class LedgerActor:
         """
         return self._reported.to(number, lambda: self._report(silent_s))
 
-    def _report(self, silent_s: float) -> Report:
-        silent = [worker for worker in self._server.silent(silent_s, self._working()) if worker in self._actors]
+    def _report(self, silent_s: float) -> GroupStatus:
+        silent = [worker for worker in self._server.silent_workers(silent_s, self._working()) if worker in self._actors]
         for worker in silent:
             ray.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
         news, ended = self._server.drain(), self._server.has_ended()
-        return Report(news, dict(self._processes), silent, lost, self._failure, ended)
+        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)
 
-    async def release(self, versions: Sequence[int]) -> None:
+    async def drop_snapshot(self, versions: Sequence[int]) -> None:
         for version in versions:
-            self._server.release(version)
+            self._server.drop_snapshot(version)
 
     async def pause(self) -> None:
         self._pause_wanted = True
@@ -252,9 +252,9 @@ class LedgerActor:
         """
         if self._starting:
             return ()
-        owing = self._resting.intersection(self._server.owing())
-        furthest = max(map(self._ledger.rounds_behind, owing), default=0)
-        behind = {worker for worker in owing if self._ledger.rounds_behind(worker) == furthest}
+        workers_with_requests = self._resting.intersection(self._server.workers_with_requests())
+        furthest = max(map(self._ledger.rounds_behind, workers_with_requests), default=0)
+        behind = {worker for worker in workers_with_requests if self._ledger.rounds_behind(worker) == furthest}
         return behind or self._actors.keys() - self._resting
 
     def _all_rest(self) -> bool:

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 from multitask.engines.interface import Driver, Outcome, take
+from multitask.errors import failure
 from multitask.evaluation import torch_threads
-from multitask.job import Job
-from multitask.server.messages import Gradients, Push, Reply
+from multitask.job.job import Job
+from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest
 from multitask.server.parameter_server import ParameterServer
-from multitask.spec import LocalSpec
-from multitask.worker import TaskWorker, Values, failure, train_steps
+from multitask.spec.schema import LocalSpec
+from multitask.worker import TaskWorker, Values, train_steps
 
 Answer = tuple[Reply, Values]
 
@@ -41,12 +41,28 @@ class DirectServer:
     def wait(self, handle: str | Answer) -> Answer:
         return self.pull(handle) if isinstance(handle, str) else handle
 
-    def kept(self, version: int, worker: str) -> Values | None:
-        kept = self._server.shard.kept(version)
+    def snapshot(self, version: int, worker: str) -> Values | None:
+        kept = self._server.shard.snapshot(version)
         return None if kept is None else {name: [kept[name]] for name in self._server.groups_of(worker)}
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._server, method)(*arguments)
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
+        return self._server.snapshot_requests(worker)
+
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
+        self._server.report_state(request, worker, step, position, private)
+
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
+        self._server.report_evaluation(request, task, metrics, private)
+
+    def report_alive(self, worker: str) -> None:
+        self._server.report_alive(worker)
+
+    def finish(self, worker: str) -> None:
+        self._server.finish(worker)
 
 
 def run(job: Job, driver: Driver) -> Outcome:
@@ -61,9 +77,9 @@ def run(job: Job, driver: Driver) -> Outcome:
 
         def poll() -> None:
             news = server.drain()
-            take(job, driver, outcome, news, lambda v: {n: [g] for n, g in (server.shard.kept(v) or {}).items()})
+            take(job, driver, outcome, news, lambda v: {n: [g] for n, g in (server.shard.snapshot(v) or {}).items()})
             for version in news[1]:
-                server.release(version)
+                server.drop_snapshot(version)
 
         loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
         # One push of each worker in turn, until the loops end: all in the same turn, unless a task joined the run late.
@@ -72,16 +88,16 @@ def run(job: Job, driver: Driver) -> Outcome:
                 loops = {worker: loop for worker, loop in loops.items() if _goes_on(worker, loop)}
                 for worker in workers:
                     if worker not in loops:
-                        worker.answer_cuts(direct)
+                        worker.answer_requests(direct)
             finally:
                 poll()  # when a worker fails, too: what led there is worth knowing, and a checkpoint may be complete
             if driver.wants_pause():
                 server.pause()
         outcome.paused = any(worker.step < job.spec.steps for worker in workers)
         if outcome.paused:
-            server.put_aside()
+            server.snapshot_for_checkpoint()
         for worker in workers:
-            worker.complete(direct)
+            worker.answer_last_requests(direct)
         poll()
     return outcome
 

@@ -2,7 +2,7 @@
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from multitask.job import Job
+from multitask.job.job import Job
 from multitask.server.messages import StepRecord
 
 STEP_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
@@ -17,7 +17,7 @@ class ServerMetrics:
         self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **of_task)
         self._images = Counter("multitask_images", "Images that applied pushes learned from.", **of_task)
         self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **of_task)
-        self._refused = Counter("multitask_refused_pushes", "Pushes refused.", **of_task)
+        self._rejected = Counter("multitask_refused_pushes", "Pushes rejected.", **of_task)
         self._staleness = Gauge("multitask_staleness", "Versions by which the latest push was behind.", **of_task)
         self._queue = Gauge("multitask_queue", "Workers that wait for others.")
         self._step_s = Histogram(
@@ -30,8 +30,8 @@ class ServerMetrics:
         if self._bytes_of[record.task]:  # Ray counts nothing but what is above zero
             self._bytes.inc(self._bytes_of[record.task], tags)
         self._queue.set(record.queue)
-        if record.refused is not None:
-            self._refused.inc(1, tags)
+        if record.rejected is not None:
+            self._rejected.inc(1, tags)
         elif not record.redone:
             self._pushes.inc(1, tags)
             self._images.inc(record.images, tags)

@@ -12,16 +12,25 @@ import ray
 import torch
 import torch.distributed as dist
 
+from multitask.cluster.logs import log_to_stderr
 from multitask.data import prefetch
-from multitask.engines.actors import LOST, Actor
-from multitask.engines.ledger import WAIT, Apply, Keep, Operation, Release
+from multitask.engines.ledger import WAIT, Apply, DropSnapshot, Operation, TakeSnapshot
+from multitask.engines.loss import LOST, Actor
 from multitask.engines.reduction import PeerLostError, Reduction, peers, plan_buckets
-from multitask.job import Job
-from multitask.logs import log_to_stderr
+from multitask.job.job import Job
 from multitask.server.layout import named_tensors
-from multitask.server.messages import Gradients, GroupValues, Push, PushRejectedError, Reply, as_tensor, is_finite
+from multitask.server.messages import (
+    Gradients,
+    GroupValues,
+    Push,
+    PushRejectedError,
+    Reply,
+    SnapshotRequest,
+    as_tensor,
+    is_finite,
+)
 from multitask.server.shard import Update, shares
-from multitask.spec import AllreduceSpec
+from multitask.spec.schema import AllreduceSpec
 from multitask.worker import TaskWorker, Values, train_steps
 
 log = logging.getLogger(__name__)
@@ -80,19 +89,32 @@ class RankServer:
         self._follow(operations, sums)
         return reply, self._values()
 
-    def kept(self, version: int, worker: str) -> Values:  # noqa: ARG002
-        return {name: [group] for name, group in self._put_aside(version).items()}
+    def snapshot(self, version: int, worker: str) -> Values:  # noqa: ARG002
+        return {name: [group] for name, group in self._snapshot_at(version).items()}
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        if method == "cuts":
-            cuts, operations = self._ask("cuts", *arguments)
-            self._follow(operations)
-            return cuts
-        if method in ("save", "hand_in"):
-            # What a server would keep itself: the last argument holds what only this worker has.
-            cut, *others, private = arguments
-            arguments = (cut, *others, private | self._kept_here(cut.version, slots=method == "save"))
-        return self._ask("call", method, *arguments)
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
+        requests: tuple[SnapshotRequest, ...]
+        requests, operations = self._ask("snapshot_requests", worker)
+        self._follow(operations)
+        return requests
+
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
+        held = private | self._held_here(request.version, slots=True)
+        self._ask("call", "report_state", request, worker, step, position, held)
+
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
+        held = private | self._held_here(request.version, slots=False)
+        self._ask("call", "report_evaluation", request, task, metrics, held)
+
+    def report_alive(self, worker: str) -> None:
+        self._ask("call", "report_alive", worker)
+
+    def finish(self, worker: str) -> None:
+        self._ask("call", "finish", worker)
 
     def rest(self, worker: TaskWorker) -> None:
         """After its last step: apply what the others do, and hand in what is asked for, until all have made theirs."""
@@ -100,7 +122,7 @@ class RankServer:
         while not ended:
             operations, ended = self._ask("rest", self._worker)
             self._follow(operations)
-            worker.answer_cuts(self)
+            worker.answer_requests(self)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return _get(getattr(self._ledger, method).remote(self._group, *arguments))
@@ -108,13 +130,13 @@ class RankServer:
     def _values(self) -> Values:
         return {name: [group.view()] for name, group in self._replica.groups.items()}
 
-    def _put_aside(self, version: int) -> dict[str, GroupValues]:
-        kept = self._replica.kept(version)
+    def _snapshot_at(self, version: int) -> dict[str, GroupValues]:
+        kept = self._replica.snapshot(version)
         assert kept is not None, "whoever hears what is asked has followed the ledger up to there"
         return kept
 
-    def _kept_here(self, version: int, *, slots: bool) -> dict[str, GroupValues]:
-        kept = self._put_aside(version)
+    def _held_here(self, version: int, *, slots: bool) -> dict[str, GroupValues]:
+        kept = self._snapshot_at(version)
         groups = {name: kept[name] for name in self._owned}
         return groups if slots else {name: GroupValues(g.values, g.counters) for name, g in groups.items()}
 
@@ -145,10 +167,10 @@ class RankServer:
                 case Apply(update):
                     self._apply(update, self._sums_without_a_push() if sums is None else sums)
                     sums = None
-                case Keep(version, slots):
-                    self._replica.keep(version, slots)
-                case Release(version):
-                    self._replica.release(version)
+                case TakeSnapshot(version, slots):
+                    self._replica.take_snapshot(version, slots)
+                case DropSnapshot(version):
+                    self._replica.drop_snapshot(version)
 
     def _sums_without_a_push(self) -> Mapping[str, torch.Tensor]:
         assert self._reduction is not None, "no round ends before all ranks have joined"
@@ -166,7 +188,7 @@ class RankServer:
             elif workers == self._expected(name):
                 total = sums[name]
             else:
-                # A push was refused: what it brought may be in the sums.
+                # A push was rejected: what it brought may be in the sums.
                 total = self._reduction.again(name, self._factor(workers))
             if name in sums:
                 total.div_(shares(step.weights)[1])
@@ -216,7 +238,7 @@ def _train(job: Job, name: str, ledger: Actor, group: int, control: dist.Process
     for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
         pass
     server.rest(worker)
-    worker.complete(server)
+    worker.answer_last_requests(server)
 
 
 def _new_group(ranks: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:

@@ -4,45 +4,31 @@ Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3 (`asyn
 Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`bounded`).
 """
 
-import contextlib
 import itertools
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from multitask.checkpoint import CheckpointStore
-from multitask.engines.actors import (
-    ENDED,
-    LOST,
-    Actor,
-    DecodeActor,
-    NotBegunError,
-    ServerActor,
-    ShardActor,
-    WorkerActor,
-)
+from multitask.cluster.places import check_places
+from multitask.cluster.session import ray_session
+from multitask.engines.crew import Crew, actors, decoders
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.engines.places import check_places, chooses_places, cluster_nodes, demands, reserve
-from multitask.job import Job, make_rules, rank_of
+from multitask.engines.loss import ENDED, LOST, NotBegunError
+from multitask.errors import TrainingError, failure
+from multitask.job.job import Job
 from multitask.server.messages import StepRecord
-from multitask.server.parameter_server import Completed
+from multitask.server.parameter_server import CompleteSnapshot
 from multitask.server.progress import Progress
-from multitask.worker import TrainingError, Values, failure
+from multitask.worker import Values
 
 POLL_S = 0.5
 RESTARTS_WITHOUT_A_STEP = 3
 """Times that a worker, or under `sync` the whole group, may be lost without a step made in between."""
-RAY_STARTS = 3
-"""Times that a Ray of the run's own is tried to start."""
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 ALL = "all workers"
 Answer = TypeVar("Answer")
 
@@ -72,7 +58,7 @@ def run(job: Job, driver: Driver) -> Outcome:
         while True:
             try:
                 with actors(job, driver.store) as crew:
-                    session = _Session(crew, driver, outcome)
+                    session = ServedRun(crew, driver, outcome)
                     return session.run()
             except LostError as lost:
                 losses = 1 if session.made_steps else losses + 1
@@ -82,231 +68,12 @@ def run(job: Job, driver: Driver) -> Outcome:
                 job = job.restored(driver.store.latest())
 
 
-class Crew:
-    """The actors of a run."""
-
-    def __init__(self, job: Job, store: CheckpointStore) -> None:
-        self.job, self.store = job, store
-        # Under `sync` a lost server takes everything back to the checkpoint, so there it is not started again alone.
-        self.heals = not make_rules(job.spec).together
-        restarts = {"num_cpus": 0, "max_restarts": -1 if self.heals else 0}
-        self._demands = demands(job.spec, cluster_nodes())
-        self._group = reserve(job.spec, self._demands)
-        shard_class, server_class = ray.remote(ShardActor), ray.remote(ServerActor)
-        self.shards: list[Actor] = [
-            shard_class.options(**restarts, scheduling_strategy=self._place(number)).remote()
-            for number in range(1, job.shards)
-        ]
-        self.server: Actor = server_class.options(**restarts, scheduling_strategy=self._place(0)).remote()
-        self._worker_class: Any = ray.remote(WorkerActor)
-        self.hosts = {
-            name: f"{task}/{rank_of(name) % job.task(task).needed_workers}"
-            for name, task in job.workers.items()
-            if rank_of(name) >= job.task(task).needed_workers
-        }
-        """Worker that has no place from the start -> in whose process it is a guest until it has one."""
-        self._placed = [name for name in job.workers if name not in self.hosts]
-        self.incarnations = dict.fromkeys(job.workers, 0)
-        self._shared_job = ray.put(job)
-        self.workers = {name: self._start(self._shared_job, name, 0) for name in self._placed}
-        """Worker -> its own process, for those that have one."""
-        self._coming: dict[str, tuple[Actor, ray.ObjectRef[str]]] = {}
-        """Guest -> the process that it is to have, and the node of that once it runs."""
-        self._grown: dict[str, str] = {}
-        """Worker that was a guest -> the node of its own process."""
-
-    def _start(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
-        """A worker's process; another one that takes its place asks for the same."""
-        task = self.job.task(self.job.workers[name])
-        asked = self._demands[task.name].resources
-        if name in self.hosts:  # its place is not one of those that were given out at the start
-            spread = "DEFAULT" if self.job.spec.resources.placement == "pack" else "SPREAD"
-            place: dict[str, Any] = {
-                "scheduling_strategy": spread if chooses_places(self.job.spec) else None,
-                "label_selector": task.labels or None,
-            }
-        else:
-            guests = sum(host == name for host in self.hosts.values())
-            place = {
-                "scheduling_strategy": self._place(self.job.shards + self._placed.index(name)),
-                "max_concurrency": 2 + guests if guests else 1,
-            }
-        starter = self._worker_class.options(
-            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), resources=task.resources, **place
-        )
-        return starter.remote(job, name, incarnation, self.server, self.shards)
-
-    def _place(self, number: int) -> Any:
-        """A shard's place in the group, or a worker's, which come after them.
-
-        Without one Ray looks for any; for the worker of a sweep's trial, which has CPUs, among the trial's own.
-        """
-        if self._group is not None and number < self._group.bundle_count:
-            return PlacementGroupSchedulingStrategy(self._group, number)
-        return "DEFAULT" if number < self.job.shards else None
-
-    def begin(self) -> "ray.ObjectRef[None]":
-        """Hand the server and its shards what the latest checkpoint has, or the start."""
-        job = ray.put(self.job.restored(self.store.latest()))
-        lives = [shard.begin.remote(job, number) for number, shard in enumerate(self.shards, start=1)]
-        begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *lives)
-        return begun
-
-    def process(self, name: str) -> Actor:
-        """Where a worker is."""
-        return self.workers[name if name in self.workers else self.hosts[name]]
-
-    def call(self, name: str, method: str, *arguments: Any) -> "ray.ObjectRef[Any]":
-        """Call a worker, wherever it is."""
-        call: ray.ObjectRef[Any]
-        if name in self.workers:
-            call = getattr(self.workers[name], method).remote(*arguments)
-        else:
-            call = self.process(name).host.remote(name, self.incarnations[name], method, *arguments)
-        return call
-
-    def together(self, name: str) -> list[str]:
-        """All workers in the process of one."""
-        process = self.process(name)
-        return [other for other in self.job.workers if self.process(other) == process]
-
-    def replace(self, name: str) -> list[str]:
-        """Where the process of a worker is lost, start another one, from the latest checkpoint, unless its worker can
-        be a guest again.
-
-        Returns:
-            The workers that go on elsewhere: those that were in the lost process, and one that made room for another.
-        """
-        lost = self.together(name)
-        needed = [other for other in lost if other not in self.hosts]
-        moved = lost + (self._dispensable(lost) if needed else [])
-        for process in {self.process(other) for other in moved}:
-            ray.kill(process)
-        for other in moved:
-            self.incarnations[other] += 1
-            self.workers.pop(other, None)
-            self._grown.pop(other, None)
-        for other in needed:
-            job = ray.put(self.job.restored(self.store.latest()))
-            self.workers[other] = self._start(job, other, self.incarnations[other])
-        return moved
-
-    def _dispensable(self, lost: Collection[str]) -> list[str]:
-        """Who makes room, one of the same task if possible: nodes may be too few now for it and one that is needed."""
-        tasks = {self.job.workers[name] for name in lost}
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
-        return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
-
-    def grow(self, names: Collection[str]) -> dict[str, str]:
-        """Let Ray look for a place for each guest among these workers, and for no other (an autoscaler acts on it), and
-        give those for which a process runs to it. Their hosts make no more steps of them.
-
-        Returns:
-            Worker that has its own process now -> Ray's name of the node.
-        """
-        for name in self._coming.keys() - set(names):
-            ray.kill(self._coming.pop(name)[0])
-        moved: dict[str, str] = {}
-        for name in [name for name in self.hosts if name in names and name not in self.workers]:
-            if name not in self._coming:
-                actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
-                self._coming[name] = actor, actor.node.remote()
-            actor, node = self._coming[name]
-            if not ray.wait([node], timeout=0)[0]:
-                continue
-            del self._coming[name]
-            with contextlib.suppress(*ENDED):  # lost while it started; another one is asked for the next time
-                moved[name] = self._grown[name] = ray.get(node)
-                self.process(name).dismiss.remote(name)
-                self.workers[name] = actor
-                self.incarnations[name] += 1
-        return moved
-
-    def end(self) -> None:
-        self.grow(())
-        for actor in (*self.workers.values(), self.server, *self.shards):
-            ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
-
-
-@contextlib.contextmanager
-def actors(job: Job, store: CheckpointStore) -> Iterator[Crew]:
-    """The server and all workers as actors, ended with the block."""
-    crew = Crew(job, store)
-    try:
-        yield crew
-    finally:
-        crew.end()
-
-
-@contextlib.contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray for a run: the session that exists, the cluster that RAY_ADDRESS names, or one in this process."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
-        # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients
-        # and values into memory never touched before, with a page fault for every 4 KiB.
-        os.environ.setdefault("RAY_free_objects_batch_size", "1")
-        start_ray()
-    else:
-        ray.init(address=address, **QUIET)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def start_ray(**options: Any) -> None:
-    """Start Ray on this machine, again where it fails: it gives its own processes half a minute, which is little where
-    others keep the machine busy.
-
-    Args:
-        options: of `ray.init`.
-    """
-    for tries_left in reversed(range(RAY_STARTS)):
-        try:
-            ray.init(address="local", include_dashboard=False, **QUIET, **options)
-            break
-        except Exception as error:  # of no type of its own
-            ray.shutdown()
-            if not tries_left:
-                raise
-            log.warning("Ray did not start on this machine; it is tried again. (%s)", error)
-
-
-@contextlib.contextmanager
-def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
-    """Worker -> the actor that decodes for it, where workers on one node read the same rows; ended with the block.
-
-    Args:
-        nodes: worker -> Ray's name of its node.
-    """
-    shared_job = ray.put(job)
-    decoder_of: dict[str, Actor] = {}
-    for node in set(nodes.values()):
-        for readers in job.sharing(name for name in job.workers if nodes[name] == node):
-            if len(readers) > 1:
-                here = NodeAffinitySchedulingStrategy(node, soft=False)
-                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=here)
-                decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
-    try:
-        yield decoder_of
-    finally:
-        for decoder in set(decoder_of.values()):
-            ray.kill(decoder)
-
-
-class _Session:
+class ServedRun:
     """One crew's work, from its start to its end, or until it has to start again."""
 
     def __init__(self, crew: Crew, driver: Driver, outcome: Outcome) -> None:
         self._crew, self._job, self._driver, self._outcome = crew, crew.job, driver, outcome
-        self._lives: list[int] = []
+        self._incarnations: list[int] = []
         self._restarts = dict.fromkeys(crew.job.workers, (0, -1))
         """Worker -> restarts without a step made in between, and its step at the last one."""
         self._steps = dict.fromkeys(crew.job.workers, 0)
@@ -316,7 +83,7 @@ class _Session:
         """The same at its last loss: of what such a process made, the driver may hear after that."""
         self._trained: set[str] = set()
         """Workers that have made their last step here."""
-        self._unsettled: set[str] = set()
+        self._unconfirmed: set[str] = set()
         """Workers that may have said so to a server that is lost."""
         self._calls: dict[ray.ObjectRef[Any], str] = {}
         """Calls of workers that are not answered yet."""
@@ -330,22 +97,22 @@ class _Session:
         nodes = await_start(job, {name: crew.call(name, "node") for name in job.workers})
         for name, node in nodes.items():
             log.info("Started on node %s.", node, extra=self._about(name))
-        self._lives = self._patiently(crew.server.ping.remote, begin=True)
+        self._incarnations = self._patiently(crew.server.ping.remote, begin=True)
         with decoders(job, nodes) as decoder_of:
             self._all("prepare", {name: (decoder_of.get(name),) for name in job.workers})
             self._all("train")
         while True:  # until nobody was lost on the way to the end
-            steps = self._all("settle")
+            steps = self._all("confirm_finished")
             self._outcome.paused = min(steps.values()) < job.spec.steps
             if self._outcome.paused:
-                self._call("put_aside")
-            self._all("complete")
+                self._call("snapshot_for_checkpoint")
+            self._all("answer_last_requests")
             if self._poll() and self._call("has_ended"):
                 return self._outcome
 
     def _all(self, method: str, arguments: Mapping[str, tuple[Any, ...]] | None = None) -> dict[str, Any]:
         """Run a method of every worker to its end; a process that is lost meanwhile gets a successor."""
-        crew, every = self._crew, ("prepare", "train", "settle", "complete")
+        crew, every = self._crew, ("prepare", "train", "confirm_finished", "answer_last_requests")
         phases = every[: every.index(method) + 1]
         self._calls |= {crew.call(name, method, *(arguments or {}).get(name, ())): name for name in self._job.workers}
         results = {}
@@ -370,16 +137,18 @@ class _Session:
             self._calls = {call: name for call, name in self._calls.items() if name not in moved}
             self._calls |= {crew.call(name, "catch_up", phases): name for name in moved}
             self._poll()
-            self._calls |= self._settle_again()
+            self._calls |= self._confirm_again()
             if method == "train" and self._trained:
-                self._calls |= {crew.call(name, "answer_cuts"): name for name in self._idle(self._call("owing"))}
+                self._calls |= {
+                    crew.call(name, "answer_requests"): name for name in self._idle(self._call("workers_with_requests"))
+                }
         return results
 
-    def _settle_again(self) -> dict["ray.ObjectRef[Any]", str]:
+    def _confirm_again(self) -> dict["ray.ObjectRef[Any]", str]:
         """Others must not wait for a worker that has finished, of which a restored server does not know."""
-        names = [name for name in self._job.workers if name in self._trained & self._unsettled]
-        self._unsettled -= set(names)
-        return {self._crew.call(name, "settle"): name for name in names}
+        names = [name for name in self._job.workers if name in self._trained & self._unconfirmed]
+        self._unconfirmed -= set(names)
+        return {self._crew.call(name, "confirm_finished"): name for name in names}
 
     def _idle(self, names: Iterable[str]) -> list[str]:
         """Those of the workers that have made their last step, and of which nothing is asked."""
@@ -404,15 +173,15 @@ class _Session:
         """
         self._watch_server()
         news = self._drain()
-        told = take(self._job, self._driver, self._outcome, news, self._kept)
+        told = take(self._job, self._driver, self._outcome, news, self._snapshots)
         for version in news[1]:
-            self._call("release", version)
+            self._call("drop_snapshot", version)
         self._steps = {name: worker.step for name, worker in news[2].workers.items()}
         self.made_steps = self.made_steps or bool(news[0])
         for record in news[0]:
             self._outcome.back(ALL)
-            self._processes[record.worker] = record.process
-            if record.process != self._lost_processes.get(record.worker):
+            self._processes[record.worker] = record.pid
+            if record.pid != self._lost_processes.get(record.worker):
                 self._outcome.back(record.worker)
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
@@ -425,7 +194,7 @@ class _Session:
         """One that shares its process waits until the others there have had their turns."""
         turns = max(Counter(map(self._crew.process, self._job.workers)).values())
         silent_s = turns * self._job.spec.resources.step_timeout_s
-        for name in self._call("silent", silent_s, set(self._calls.values())):
+        for name in self._call("silent_workers", silent_s, set(self._calls.values())):
             if name not in self._outcome.lost_at:
                 message = "%s made no step for %g s; its process is ended."
                 log.warning(message, self._who(name), silent_s, extra=self._about(name))
@@ -440,31 +209,31 @@ class _Session:
 
     def _watch_server(self) -> None:
         """A shard that was started again holds older values than the others: then all go back together."""
-        lives = self._patiently(self._crew.server.ping.remote)
+        incarnations = self._patiently(self._crew.server.ping.remote)
         others = [self._patiently(shard.ping.remote) for shard in self._crew.shards]
-        if lives[1:] != others:
+        if incarnations[1:] != others:
             self._lose("server", "A shard of the parameter server was lost.")
             ray.kill(self._crew.server, no_restart=False)
-            lives = self._patiently(self._crew.server.ping.remote)
-        if lives != self._lives:
-            self._lives = lives
+            incarnations = self._patiently(self._crew.server.ping.remote)
+        if incarnations != self._incarnations:
+            self._incarnations = incarnations
             self._lose("server", "The parameter server was lost.")
             if self._pausing:
                 self._patiently(lambda: self._crew.server.call.remote("pause"))
-            self._unsettled = set(self._job.workers)
+            self._unconfirmed = set(self._job.workers)
             log.warning("The parameter server is back, at %s.", self._crew.store.where() or "the start")
         self._outcome.back("server")  # one that could not be reached may never have been away
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._patiently(lambda: self._crew.server.call.remote(method, *arguments))
 
-    def _drain(self) -> tuple[list[StepRecord], dict[int, Completed], Progress]:
+    def _drain(self) -> tuple[list[StepRecord], dict[int, CompleteSnapshot], Progress]:
         number = next(self._numbers)
         return self._patiently(lambda: self._crew.server.drain.remote(number))
 
-    def _kept(self, version: int) -> Values | None:
+    def _snapshots(self, version: int) -> Values | None:
         """The values of a version put aside; None where the server was lost since."""
-        return self._patiently(lambda: self._crew.server.kept.remote(version))
+        return self._patiently(lambda: self._crew.server.snapshot.remote(version))
 
     def _patiently(self, send: Callable[[], "ray.ObjectRef[Answer]"], begin: bool = False) -> Answer:
         """Ask the server, until it is back where it was lost.

@@ -34,15 +34,15 @@ class Push:
     position: int = 0
     """Rows that the worker's data stream had consumed after this step's batch."""
     incarnation: int = 0
-    """Counts the restarts of the worker's slot: what an earlier process of it sends late is refused."""
+    """Counts the restarts of the worker's slot: what an earlier process of it sends late is rejected."""
     skipped: int = 0
     """Undecodable images passed over while loading the batch."""
     bad_images: tuple[str, ...] = ()
     """Those of them that are met for the first time: file, row and what is wrong."""
-    process: int = 0
+    pid: int = 0
     """The worker's process, for people who look for it."""
     problem: str | None = None
-    """What is wrong with the part of the gradient that stays with the worker: then the push is refused."""
+    """What is wrong with the part of the gradient that stays with the worker: then the push is rejected."""
 
     @property
     def key(self) -> "Key":
@@ -84,7 +84,7 @@ def whole(parts: Sequence[GroupValues]) -> GroupValues:
 
 
 @dataclass(frozen=True)
-class Cut:
+class SnapshotRequest:
     """A version that was put aside and waits for what the workers hold of it."""
 
     version: int
@@ -92,7 +92,7 @@ class Cut:
     """Each task hands in its validation metrics."""
     save: bool
     """Each worker hands in its private tensors, with their optimiser."""
-    server: int = 0
+    server_incarnation: int = 0
     """Names the server's process: one that was restored comes to the same versions again, with other values."""
 
 
@@ -106,9 +106,9 @@ class Reply:
     """The version that this worker's latest push made; `version`, unless the push is answered a second time."""
     rate: float
     """The rate of this task's private tensors; a worker applies its private gradients with it."""
-    cuts: tuple[Cut, ...] = ()
+    requests: tuple[SnapshotRequest, ...] = ()
     """Versions put aside that wait for this worker, oldest first."""
-    refused: str | None = None
+    rejected: str | None = None
     """Why the worker's latest push was not applied; None if it was."""
     pause: bool = False
     """Make no more steps, hand in what is held, and return."""
@@ -134,10 +134,10 @@ class StepRecord:
     seconds: float
     skipped: int
     bad_images: tuple[str, ...]
-    process: int
+    pid: int
     queue: int
     """Workers that were waiting for others when the push arrived."""
-    refused: str | None = None
+    rejected: str | None = None
     """Why the push was not applied; None if it was."""
     redone: bool = False
     """A step made again after its worker was lost: its private tensors learned from it, the shared ones did before."""

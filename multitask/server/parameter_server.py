@@ -10,7 +10,6 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from multitask.server.messages import (
-    Cut,
     Evaluation,
     Gradients,
     GroupValues,
@@ -19,6 +18,7 @@ from multitask.server.messages import (
     Push,
     PushRejectedError,
     Reply,
+    SnapshotRequest,
     StepRecord,
     mean_top1,
 )
@@ -62,12 +62,12 @@ class OtherShards(Protocol):
     """The shards in other processes: do the same as the one here, in the same order."""
 
     def apply(self, update: Update, done: Iterable[Key]) -> None: ...
-    def keep(self, version: int, slots: bool) -> None: ...
-    def release(self, version: int) -> None: ...
+    def take_snapshot(self, version: int, slots: bool) -> None: ...
+    def drop_snapshot(self, version: int) -> None: ...
 
 
 @dataclass(frozen=True)
-class Completed:
+class CompleteSnapshot:
     """A version put aside, with everything that the workers hold of it; the shards keep the rest until released."""
 
     progress: Progress
@@ -78,8 +78,8 @@ class Completed:
 
 
 @dataclass
-class _PutAside:
-    cut: Cut
+class PendingSnapshot:
+    request: SnapshotRequest
     progress: Progress
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluated: dict[str, GroupValues] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class _Answer:
     """The push's; None before the first one."""
     version: int
     rate: float
-    refused: str | None = None
+    rejected: str | None = None
     redone: bool = False
 
 
@@ -144,14 +144,14 @@ class ParameterServer:
         """This round's pushes, where they are applied together."""
         self._queue = dict.fromkeys(workers, 0)
         """Workers that were waiting when this one's latest push arrived."""
-        self._refused: set[str] = set()
-        """Workers whose push of this round was refused."""
-        self._waiting: dict[int, _PutAside] = {}
-        self._completed: dict[int, Completed] = {}
+        self._rejected: set[str] = set()
+        """Workers whose push of this round was rejected."""
+        self._waiting: dict[int, PendingSnapshot] = {}
+        self._completed: dict[int, CompleteSnapshot] = {}
         self._evaluated_version = self._saved_version = -1
         self._saved_at = time.monotonic()
         self._pause_wanted = self._pausing = False
-        self._process = time.time_ns()
+        self._incarnation_of_server = time.time_ns()
         self._heard = dict.fromkeys(workers, time.monotonic())
         self._on_record = on_record
         self._records: list[StepRecord] = []
@@ -169,7 +169,7 @@ class ParameterServer:
         """
         self._check_worker(worker, incarnation)
         self._incarnation[worker] = incarnation
-        self.alive(worker)
+        self.report_alive(worker)
         progress = self._progress.workers[worker]
         if step is not None and step > progress.step:
             lost = step - progress.step
@@ -194,7 +194,7 @@ class ParameterServer:
         """
         worker = push.worker
         self._check_worker(worker, push.incarnation)
-        self.alive(worker)
+        self.report_alive(worker)
         self._queue[worker] = len(self._arrived) + sum(map(self._is_ahead, self._active))
         progress = self._progress.workers[worker]
         if push.step < progress.step or (worker in self._arrived and push.step == progress.step):
@@ -209,7 +209,7 @@ class ParameterServer:
         problem = next(filter(None, (push.problem, *problems)), None)
         problem = problem or self.shard.stash(push.key, gradients, self.groups_of(worker))
         if problem:
-            self._refuse(push, problem)
+            self._reject(push, problem)
         self._arrived[worker] = push
         if not self._rules.together:
             self._apply_arrived()
@@ -236,8 +236,8 @@ class ParameterServer:
             version=self._progress.version,
             applied_version=answer.version,
             rate=answer.rate,
-            cuts=self.cuts(worker),
-            refused=answer.refused,
+            requests=self.snapshot_requests(worker),
+            rejected=answer.rejected,
             pause=self._pausing,
             step=progress.step,
             position=progress.position,
@@ -255,52 +255,56 @@ class ParameterServer:
         if self._active:
             self._apply_round_if_complete()
         else:
-            self._put_aside(evaluate=True, save=False)
+            self._take_snapshot(evaluate=True, save=False)
 
-    def cuts(self, worker: str) -> tuple[Cut, ...]:
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
         """Versions put aside for which this worker has something to hand in, oldest first."""
         task = self._workers[worker]
         waiting = [aside for _, aside in sorted(self._waiting.items())]
         return tuple(
-            aside.cut
+            aside.request
             for aside in waiting
-            if (aside.cut.evaluate and worker == self._evaluators[task] and task not in aside.metrics)
-            or (aside.cut.save and worker not in aside.savers)
+            if (aside.request.evaluate and worker == self._evaluators[task] and task not in aside.metrics)
+            or (aside.request.save and worker not in aside.savers)
         )
 
-    def owing(self) -> list[str]:
+    def workers_with_requests(self) -> list[str]:
         """Workers that have something to hand in."""
-        return [worker for worker in self._workers if self.cuts(worker)]
+        return [worker for worker in self._workers if self.snapshot_requests(worker)]
 
-    def hand_in(self, cut: Cut, task: str, metrics: dict[str, float], private: dict[str, GroupValues]) -> None:
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
         """A task's validation metrics at a version, with its private tensors as of its last push up to that version."""
-        aside = self._put_aside_as(cut)
+        aside = self._pending_of(request)
         if aside is not None:
             aside.metrics[task] = metrics
             aside.evaluated |= private
-            self._complete(cut.version)
+            self._complete(request.version)
 
-    def save(self, cut: Cut, worker: str, step: int, position: int, private: dict[str, GroupValues]) -> None:
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
         """What a worker holds as of its last push up to a version, with its optimiser, for the checkpoint.
 
         Args:
             step, position: of the worker and its stream at that moment.
         """
-        aside = self._put_aside_as(cut)
+        aside = self._pending_of(request)
         if aside is not None:
             progress = aside.progress.workers[worker]
             progress.private_step, progress.private_position = step, position
             aside.savers.add(worker)
             aside.saved |= private
-            self._complete(cut.version)
+            self._complete(request.version)
 
-    def alive(self, worker: str) -> None:
+    def report_alive(self, worker: str) -> None:
         """A sign of life, for a worker that is busy without pushing."""
         self._heard[worker] = time.monotonic()
 
     # What the driver calls.
 
-    def drain(self) -> tuple[list[StepRecord], dict[int, Completed], Progress]:
+    def drain(self) -> tuple[list[StepRecord], dict[int, CompleteSnapshot], Progress]:
         """What happened since the last call, versions that are complete (each handed out once), and where things stand.
 
         The shards keep a version's values until `release`.
@@ -309,28 +313,32 @@ class ParameterServer:
         self._records, self._completed = [], {}
         return records, completed, deepcopy(self._progress)
 
-    def release(self, version: int) -> None:
+    def drop_snapshot(self, version: int) -> None:
         """Forget a version put aside, unless something more is asked of it."""
         if version in self._waiting or version in self._completed:
             return
         for shard in self._shards:
-            shard.release(version)
+            shard.drop_snapshot(version)
 
     def pause(self) -> None:
         """Let every worker stop after its step; one whose pushes are applied together, at the end of its round."""
         self._pause_wanted = True
         self._pausing = self._pausing or not self._rules.together
 
-    def put_aside(self) -> None:
+    def snapshot_for_checkpoint(self) -> None:
         """Put the values aside for a checkpoint as they stand, when all workers have stopped."""
-        self._put_aside(evaluate=False, save=True)
+        self._take_snapshot(evaluate=False, save=True)
 
     def has_ended(self) -> bool:
         """All workers have made their last step, or have paused, and nothing is asked of them any more."""
-        put_aside = self._saved_version if self._active else self._evaluated_version
-        return (self._pausing or not self._active) and not self._waiting and put_aside == self._progress.version
+        snapshot_for_checkpoint = self._saved_version if self._active else self._evaluated_version
+        return (
+            (self._pausing or not self._active)
+            and not self._waiting
+            and snapshot_for_checkpoint == self._progress.version
+        )
 
-    def silent(self, seconds: float, working: Collection[str]) -> list[str]:
+    def silent_workers(self, seconds: float, working: Collection[str]) -> list[str]:
         """Workers of which nothing was heard for so long, though they work and wait for no other one.
 
         The time of those that wait begins when they go on, so ask again and again.
@@ -340,7 +348,7 @@ class ParameterServer:
         """
         for worker in self._workers:
             if worker not in working or self.reply(worker) is None:
-                self.alive(worker)
+                self.report_alive(worker)
         now = time.monotonic()
         return [worker for worker in self._workers if now - self._heard[worker] > seconds]
 
@@ -352,7 +360,7 @@ class ParameterServer:
     def _check_worker(self, worker: str, incarnation: int) -> None:
         if worker in self._workers and incarnation >= self._incarnation[worker]:
             return
-        self._progress.turned_away += 1
+        self._progress.rejected_calls += 1
         if worker not in self._workers:
             raise PushRejectedError(
                 f"A push came from worker '{worker}', but this server knows {sorted(self._workers)}. "
@@ -374,16 +382,16 @@ class ParameterServer:
                 "the worker holds values of another run. Pull before the first step."
             )
 
-    def _refuse(self, push: Push, problem: str) -> None:
+    def _reject(self, push: Push, problem: str) -> None:
         worker = push.worker
-        self._progress.workers[worker].refused += 1
+        self._progress.workers[worker].rejected += 1
         reason = (
-            f"Push {push.step} of worker '{worker}' (task '{self._workers[worker]}') was refused: {problem} "
+            f"Push {push.step} of worker '{worker}' (task '{self._workers[worker]}') was rejected: {problem} "
             f"(loss {push.loss:g}). Lower optimizer.rate, or look at the images of this step."
         )
-        self._refused.add(worker)
-        self._answers[worker].append(self._answer(worker, push.step, refused=reason))
-        self._note(push, refused=reason)
+        self._rejected.add(worker)
+        self._answers[worker].append(self._answer(worker, push.step, rejected=reason))
+        self._note(push, rejected=reason)
 
     def _apply_round_if_complete(self) -> None:
         if self._arrived and self._arrived.keys() >= self._active:
@@ -391,10 +399,10 @@ class ParameterServer:
             self._pausing = self._pause_wanted
 
     def _apply_arrived(self) -> None:
-        """One update by the pushes that arrived; those that were refused count as steps and change nothing."""
+        """One update by the pushes that arrived; those that were rejected count as steps and change nothing."""
         pushes = [self._arrived[worker] for worker in self._workers if worker in self._arrived]
-        good = [push for push in pushes if push.worker not in self._refused]
-        self._arrived, self._refused = {}, set()
+        good = [push for push in pushes if push.worker not in self._rejected]
+        self._arrived, self._rejected = {}, set()
         update = self._update(good)
         for push in good:
             self._note(push)
@@ -429,13 +437,13 @@ class ParameterServer:
     def _staleness(self, push: Push) -> int:
         return self._progress.version - push.version
 
-    def _note(self, push: Push, *, refused: str | None = None, redone: bool = False) -> None:
+    def _note(self, push: Push, *, rejected: str | None = None, redone: bool = False) -> None:
         record = StepRecord(
             worker=push.worker,
             task=self._workers[push.worker],
             step=push.step,
             round=math.floor(self._progress.rounds),
-            version=self._progress.version + (not refused and not redone),
+            version=self._progress.version + (not rejected and not redone),
             staleness=self._staleness(push),
             rate=self._private_rate(push.worker),
             loss=push.loss,
@@ -443,9 +451,9 @@ class ParameterServer:
             seconds=push.seconds,
             skipped=push.skipped,
             bad_images=push.bad_images,
-            process=push.process,
+            pid=push.pid,
             queue=self._queue[push.worker],
-            refused=refused,
+            rejected=rejected,
             redone=redone,
         )
         self._records.append(record)
@@ -475,11 +483,11 @@ class ParameterServer:
         evaluate = now // rules.evaluate_every_rounds > before // rules.evaluate_every_rounds
         by_rounds = rules.save_every_rounds and now // rules.save_every_rounds > before // rules.save_every_rounds
         by_time = rules.save_every_s is not None and time.monotonic() - self._saved_at > rules.save_every_s
-        save = bool(by_rounds or by_time) and not any(aside.cut.save for aside in self._waiting.values())
+        save = bool(by_rounds or by_time) and not any(aside.request.save for aside in self._waiting.values())
         if evaluate or save:
-            self._put_aside(evaluate=evaluate, save=save)
+            self._take_snapshot(evaluate=evaluate, save=save)
 
-    def _put_aside(self, *, evaluate: bool, save: bool) -> None:
+    def _take_snapshot(self, *, evaluate: bool, save: bool) -> None:
         version = self._progress.version
         evaluate = evaluate and version > self._evaluated_version
         save = save and version > self._saved_version
@@ -490,33 +498,39 @@ class ParameterServer:
         if save:
             self._saved_version, self._saved_at = version, time.monotonic()
         for shard in self._shards:
-            shard.keep(version, save)
+            shard.take_snapshot(version, save)
         earlier = self._waiting.get(version)
         if earlier is None:
-            self._waiting[version] = _PutAside(Cut(version, evaluate, save, self._process), deepcopy(self._progress))
+            self._waiting[version] = PendingSnapshot(
+                SnapshotRequest(version, evaluate, save, self._incarnation_of_server), deepcopy(self._progress)
+            )
         else:
-            earlier.cut = replace(earlier.cut, evaluate=evaluate or earlier.cut.evaluate, save=save or earlier.cut.save)
+            earlier.request = replace(
+                earlier.request, evaluate=evaluate or earlier.request.evaluate, save=save or earlier.request.save
+            )
 
-    def _put_aside_as(self, cut: Cut) -> _PutAside | None:
+    def _pending_of(self, request: SnapshotRequest) -> PendingSnapshot | None:
         """What waits for a worker's part; None where this is done, or was put aside before the server was restored."""
-        aside = self._waiting.get(cut.version)
-        return aside if aside is not None and aside.cut.server == cut.server else None
+        aside = self._waiting.get(request.version)
+        return aside if aside is not None and aside.request.server_incarnation == request.server_incarnation else None
 
     def _complete(self, version: int) -> None:
         """Hand a version to the driver when all tasks and workers have handed in what they hold of it."""
         aside = self._waiting[version]
-        cut, metrics = aside.cut, aside.metrics
-        if (cut.evaluate and metrics.keys() < self._tasks.keys()) or (cut.save and aside.savers < self._workers.keys()):
+        request, metrics = aside.request, aside.metrics
+        if (request.evaluate and metrics.keys() < self._tasks.keys()) or (
+            request.save and aside.savers < self._workers.keys()
+        ):
             return
         del self._waiting[version]
         evaluation = None
-        if cut.evaluate:
+        if request.evaluate:
             mean = mean_top1(metrics.values())
             best = mean > self._progress.best_top1
             self._progress.best_top1 = max(mean, self._progress.best_top1)
             evaluation = Evaluation(version, math.floor(aside.progress.rounds), metrics, best, aside.evaluated)
-        earlier = self._completed.get(version, Completed(aside.progress, None, None))
+        earlier = self._completed.get(version, CompleteSnapshot(aside.progress, None, None))
         # What is saved goes with the steps that it has learned from.
-        progress, saved = (aside.progress, aside.saved) if cut.save else (earlier.progress, earlier.saved)
+        progress, saved = (aside.progress, aside.saved) if request.save else (earlier.progress, earlier.saved)
         progress.best_top1 = self._progress.best_top1
-        self._completed[version] = Completed(progress, evaluation or earlier.evaluation, saved)
+        self._completed[version] = CompleteSnapshot(progress, evaluation or earlier.evaluation, saved)

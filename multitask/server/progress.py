@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Self
 
+RENAMED = {"refused": "rejected", "turned_away": "rejected_calls"}
+"""Name in the checkpoints of version 0.1 -> name now."""
+
 
 @dataclass
 class WorkerProgress:
-    """One worker's steps. `redone`, `lost` and `refused` count steps, each at most once for one kind."""
+    """One worker's steps. `redone`, `lost` and `rejected` count steps, each at most once for one kind."""
 
     step: int = 0
     """Steps made, the next step's number."""
@@ -23,7 +26,7 @@ class WorkerProgress:
     redone: int = 0
     lost: int = 0
     """Steps that were newer than the checkpoint to which the server went back."""
-    refused: int = 0
+    rejected: int = 0
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Progress:
     """Task -> the run's round when it joined: its private tensors follow the schedule from there."""
     best_top1: float = -math.inf
     """Mean validation top-1 of the best version so far, in percent."""
-    turned_away: int = 0
+    rejected_calls: int = 0
     """Pushes and joins of unknown workers, and of processes whose place another one took: no steps of anybody."""
 
     def to_json(self) -> dict[str, Any]:
@@ -47,10 +50,13 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
+        content = _in_todays_words(content)
         best = content["best_top1"]
         changed = {
             "rounds": Fraction(content["rounds"]),
-            "workers": {name: WorkerProgress(**worker) for name, worker in content["workers"].items()},
+            "workers": {
+                name: WorkerProgress(**_in_todays_words(worker)) for name, worker in content["workers"].items()
+            },
             "best_top1": -math.inf if best is None else best,
         }
         return cls(**{**content, **changed})
@@ -70,3 +76,8 @@ class Progress:
             first_round={task: self.first_round.get(task, joined.get(task, 0)) for task in workers.values()},
             best_top1=-math.inf if known != set(workers.values()) else self.best_top1,
         )
+
+
+def _in_todays_words(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """Counters of a checkpoint under the names that they have now; version 0.1 had other ones."""
+    return {RENAMED.get(name, name): value for name, value in counters.items()}

@@ -30,7 +30,7 @@ class Shard:
     def __init__(self, groups: Mapping[str, ParameterGroup]) -> None:
         self.groups = dict(groups)
         self._stashed: dict[Key, Gradients] = {}
-        self._kept: dict[int, dict[str, GroupValues]] = {}
+        self._snapshots: dict[int, dict[str, GroupValues]] = {}
         self._sums: dict[str, Tensor] = {}
         """Group -> where several pushes are added up: memory that is new each time costs more than adding."""
 
@@ -66,17 +66,19 @@ class Shard:
         newest = {key[0]: key for key in done}
         self._stashed = {key: pushed for key, pushed in self._stashed.items() if key > newest.get(key[0], ())}
 
-    def keep(self, version: int, slots: bool) -> None:
+    def take_snapshot(self, version: int, slots: bool) -> None:
         """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""
-        if slots or version not in self._kept:  # a second reason to keep a version does not drop the first one's slots
-            self._kept[version] = {name: group.state(slots) for name, group in self.groups.items()}
+        if (
+            slots or version not in self._snapshots
+        ):  # a second reason to keep a version does not drop the first one's slots
+            self._snapshots[version] = {name: group.state(slots) for name, group in self.groups.items()}
 
-    def kept(self, version: int) -> dict[str, GroupValues] | None:
+    def snapshot(self, version: int) -> dict[str, GroupValues] | None:
         """What was put aside; None where this process knows of no such version."""
-        return self._kept.get(version)
+        return self._snapshots.get(version)
 
-    def release(self, version: int) -> None:
-        self._kept.pop(version, None)
+    def drop_snapshot(self, version: int) -> None:
+        self._snapshots.pop(version, None)
 
 
 def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:

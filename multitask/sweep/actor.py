@@ -11,13 +11,13 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from multitask.job import Loaded
-from multitask.live import POLL_S, SILENT_S, STATUS, read_status
-from multitask.runs import Run, write_spec
+from multitask.job.job import Loaded
+from multitask.run.directory import Run, write_spec
+from multitask.run.live import POLL_S, SILENT_S, STATUS, read_status
+from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.sweep.outcomes import failure_file, read_outcome
 from multitask.sweep.plan import TrialPlan
-from multitask.trainer import Stopped, Trial, resume, train
 from patches.files import write_atomic
 
 METRIC, ROUND = "validation_top1", "round"

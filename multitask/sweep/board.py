@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from multitask.sweep.actor import METRIC, ROUND
-from multitask.sweep.outcomes import Outcome
+from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan, short_names, show
 
 BEST_SHOWN = 10
@@ -95,7 +95,7 @@ class Board(tune.Callback):
     """Keeps the table up to date while Tune works; a context that shows it."""
 
     def __init__(
-        self, name: str, keys: Sequence[str], trials: int, outcomes: Sequence[Outcome], console: Console
+        self, name: str, keys: Sequence[str], trials: int, outcomes: Sequence[TrialOutcome], console: Console
     ) -> None:
         """Args:
         keys: of the space.

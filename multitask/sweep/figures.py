@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from multitask.plots import (
+from multitask.report.plots import (
     DARK,
     KNOWN_COLOURS,
     LIGHT,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from multitask.runs import Run, Version, evaluate_models, write_json
+from multitask.run.directory import Run, Version, evaluate_models, write_json
+from multitask.run.tracking import Tracker
+from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.server.messages import mean_top1
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 from multitask.sweep.outcomes import Choice, winning_spec
-from multitask.tracking import Tracker
-from multitask.trainer import Stopped, Trial, resume, train
 
 TEST = "test.json"
 

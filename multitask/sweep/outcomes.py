@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from multitask.live import STATUS, read_status
-from multitask.runs import write_spec
-from multitask.spec import JobSpec
+from multitask.run.directory import write_spec
+from multitask.run.live import STATUS, read_status
+from multitask.spec.schema import JobSpec
 from multitask.sweep.plan import TrialPlan, short_names
 from patches.files import write_atomic
 
@@ -24,7 +24,7 @@ Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrialOutcome:
     """How one trial stands."""
 
     plan: TrialPlan
@@ -60,14 +60,14 @@ class Choice:
     trained_parameters: int
 
 
-def read_outcome(plan: TrialPlan) -> Outcome:
+def read_outcome(plan: TrialPlan) -> TrialOutcome:
     """How a trial stands, from the files that it has written."""
     failure = failure_file(plan)
     error = failure.read_text() if failure.is_file() else None
     if not (plan.directory / STATUS).is_file():
-        return Outcome(plan=plan, state="waiting" if error is None else "failed", error=error)
+        return TrialOutcome(plan=plan, state="waiting" if error is None else "failed", error=error)
     status = read_status(plan.directory)
-    outcome = Outcome(
+    outcome = TrialOutcome(
         plan=plan,
         # Its result comes last.
         state="lost" if status["state"] == "finished" else status["state"],
@@ -88,9 +88,9 @@ def failure_file(plan: TrialPlan) -> Path:
     return plan.directory.with_suffix(".error")
 
 
-def choices(outcomes: Sequence[Outcome]) -> list[Choice]:
+def choices(outcomes: Sequence[TrialOutcome]) -> list[Choice]:
     """The settings whose trials have all finished, in the order of the sweep."""
-    by_setting: dict[int, list[Outcome]] = defaultdict(list)
+    by_setting: dict[int, list[TrialOutcome]] = defaultdict(list)
     for outcome in outcomes:
         by_setting[outcome.plan.setting].append(outcome)
     found = []
@@ -102,7 +102,7 @@ def choices(outcomes: Sequence[Outcome]) -> list[Choice]:
     return found
 
 
-def choose(outcomes: Sequence[Outcome]) -> Choice | None:
+def choose(outcomes: Sequence[TrialOutcome]) -> Choice | None:
     """The setting with the highest validation accuracy, mean over its trials, of those whose trials have all finished.
 
     Of equal ones that with the fewest trained parameters, then the first.
@@ -123,7 +123,7 @@ def winning_spec(choice: Choice, sweep: str, directory: Path, name: str = "best"
     return replace(spec, name=f"{sweep}_{name}", directory=str(directory / name), checkpoints=checkpoints)
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def rows(outcomes: Sequence[TrialOutcome]) -> list[dict[str, Any]]:
     """A flat row for each trial: its setting, then how it went."""
     found = []
     for outcome in outcomes:
@@ -147,7 +147,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     return found
 
 
-def write_tables(outcomes: Sequence[Outcome], directory: Path) -> list[Path]:
+def write_tables(outcomes: Sequence[TrialOutcome], directory: Path) -> list[Path]:
     """trials.csv and trials.parquet, with the same rows."""
     found = rows(outcomes)
     table = pa.table({name: _column([row[name] for row in found]) for name in found[0]})

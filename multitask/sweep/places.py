@@ -4,9 +4,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from multitask.engines.places import chooses_places, demands, share
-from multitask.placement import Demand, Node, fits, misfit
-from multitask.spec import JobSpec, LocalSpec, SpecError
+from multitask.cluster.arithmetic import Demand, Node, fits, misfit
+from multitask.cluster.places import chooses_places, demands, share
+from multitask.spec.errors import SpecError
+from multitask.spec.schema import JobSpec, LocalSpec
 
 DRIVER_CPUS = 0.01
 """Of a trial whose workers are actors of their own: its process only waits for them, and Ray refuses 0."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitask.spec import JobSpec, SpecError, dump_spec, load_spec
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import dump_spec, load_spec
+from multitask.spec.schema import JobSpec
 from multitask.sweep.spec import Dimension, SweepSpec
 
 SET_BY_SWEEP = ("name", "directory", "tracking")

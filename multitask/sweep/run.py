@@ -10,21 +10,25 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from multitask.engines.places import cluster_nodes
-from multitask.engines.served import ray_session
-from multitask.job import Job, Loaded, load_backbone, open_split
-from multitask.report import write_sweep_report
-from multitask.runs import RunError, write_json
-from multitask.spec import JobSpec, SpecError, TrackingSpec, dump_spec, load_spec
+from multitask.cluster.places import cluster_nodes
+from multitask.cluster.session import ray_session
+from multitask.job.job import Job, Loaded
+from multitask.job.models import load_backbone
+from multitask.job.tables import open_split
+from multitask.report.report import write_sweep_report
+from multitask.run.directory import RunError, write_json
+from multitask.run.tracking import Tracker
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import dump_spec, load_spec
+from multitask.spec.schema import JobSpec, TrackingSpec
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
-from multitask.sweep.outcomes import Choice, Outcome, choices, choose, read_outcome, write_tables, write_winner
+from multitask.sweep.outcomes import Choice, TrialOutcome, choices, choose, read_outcome, write_tables, write_winner
 from multitask.sweep.places import reserve
 from multitask.sweep.plan import TrialPlan, plan_trial, plan_trials
 from multitask.sweep.spec import AshaScheduler, SweepSpec, dump_sweep, load_sweep
 from multitask.sweep.summary import section
 from multitask.sweep.tuning import run_trials
-from multitask.tracking import Tracker
 from patches import Backbone
 from patches.files import write_atomic
 
@@ -37,7 +41,7 @@ class SweepResult:
     """What a sweep has found, and where."""
 
     directory: Path
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[TrialOutcome, ...]
     choice: Choice | None
     """The best setting; None if no setting's trials have all finished."""
     verdict: Verdict | None
@@ -238,7 +242,7 @@ def _finish(spec: SweepSpec, choice: Choice, directory: Path, tracker: Tracker, 
 def _record(
     spec: SweepSpec,
     directory: Path,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[TrialOutcome],
     choice: Choice | None,
     verdict: Verdict | None,
     tracker: Tracker,

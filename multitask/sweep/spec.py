@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from multitask.spec import STRICT, Count, Name, Rate, SpecError, read_job, read_yaml, validated
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import read_job, read_yaml, validated
+from multitask.spec.schema import STRICT, Count, Name, Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -7,16 +7,20 @@ from typing import Any
 from multitask.sweep.board import duration
 from multitask.sweep.figures import Drawn, Series, method_colours
 from multitask.sweep.final import Verdict
-from multitask.sweep.outcomes import Choice, Outcome
+from multitask.sweep.outcomes import Choice, TrialOutcome
 from multitask.sweep.plan import describe, short_names, show
 
 UNKNOWN = "–"
 
 
 def section(
-    outcomes: Sequence[Outcome], found: Series, figures: Sequence[Drawn], choice: Choice | None, verdict: Verdict | None
+    outcomes: Sequence[TrialOutcome],
+    found: Series,
+    figures: Sequence[Drawn],
+    choice: Choice | None,
+    verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """What `multitask.report.write_sweep_report` shows."""
+    """What `multitask.report.report.write_sweep_report` shows."""
     colours = method_colours(found)
     return {
         "headline": headline(len({outcome.plan.setting for outcome in outcomes}), choice, verdict),
@@ -48,7 +52,7 @@ def headline(settings: int, choice: Choice | None, verdict: Verdict | None) -> s
     return text
 
 
-def facts(outcomes: Sequence[Outcome]) -> list[str]:
+def facts(outcomes: Sequence[TrialOutcome]) -> list[str]:
     """Trials by their state, and the time that training took."""
     states = Counter(outcome.state for outcome in outcomes)
     seconds = sum(outcome.seconds or 0.0 for outcome in outcomes)
@@ -73,12 +77,12 @@ def verdict_rows(verdict: Verdict) -> list[tuple[str, ...]]:
     ]
 
 
-def trial_header(outcomes: Sequence[Outcome]) -> list[str]:
+def trial_header(outcomes: Sequence[TrialOutcome]) -> list[str]:
     names = short_names(list(outcomes[0].plan.values))
     return ["trial", *names.values(), "seed", "state", "validation top-1, %", "rounds", "trained", "seconds"]
 
 
-def trial_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+def trial_rows(outcomes: Sequence[TrialOutcome]) -> list[tuple[str, ...]]:
     """A line for each trial, the best first."""
     ranked = sorted(outcomes, key=lambda outcome: (outcome.state != "finished", -(outcome.top1 or 0.0)))
     return [

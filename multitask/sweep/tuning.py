@@ -14,10 +14,10 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
 
-from multitask.job import Loaded
+from multitask.job.job import Loaded
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
 from multitask.sweep.board import Board
-from multitask.sweep.outcomes import Outcome, read_outcome
+from multitask.sweep.outcomes import TrialOutcome, read_outcome
 from multitask.sweep.places import reserved
 from multitask.sweep.plan import TrialPlan
 from multitask.sweep.spec import AshaScheduler, SweepSpec
@@ -82,7 +82,7 @@ def run_trials(
     return len(board.ended) == to_run
 
 
-def start_order(outcomes: Sequence[Outcome], scheduler_seed: int | None) -> list[int]:
+def start_order(outcomes: Sequence[TrialOutcome], scheduler_seed: int | None) -> list[int]:
     """The trials that Tune has to run, by their numbers.
 
     Args:

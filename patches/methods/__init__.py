@@ -13,7 +13,7 @@ from patches.methods.scale_bias import ScaleBias
 from patches.methods.shared import Shared
 
 if TYPE_CHECKING:
-    from patches.patch import Patch
+    from patches.method import Patch
 
 METHODS: "dict[str, type[Patch]]" = {
     "scale_bias": ScaleBias,

@@ -18,10 +18,10 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from multitask.checkpoint import Checkpoint
-from multitask.job import Job
+from multitask.job.checkpoint import Checkpoint
+from multitask.job.job import Job
 from multitask.server.messages import StepRecord
-from multitask.spec import load_spec
+from multitask.spec.reading import load_spec
 from tests.conftest import EngineRun, run_engine, store_of
 from tests.integration.placed import Places
 
@@ -37,7 +37,7 @@ class Nodes:
 
     def __call__(self, records: list[StepRecord]) -> None:
         """Look at the steps that were made."""
-        self._made.update(record.process for record in records)
+        self._made.update(record.pid for record in records)
         if len(self.names) == 1 and self._made:
             self.names[self._cluster.add_node(num_cpus=1).node_id] = "added"
 
@@ -67,7 +67,7 @@ def said(ran: EngineRun, places: Places) -> dict[str, Any]:
     return {
         "places": places.all,
         "made": {name: [record.step for record in records] for name, records in mine.items()},
-        "processes": {name: [record.process for record in records] for name, records in mine.items()},
+        "processes": {name: [record.pid for record in records] for name, records in mine.items()},
         "losses": len(ran.outcome.recoveries),
         "final": values_hash(checkpoint),
     }

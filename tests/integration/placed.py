@@ -14,10 +14,10 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from multitask.engines.places import PlacementError
-from multitask.engines.served import actors
-from multitask.job import Job
-from multitask.spec import load_spec
+from multitask.cluster.places import PlacementError
+from multitask.engines.crew import actors
+from multitask.job.job import Job
+from multitask.spec.reading import load_spec
 from tests.conftest import run_engine, store_of
 
 NODES: dict[str, dict[str, Any]] = {

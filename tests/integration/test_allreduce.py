@@ -13,17 +13,18 @@ import torch.distributed as dist
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from benchmarks._processes import own_actors
+from multitask.cluster.places import PlacementError
 from multitask.engines import allreduce
-from multitask.engines.allreduce import _Session, crew_of
+from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.local import DirectServer, make_workers
-from multitask.engines.places import PlacementError
 from multitask.engines.ranks import RankServer, make_reduction, process_groups
-from multitask.job import Job
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
-from multitask.spec import JobSpec
-from multitask.worker import TaskWorker, TrainingError
+from multitask.spec.schema import JobSpec
+from multitask.worker import TaskWorker
 from tests.conftest import EngineRun, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -65,7 +66,7 @@ def test_two_workers_equal_local_by_rounds_bit_for_bit(make_spec: MakeSpec) -> N
         assert bits(version) == bits(expected)
         assert version.metrics == expected.metrics
     assert ran.outcome.versions["last"].version == 50
-    assert len({*(record.process for record in ran.records), os.getpid()}) == 3
+    assert len({*(record.pid for record in ran.records), os.getpid()}) == 3
 
 
 def test_workers_meet_all_others_for_shared_tensors_and_their_own_task_for_private_ones(make_spec: MakeSpec) -> None:
@@ -120,7 +121,7 @@ def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
 
     def watch(new: list[StepRecord], *_: object) -> None:
         records.extend(new)
-        of_cars = [record.process for record in new if record.worker == "cars/0"]
+        of_cars = [record.pid for record in new if record.worker == "cars/0"]
         if not of_cars or not store.where():
             return
         if not killed:
@@ -131,11 +132,11 @@ def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
             return
         os.kill(killed[-1], signal.SIGKILL)
 
-    with crew_of(job, store) as crew:
-        _Session(job, Driver(watch, store), outcome, crew).run()
+    with rank_group(job, store) as crew:
+        AllreduceRun(job, Driver(watch, store), outcome, crew).run()
 
     assert len(killed) == 2
-    assert len({record.process for record in records}) == 6, "all ranks have successors, twice"
+    assert len({record.pid for record in records}) == 6, "all ranks have successors, twice"
     assert len(outcome.recoveries) == 2
     assert losses(records) == losses(local.records)
     assert bits(outcome.versions["last"]) == last(local)
@@ -229,7 +230,7 @@ def state(groups: dict) -> bytes:
 
 
 def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec: MakeSpec, tmp_path: Path) -> None:
-    """As under `local` by rounds, byte for byte after every step; where both are refused, no byte changes."""
+    """As under `local` by rounds, byte for byte after every step; where both are rejected, no byte changes."""
     job = Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, steps=STEPS))
     server, workers = job.make_server(), make_workers(job)
     direct = DirectServer(server)
@@ -253,15 +254,15 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
         ray.get(ledger.begin.remote(job, store_of(job)))
         group = ray.get(ledger.begin_group.remote())
         found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=300)
-        refused = {
-            (record.step, record.worker): record.refused
+        rejected = {
+            (record.step, record.worker): record.rejected
             for record in ray.get(ledger.report.remote(600.0, 1)).news[0]
-            if record.refused
+            if record.rejected
         }
     finally:
         for actor in (ledger, *ranks):
             ray.kill(actor)
 
     assert found == [expected, expected]
-    assert set(refused) == set(POISONED)
-    assert all("not finite in group 'shared:pets'" in reason for reason in refused.values())
+    assert set(rejected) == set(POISONED)
+    assert all("not finite in group 'shared:pets'" in reason for reason in rejected.values())

@@ -14,7 +14,7 @@ from multitask.cascade import CascadeModel, read_predictions
 from multitask.cascade.cascade import answers_of
 from multitask.data import open_table
 from multitask.data.transforms import decode
-from multitask.runs import Run
+from multitask.run.directory import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 TASKS = ["fashion", "animals", "digits"]

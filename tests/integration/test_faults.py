@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks._processes import own_actors
-from multitask.job import Job
-from multitask.live import read_status
-from multitask.runs import write_spec
+from multitask.errors import TrainingError
+from multitask.job.job import Job
+from multitask.run.directory import write_spec
+from multitask.run.live import read_status
 from multitask.server.messages import StepRecord
-from multitask.spec import JobSpec
-from multitask.worker import TrainingError
+from multitask.spec.schema import JobSpec
 from tests.conftest import EngineRun, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -36,18 +36,18 @@ class Killer:
 
     def __call__(self, records: list[StepRecord]) -> None:
         self._seen += len(records)
-        mine = [record.process for record in records if record.worker == self._worker]
+        mine = [record.pid for record in records if record.worker == self._worker]
         if self.killed is None and self._seen >= self._after and (self._title or mine):
             self.killed = own_actors(self._title)[0] if self._title else mine[-1]
             os.kill(self.killed, self._number)
 
 
 def check_every_step_counts_once(ran: EngineRun) -> None:
-    """Each step of each worker was applied, refused, or lost with the server: nothing twice, nothing forgotten."""
+    """Each step of each worker was applied, rejected, or lost with the server: nothing twice, nothing forgotten."""
     workers = ran.progress.workers
     assert {worker.step for worker in workers.values()} == {ran.job.spec.steps}
     made = sum(worker.step for worker in workers.values())
-    assert ran.progress.version == made - sum(worker.lost + worker.refused for worker in workers.values())
+    assert ran.progress.version == made - sum(worker.lost + worker.rejected for worker in workers.values())
 
 
 def test_a_killed_worker_is_replaced_while_the_others_go_on(make_spec: MakeSpec) -> None:
@@ -62,7 +62,7 @@ def test_a_killed_worker_is_replaced_while_the_others_go_on(make_spec: MakeSpec)
     workers = ran.progress.workers
     assert workers["pets/0"].lost == workers["cars/0"].redone == workers["cars/0"].lost == 0
     # The others went on while it was away.
-    pids = [record.process for record in ran.records if record.worker == "pets/0"]
+    pids = [record.pid for record in ran.records if record.worker == "pets/0"]
     replaced_at = pids.index(pids[-1])
     between = ran.records.index([record for record in ran.records if record.worker == "pets/0"][replaced_at])
     assert len(set(pids)) == 2
@@ -78,15 +78,15 @@ def test_a_guest_goes_on_whichever_process_it_was_lost_with(make_spec: MakeSpec)
 
     def kill_its_first_and_its_third_process(records: list[StepRecord]) -> None:
         for record in records:
-            if record.worker == "pets/1" and where[-1:] != [record.process]:
-                where.append(record.process)
+            if record.worker == "pets/1" and where[-1:] != [record.pid]:
+                where.append(record.pid)
                 if len(where) in (1, 3):
-                    os.kill(record.process, signal.SIGKILL)
+                    os.kill(record.pid, signal.SIGKILL)
 
     ran = run_engine(Job(spec), wants_pause=lambda: len(where) == 4, watch=kill_its_first_and_its_third_process)
 
     first, host, own, last = where
-    assert {record.process for record in ran.records if record.worker == "pets/0"} == {first, host}
+    assert {record.pid for record in ran.records if record.worker == "pets/0"} == {first, host}
     assert len({first, host, own}) == 3
     assert last == host
     assert len(ran.outcome.recoveries) == 3
@@ -101,7 +101,7 @@ def test_a_killed_server_is_restored_and_the_workers_reconnect(make_spec: MakeSp
 
     assert killer.killed is not None
     check_every_step_counts_once(ran)
-    assert len({record.process for record in ran.records}) == 2, "no worker had to be replaced"
+    assert len({record.pid for record in ran.records}) == 2, "no worker had to be replaced"
     assert len(ran.outcome.recoveries) >= 1
     assert sum(worker.lost for worker in ran.progress.workers.values()) > 0
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from multitask.job import Job
-from multitask.spec import JobSpec, load_spec
+from multitask.job.job import Job
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 from tests.conftest import run_engine, store_of
 
 DEMO = Path(__file__).parents[2] / "jobs" / "specs" / "demo.yaml"

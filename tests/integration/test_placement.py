@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from multitask.job import Job
-from multitask.runs import write_spec
-from multitask.spec import JobSpec
+from multitask.job.job import Job
+from multitask.run.directory import write_spec
+from multitask.spec.schema import JobSpec
 from tests.conftest import run_engine
 from tests.integration.growing import values_hash
 

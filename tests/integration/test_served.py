@@ -10,14 +10,14 @@ import pytest
 import ray
 import torch
 
+from multitask.cluster.places import PlacementError
 from multitask.data import write_table
-from multitask.engines.actors import Refs, ServerActor
-from multitask.engines.places import PlacementError
-from multitask.engines.served import actors, decoders
-from multitask.job import Job
+from multitask.engines.crew import actors, decoders
+from multitask.engines.server_actors import Refs, ServerActor
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 from multitask.server.messages import Evaluation, Push, Reply, StepRecord
-from multitask.spec import JobSpec
-from multitask.worker import TrainingError
+from multitask.spec.schema import JobSpec
 from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -29,7 +29,7 @@ ROUNDS = {"name": "local", "schedule": "rounds"}
 
 def run(spec: JobSpec) -> tuple[dict[str, Evaluation], dict[str, int], list[StepRecord]]:
     ran = run_engine(Job(spec))
-    return ran.outcome.versions, {record.worker: record.process for record in ran.records}, ran.records
+    return ran.outcome.versions, {record.worker: record.pid for record in ran.records}, ran.records
 
 
 class Holder:
@@ -106,7 +106,7 @@ def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:
 
     ran = run_engine(job)
 
-    assert [(record.step, record.refused) for record in ran.records] == [(step, None) for step in range(4)]
+    assert [(record.step, record.rejected) for record in ran.records] == [(step, None) for step in range(4)]
     [learned] = [group for group in job.groups.values() if group.layout.pushed]
     values = ran.outcome.versions["last"].groups[learned.name].values
     assert learned.private
@@ -220,8 +220,8 @@ def test_workers_without_a_place_share_a_process_and_no_bit_changes(make_spec: M
     one_each = {"cpus_per_worker": 1}
     remote = run_engine(Job(make_spec(tasks, engine=SYNC, resources=one_each, backbone=dropout, **changes)))
 
-    assert len({record.process for record in remote.records}) == 2
-    assert len({record.process for record in remote.records if record.task == "pets"}) == 1
+    assert len({record.pid for record in remote.records}) == 2
+    assert len({record.pid for record in remote.records if record.task == "pets"}) == 1
     assert {worker.step for worker in remote.progress.workers.values()} == {30}
     for version in ("best", "last"):
         assert all_values(remote.outcome.versions[version]) == all_values(local.outcome.versions[version])
@@ -235,7 +235,7 @@ def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_
     where: list[int] = []  # the guest was, step by step
 
     def watch(records: list[StepRecord]) -> None:
-        where.extend(record.process for record in records if record.worker == "pets/1")
+        where.extend(record.pid for record in records if record.worker == "pets/1")
 
     ran = run_engine(
         Job(make_spec(tasks, engine=engine, steps=100_000, evaluate_every=100_000)),
@@ -243,13 +243,13 @@ def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_
         watch=watch,
     )
 
-    host = {record.process for record in ran.records if record.worker == "pets/0"}
+    host = {record.pid for record in ran.records if record.worker == "pets/0"}
     assert host == {where[0]}
     assert len(set(where)) == 2
     assert not ran.outcome.recoveries
     for name, worker in ran.progress.workers.items():
         assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
-        assert (worker.position, worker.redone, worker.lost, worker.refused) == (worker.step * 8, 0, 0, 0)
+        assert (worker.position, worker.redone, worker.lost, worker.rejected) == (worker.step * 8, 0, 0, 0)
 
 
 @pytest.mark.slow

@@ -21,10 +21,11 @@ from mlflow import MlflowClient
 from benchmarks.chaos import final_bytes, make_spec, undisturbed, write_tables
 from jobs.package import PROJECT
 from multitask.data import write_table
-from multitask.live import read_status
-from multitask.runs import write_spec
-from multitask.spec import JobSpec, load_spec
-from multitask.tracking import PARENT_TAG
+from multitask.run.directory import write_spec
+from multitask.run.live import read_status
+from multitask.run.tracking import PARENT_TAG
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 from tests.conftest import png, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -214,6 +215,6 @@ def test_a_run_begins_on_a_node_that_comes_later_and_goes_on_when_one_is_replace
 
 
 def test_who_has_no_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    refused = cluster.multitask(tmp_path, "jobs", "list", RAY_AUTH_TOKEN="another")
-    assert refused.returncode == 1
-    assert "token" in refused.stderr
+    rejected = cluster.multitask(tmp_path, "jobs", "list", RAY_AUTH_TOKEN="another")
+    assert rejected.returncode == 1
+    assert "token" in rejected.stderr

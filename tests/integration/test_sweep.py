@@ -21,9 +21,10 @@ import yaml
 from rich.console import Console
 
 import multitask
-from multitask.live import read_status
-from multitask.runs import evaluate_models
-from multitask.spec import JobSpec, dump_spec
+from multitask.run.directory import evaluate_models
+from multitask.run.live import read_status
+from multitask.spec.reading import dump_spec
+from multitask.spec.schema import JobSpec
 from multitask.sweep import SweepResult, run_sweep
 from multitask.sweep.searcher import NumberedSampler
 from tests.conftest import wait_until

@@ -11,8 +11,8 @@ import pytest
 
 from multitask import train
 from multitask.cascade import predictions_writer, read_predictions
-from multitask.runs import Run
-from multitask.spec import JobSpec
+from multitask.run.directory import Run
+from multitask.spec.schema import JobSpec
 from tests.conftest import MakeData
 from tests.jobs.command import multitask
 

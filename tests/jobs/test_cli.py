@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from multitask import train
 from multitask.server.messages import PushRejectedError
 from multitask.server.parameter_server import ParameterServer
-from multitask.spec import JobSpec, dump_spec
+from multitask.spec.reading import dump_spec
+from multitask.spec.schema import JobSpec
 from tests.jobs.command import multitask
 
 
@@ -148,5 +149,5 @@ def test_what_the_server_turned_away_is_shown(spec_file: Path, tmp_path: Path, m
     assert multitask("train", spec_file).returncode == 0
 
     run = tmp_path / "runs" / "job"
-    assert json.loads((run / "result.json").read_text())["turned_away"] == 2
+    assert json.loads((run / "result.json").read_text())["rejected_calls"] == 2
     assert "turned away: 2 pushes and joins" in multitask("status", run).stdout

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.cluster_paths import ClusterPaths, PathError
-from multitask.spec import JobSpec, dump_spec, load_spec
+from multitask.spec.reading import dump_spec, load_spec
+from multitask.spec.schema import JobSpec
 
 STORAGE = "/shared/multitask"
 

@@ -15,7 +15,8 @@ import yaml
 from ray.job_submission import JobStatus
 
 from jobs import cluster_verbs, package, submission
-from multitask.spec import JobSpec, dump_spec, load_spec
+from multitask.spec.reading import dump_spec, load_spec
+from multitask.spec.schema import JobSpec
 from multitask.sweep.spec import load_sweep
 from tests.jobs.checkouts import make_checkout
 from tests.jobs.command import multitask

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from multitask.job import load_backbone, open_split, table_batches
-from multitask.runs import write_spec
-from multitask.spec import JobSpec
+from multitask.job.models import load_backbone
+from multitask.job.tables import open_split, table_batches
+from multitask.run.directory import write_spec
+from multitask.spec.schema import JobSpec
 from patches.features import FeatureFile
 from patches.methods.mist import Gather
 from tests.jobs.command import multitask

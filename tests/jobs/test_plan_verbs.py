@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from multitask import pace
-from multitask.job import Job
-from multitask.spec import JobSpec, dump_spec
+from multitask.capacity import timing as pace
+from multitask.job.job import Job
+from multitask.spec.reading import dump_spec
+from multitask.spec.schema import JobSpec
 from tests.jobs.command import multitask
 
 MakeSpec = Callable[..., JobSpec]

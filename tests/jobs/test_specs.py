@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import multitask
-from multitask.spec import dump_spec, load_spec
+from multitask.spec.reading import dump_spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "jobs" / "specs"
 

@@ -8,9 +8,9 @@ import torch
 
 import multitask
 import patches
-from multitask.job import Job
-from multitask.runs import open_export
-from multitask.spec import JobSpec
+from multitask.job.job import Job
+from multitask.run.directory import open_export
+from multitask.spec.schema import JobSpec
 from patches import PatchBank, PatchError
 
 MakeSpec = Callable[..., JobSpec]

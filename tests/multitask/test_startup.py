@@ -1,7 +1,10 @@
-"""A process that trains does without torch.compile, and can use it all the same."""
+"""A process that a run starts does without torch.compile, and can use it all the same; a user's is left alone."""
 
+import os
 import subprocess
 import sys
+
+from multitask.startup import RUN_PROCESS
 
 CODE = """
 import sys
@@ -24,9 +27,26 @@ real = sys.modules["torch._dynamo"]
 multitask.startup.put_off_torch_compile()
 print(imported, compiled, real.__file__ is not None, sys.modules["torch._dynamo"] is real)
 """
+A_USERS_PROCESS = """
+import sys
+import multitask
+loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "multitask"})
+multitask.train, multitask.cascade
+stand_ins = [name for name, module in sys.modules.items() if type(module).__module__ == "multitask.startup"]
+print(loaded, stand_ins)
+"""
+
+
+def run(code: str, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != RUN_PROCESS} | variables
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_torch_compile_is_imported_when_something_is_compiled() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+    assert run(CODE, **{RUN_PROCESS: "1"}) == "False [2.0, 2.0] True True\n"
 
-    assert done.stdout == "False [2.0, 2.0] True True\n", done.stderr
+
+def test_importing_the_package_loads_nothing_and_leaves_the_modules_of_a_user_alone() -> None:
+    assert run(A_USERS_PROCESS) == "['multitask'] []\n"

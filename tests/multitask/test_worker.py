@@ -11,10 +11,11 @@ from torch import Tensor
 
 from multitask.data import Batch
 from multitask.engines.local import DirectServer
-from multitask.job import Job
+from multitask.job.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Gradients, Push, StepRecord, as_tensor
-from multitask.spec import JobSpec, load_spec
+from multitask.spec.reading import load_spec
+from multitask.spec.schema import JobSpec
 from multitask.worker import TaskWorker, give
 from tests.conftest import run_engine
 
@@ -157,15 +158,15 @@ def test_what_was_put_aside_on_a_lost_server_is_not_taken_for_the_restored_ones_
     lost, restored = job.make_server(), job.make_server()
     for server in (lost, restored):
         server.push(push, gradients)
-        server.put_aside()
+        server.snapshot_for_checkpoint()
     (held,) = worker.absorb(push, private, *DirectServer(lost).pull("pets/0"))
-    assert (held.cut.version, held.cut.evaluate, held.cut.save) == (1, True, True)
+    assert (held.request.version, held.request.evaluate, held.request.save) == (1, True, True)
 
     give(worker, DirectServer(restored), held)
 
-    assert restored.owing() == ["pets/0"]
-    worker.answer_cuts(DirectServer(restored))
-    assert restored.owing() == []
+    assert restored.workers_with_requests() == ["pets/0"]
+    worker.answer_requests(DirectServer(restored))
+    assert restored.workers_with_requests() == []
     assert restored.drain()[1].keys() == {1}
 
 

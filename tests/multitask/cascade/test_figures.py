@@ -15,8 +15,8 @@ from multitask.cascade.figures import accuracy_cost, headline, model_rows, secti
 from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import Rule
 from multitask.data import open_table
-from multitask.plots import DARK, LIGHT
-from multitask.report import write_report
+from multitask.report.plots import DARK, LIGHT
+from multitask.report.report import write_report
 from tests.conftest import MakeData, png
 from tests.multitask.cascade.pools import costs_of_pool, make_predictions
 from tests.multitask.test_report import make_results

@@ -14,8 +14,8 @@ from multitask.cascade.cascade import answers_of
 from multitask.cascade.from_run import cascade_from_run
 from multitask.data import open_table
 from multitask.data.transforms import decode
-from multitask.runs import Run
-from multitask.spec import JobSpec
+from multitask.run.directory import Run
+from multitask.spec.schema import JobSpec
 from tests.conftest import MakeData
 
 IMAGES = 120

@@ -11,10 +11,10 @@ import pytest
 from multitask.engines import allreduce
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
-from multitask.job import Job
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 from multitask.server.messages import Push
-from multitask.spec import JobSpec
-from multitask.worker import TrainingError
+from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
 
 MakeSpec = Callable[..., JobSpec]
@@ -64,13 +64,13 @@ class FakeCrew:
         reply, _ = await ledger.join(group, name, 0, None)
         step = reply.step
 
-        async def answer_cuts() -> None:
-            cuts, _ = await ledger.cuts(group, name)
-            for cut in cuts:
-                if cut.save:
-                    await ledger.call(group, "save", cut, name, step, 0, {})
-                if cut.evaluate:
-                    await ledger.call(group, "hand_in", cut, self._job.workers[name], {"top1": 50.0}, {})
+        async def answer_requests() -> None:
+            requests, _ = await ledger.snapshot_requests(group, name)
+            for request in requests:
+                if request.save:
+                    await ledger.call(group, "report_state", request, name, step, 0, {})
+                if request.evaluate:
+                    await ledger.call(group, "report_evaluation", request, self._job.workers[name], {"top1": 50.0}, {})
 
         async def ask_for_a_pause() -> None:
             if step == self.pause_at:
@@ -80,16 +80,16 @@ class FakeCrew:
         while step < STEPS and not reply.pause:
             reply, _ = await ledger.push(group, Push(name, step, reply.version, loss=1.0, images=8, seconds=0.1))
             step += 1
-            await answer_cuts()
+            await answer_requests()
             await ask_for_a_pause()
         if step == STEPS:
             await ledger.call(group, "finish", name)
         ended = False
         while not ended:
             _, ended = await ledger.rest(group, name)
-            await answer_cuts()
+            await answer_requests()
         await ledger.pull(group, name)
-        await answer_cuts()
+        await answer_requests()
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def crew(job: Job, monkeypatch: pytest.MonkeyPatch) -> FakeCrew:
 
 def run(job: Job, crew: FakeCrew) -> Outcome:
     outcome = Outcome()
-    allreduce._Session(job, Driver(lambda *_: None, store_of(job)), outcome, crew).run()  # type: ignore[arg-type]
+    allreduce.AllreduceRun(job, Driver(lambda *_: None, store_of(job)), outcome, crew).run()  # type: ignore[arg-type]
     return outcome
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from multitask.checkpoint import CheckpointStore
 from multitask.engines.interface import Driver, Outcome, take
-from multitask.job import Job
+from multitask.job.checkpoint import CheckpointStore
+from multitask.job.job import Job
 from multitask.server.messages import Evaluation
-from multitask.server.parameter_server import Completed
+from multitask.server.parameter_server import CompleteSnapshot
 from multitask.server.progress import Progress
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 
 MakeSpec = Callable[..., JobSpec]
 
@@ -19,6 +19,6 @@ def test_after_going_back_the_last_version_is_the_one_told_last_and_best_the_bes
     driver = Driver(lambda *_: None, CheckpointStore(job.spec.checkpoint_folder, keep=2))
     for version, top1 in ((300, 90.0), (252, 85.0)):
         evaluation = Evaluation(version, version, {"pets": {"top1": top1}}, True, {})
-        news = [], {version: Completed(Progress(version=version), evaluation, None)}, Progress()
+        news = [], {version: CompleteSnapshot(Progress(version=version), evaluation, None)}, Progress()
         assert take(job, driver, outcome, news, lambda _: {})
     assert {name: evaluation.version for name, evaluation in outcome.versions.items()} == {"last": 252, "best": 300}

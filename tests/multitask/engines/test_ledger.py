@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Callable
 
 from multitask.engines.ledger import LedgerActor
-from multitask.job import Job
+from multitask.job.job import Job
 from multitask.server.messages import Push
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
 
 

@@ -13,12 +13,13 @@ from multitask.data import TrainBatches, open_table
 from multitask.engines import local
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.local import DirectServer
-from multitask.job import Job
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 from multitask.server.layout import Role
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.server.progress import Progress
-from multitask.spec import JobSpec
-from multitask.worker import TaskWorker, TrainingError
+from multitask.spec.schema import JobSpec
+from multitask.worker import TaskWorker
 from tests.conftest import run_engine, store_of
 
 MakeSpec = Callable[..., JobSpec]
@@ -257,7 +258,7 @@ def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec:
             push, gradients, private = worker.compute()
             reply, values = direct.wait(direct.push(push, gradients))
             for held in worker.absorb(push, private, reply, values):
-                due[held.cut.version, worker.task] = held.private[f"private:{worker.task}"].values
+                due[held.request.version, worker.task] = held.private[f"private:{worker.task}"].values
             history[reply.version, worker.task] = worker._private[f"private:{worker.task}"].values.numpy().copy()
 
     # Versions 2 and 4 were made by pushes of pets; cars had pushed last at versions 1 and 3.

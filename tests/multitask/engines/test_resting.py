@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from multitask.engines import ledger
-from multitask.engines.ledger import Apply, Keep, LedgerActor
+from multitask.engines.ledger import Apply, LedgerActor, TakeSnapshot
 from multitask.engines.ranks import RankServer
-from multitask.job import Job
-from multitask.server.messages import Cut, Push
-from multitask.spec import JobSpec
+from multitask.job.job import Job
+from multitask.server.messages import Push, SnapshotRequest
+from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
 
 NUMBERS = itertools.count(1)
@@ -27,20 +27,29 @@ def job(make_spec: MakeSpec) -> Job:
 def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     server = RankServer(job, "pets/0", None, 0)
     asked: list[str] = []
-    news = iter([([], False), ([Keep(3, slots=True)], False), ([], True)])
-    cut = Cut(3, evaluate=True, save=True)
+    news = iter([([], False), ([TakeSnapshot(3, slots=True)], False), ([], True)])
+    request = SnapshotRequest(3, evaluate=True, save=True)
 
     def ask(method: str, *arguments: Any) -> Any:
         asked.append(arguments[0] if method == "call" else method)
         if method == "rest":
             return next(news)
-        return ((cut,) if asked.count("rest") == 2 else (), []) if method == "cuts" else None
+        return ((request,) if asked.count("rest") == 2 else (), []) if method == "snapshot_requests" else None
 
     monkeypatch.setattr(server, "_ask", ask)
 
     server.rest(job.make_worker("pets/0", iter(())))
 
-    assert asked == ["rest", "cuts", "rest", "cuts", "save", "hand_in", "rest", "cuts"]
+    assert asked == [
+        "rest",
+        "snapshot_requests",
+        "rest",
+        "snapshot_requests",
+        "report_state",
+        "report_evaluation",
+        "rest",
+        "snapshot_requests",
+    ]
 
 
 def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(
@@ -55,7 +64,7 @@ def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(
         handed_in: list[int] = []
 
         def ask(method: str, *arguments: Any) -> Any:
-            if method == "call" and arguments[0] == "hand_in":
+            if method == "call" and arguments[0] == "report_evaluation":
                 handed_in.append(arguments[1].version)
             # A method of an actor as Ray would call it; none of these waits.
             coroutine = getattr(mine, method)(mine._group, *arguments)
@@ -65,7 +74,7 @@ def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(
 
         monkeypatch.setattr(server, "_ask", ask)
         mine._server.finish("cars/0")
-        worker.answer_cuts(server)
+        worker.answer_requests(server)
         return handed_in
 
     assert asyncio.run(story()) == [0]
@@ -96,7 +105,7 @@ async def silent(mine: LedgerActor, *alive: str) -> list[str]:
     for worker in mine._server._heard:
         mine._server._heard[worker] -= 1000
     for worker in alive:
-        mine._server.alive(worker)
+        mine._server.report_alive(worker)
     return (await mine.report(600, next(NUMBERS))).silent
 
 
@@ -123,8 +132,8 @@ def test_a_rank_that_rests_does_not_hang(job: Job, killed: list[str]) -> None:
 def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job) -> None:
     async def story() -> None:
         mine = await resting(job, "pets/0")
-        mine._server.put_aside()
-        assert mine._server.owing() == list(job.workers)
+        mine._server.snapshot_for_checkpoint()
+        assert mine._server.workers_with_requests() == list(job.workers)
         assert await silent(mine) == ["pets/0"]
 
     asyncio.run(story())
@@ -133,8 +142,8 @@ def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job)
 def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(job: Job, killed: list[str]) -> None:
     async def story() -> None:
         mine = await resting(job, *job.workers)
-        mine._server.hand_in(mine._server.cuts("pets/0")[0], "pets", {"top1": 50.0}, {})
-        assert mine._server.owing() == ["cars/0"]
+        mine._server.report_evaluation(mine._server.snapshot_requests("pets/0")[0], "pets", {"top1": 50.0}, {})
+        assert mine._server.workers_with_requests() == ["cars/0"]
         assert await silent(mine) == ["cars/0"]
 
     asyncio.run(story())
@@ -154,24 +163,26 @@ def test_a_rank_that_rests_waits_for_one_that_has_still_to_read_of_its_round(mak
         async def make_step(step: int) -> None:
             await mine.push(group, Push("food/0", step, version=step, loss=1.0, images=8, seconds=0.1))
 
-        async def hand_in(version: int, task: str) -> None:
-            [cut] = [cut for cut in mine._server.cuts(f"{task}/0") if cut.version == version]
-            await mine.call(group, "hand_in", cut, task, {"top1": 50.0}, {})
+        async def report_evaluation(version: int, task: str) -> None:
+            [request] = [
+                request for request in mine._server.snapshot_requests(f"{task}/0") if request.version == version
+            ]
+            await mine.call(group, "report_evaluation", request, task, {"top1": 50.0}, {})
 
         await make_step(0)
         await mine.rest(group, "pets/0")
         await mine.rest(group, "cars/0")
-        await hand_in(1, "food")
+        await report_evaluation(1, "food")
         await make_step(1)
-        await hand_in(1, "pets")
+        await report_evaluation(1, "pets")
         operations, _ = await mine.rest(group, "pets/0")
-        assert [type(operation) for operation in operations] == [Apply, Keep]
-        assert mine._server.owing() == list(job.workers)
-        await mine.release([0])  # unread, and nothing to wait for
+        assert [type(operation) for operation in operations] == [Apply, TakeSnapshot]
+        assert mine._server.workers_with_requests() == list(job.workers)
+        await mine.drop_snapshot([0])  # unread, and nothing to wait for
 
         assert await silent(mine, "cars/0") == []
 
-        await hand_in(1, "cars")
+        await report_evaluation(1, "cars")
         await mine.rest(group, "cars/0")
         assert await silent(mine, "cars/0") == ["pets/0"]
 

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
-from multitask.engines import actors, served
-from multitask.engines.actors import ServedWorker, ServerActor, WorkerActor
+from multitask.cluster.session import ray_session
+from multitask.engines import served
+from multitask.engines import workers as actors
 from multitask.engines.interface import Driver, Outcome
-from multitask.engines.served import ray_session
-from multitask.job import Job
+from multitask.engines.server_actors import ServerActor
+from multitask.engines.workers import ServedWorker, WorkerActor
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 from multitask.server.messages import Push
-from multitask.spec import JobSpec
-from multitask.worker import TrainingError
+from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
 
 MakeSpec = Callable[..., JobSpec]
-METHODS = ("ping", "drain", "call", "kept")
+METHODS = ("ping", "drain", "call", "snapshot")
 GROWING = {"pets": {"workers": 2, "min_workers": 1}}
 
 
@@ -51,8 +53,8 @@ def job(make_spec: MakeSpec) -> Job:
     return Job(make_spec(GROWING, engine={"name": "async"}))
 
 
-def session(job: Job) -> served._Session:
-    return served._Session(OneProcess(job), Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
+def session(job: Job) -> served.ServedRun:
+    return served.ServedRun(OneProcess(job), Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
 
 
 def test_a_process_that_is_lost_before_each_step_of_a_guest_ends_the_run_whatever_its_host_makes(job: Job) -> None:
@@ -103,10 +105,10 @@ class Calls:
         return {}
 
 
-def watched(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[served._Session, Calls, list[str]]:
+def watched(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[served.ServedRun, Calls, list[str]]:
     """A session with such calls, whose workers owe nothing, and what it replaces."""
     calls, replaced = Calls(job, monkeypatch), []
-    mine = served._Session(calls, Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
+    mine = served.ServedRun(calls, Driver(lambda *_: None, store_of(job)), Outcome())  # type: ignore[arg-type]
 
     def replace(name: str, _: str) -> list[str]:
         replaced.append(name)
@@ -122,21 +124,21 @@ def test_who_has_made_its_last_step_hands_in_what_is_asked_while_others_train(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, calls, _ = watched(job, monkeypatch)
-    calls.waits = lambda call: call == ("pets/1", "train") and calls.sent.count(("pets/0", "answer_cuts")) < 3
+    calls.waits = lambda call: call == ("pets/1", "train") and calls.sent.count(("pets/0", "answer_requests")) < 3
     monkeypatch.setattr(mine, "_call", lambda _: list(job.workers) if calls.waits(("pets/1", "train")) else [])
 
     mine._all("train")
 
-    assert calls.sent == [("pets/0", "train"), ("pets/1", "train")] + 3 * [("pets/0", "answer_cuts")]
+    assert calls.sent == [("pets/0", "train"), ("pets/1", "train")] + 3 * [("pets/0", "answer_requests")]
 
 
 def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_server_tells_it_so(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, calls, replaced = watched(job, monkeypatch)
-    monkeypatch.setattr(mine, "_patiently", lambda _: ["the life of another server"])
+    monkeypatch.setattr(mine, "_patiently", lambda _: ["the incarnation of another server"])
     mine._trained = {"pets/0"}
-    calls.lost["pets/0", "settle"] = RayActorError()
+    calls.lost["pets/0", "confirm_finished"] = RayActorError()
 
     mine._watch_server()
     mine._all("train")
@@ -150,13 +152,13 @@ def test_a_worker_that_told_only_a_lost_server_of_its_last_step_tells_the_restor
 ) -> None:
     """That it has made its step, the driver learns when the server is back already."""
     mine, calls, _ = watched(job, monkeypatch)
-    monkeypatch.setattr(mine, "_patiently", lambda _: ["the life of another server"])
+    monkeypatch.setattr(mine, "_patiently", lambda _: ["the incarnation of another server"])
     monkeypatch.setattr(mine, "_poll", mine._watch_server)
-    calls.waits = lambda call: call == ("pets/1", "train") and mine._lives == []
+    calls.waits = lambda call: call == ("pets/1", "train") and mine._incarnations == []
 
     mine._all("train")
 
-    assert calls.sent == [(name, method) for method in ("train", "settle") for name in job.workers]
+    assert calls.sent == [(name, method) for method in ("train", "confirm_finished") for name in job.workers]
 
 
 def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_restored_later(
@@ -170,15 +172,15 @@ def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_r
         polls += 1
         mine._watch_server()
 
-    mine._lives = [0]
+    mine._incarnations = [0]
     monkeypatch.setattr(mine, "_patiently", lambda _: [0 if polls < 3 else 1])
     monkeypatch.setattr(mine, "_poll", poll)
-    calls.lost["pets/0", "settle"] = RayActorError()
-    calls.waits = lambda call: call == ("pets/1", "settle") and polls < 4
+    calls.lost["pets/0", "confirm_finished"] = RayActorError()
+    calls.waits = lambda call: call == ("pets/1", "confirm_finished") and polls < 4
 
-    mine._all("settle")
+    mine._all("confirm_finished")
 
-    assert calls.sent[2:4] == [("pets/0", "catch_up"), ("pets/0", "settle")]
+    assert calls.sent[2:4] == [("pets/0", "catch_up"), ("pets/0", "confirm_finished")]
 
 
 def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(
@@ -188,8 +190,8 @@ def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(
     server.begin(job)
     crew = OneProcess(job)
     crew.server = Mock(**{f"{name}.remote": partial(partial, getattr(server, name)) for name in METHODS})
-    mine = served._Session(crew, Driver(lambda records, *_: told.append(records), store_of(job)), Outcome())  # type: ignore[arg-type]
-    mine._lives = server.ping()
+    mine = served.ServedRun(crew, Driver(lambda records, *_: told.append(records), store_of(job)), Outcome())  # type: ignore[arg-type]
+    mine._incarnations = server.ping()
     lost = ["drain"]
 
     def get(call: Any, **_: object) -> Any:
@@ -227,7 +229,7 @@ def test_a_lost_worker_is_back_with_a_step_of_another_process(job: Job, monkeypa
     monkeypatch.setattr(served, "take", lambda *_: True)
     monkeypatch.setattr(mine, "_watch_server", lambda: None)
     monkeypatch.setattr(mine, "_end_what_hangs", lambda: None)
-    monkeypatch.setattr(mine, "_drain", lambda: ([Mock(**record, process=process)], {}, job.progress))
+    monkeypatch.setattr(mine, "_drain", lambda: ([Mock(**record, pid=process)], {}, job.progress))
     mine._poll()
     mine._replace("pets/0", "killed")
 
@@ -246,7 +248,7 @@ def test_only_workers_that_were_asked_for_something_may_hang(job: Job, monkeypat
     mine._calls = {"a call": "pets/1"}  # type: ignore[dict-item]
     monkeypatch.setattr(mine, "_call", lambda *arguments: asked.append(arguments) or [])
     mine._end_what_hangs()
-    assert asked == [("silent", 2 * job.spec.resources.step_timeout_s, {"pets/1"})]
+    assert asked == [("silent_workers", 2 * job.spec.resources.step_timeout_s, {"pets/1"})]
 
 
 def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from multitask.engines import actors
-from multitask.engines.actors import ServerActor
-from multitask.job import Job
+from multitask.engines import workers as actors
+from multitask.engines.server_actors import ServerActor
+from multitask.job.job import Job
 from multitask.server.messages import Gradients, OutOfStepError, Push, PushRejectedError, Reply
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 
 
 @pytest.fixture

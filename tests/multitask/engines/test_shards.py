@@ -6,10 +6,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from multitask.engines.actors import NotBegunError, ShardActor, _RemoteShards
-from multitask.job import Job
+from multitask.engines.loss import NotBegunError
+from multitask.engines.server_actors import ShardActor, _RemoteShards
+from multitask.job.job import Job
 from multitask.server.shard import GroupUpdate
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 
 
 @pytest.fixture
@@ -32,33 +33,33 @@ def told(shard: ShardActor, lost: int | None) -> _RemoteShards:
 @pytest.mark.parametrize("lost", [None, 2])
 def test_a_shard_that_misses_a_change_is_as_one_that_was_started_again(job: Job, lost: int | None) -> None:
     shard = ShardActor()
-    life = shard.begin(job, 1)
+    incarnation = shard.begin(job, 1)
     others = told(shard, lost)
-    others.keep(0, slots=False)
+    others.take_snapshot(0, slots=False)
     others.apply({}, [])
 
     if lost is None:
-        others.keep(1, slots=False)
-        assert (shard.ping(), shard.kept(1) is not None) == (life, True)
+        others.take_snapshot(1, slots=False)
+        assert (shard.ping(), shard.snapshot(1) is not None) == (incarnation, True)
         return
     with pytest.raises(NotBegunError, match="3 of its values came when 2 was next"):
-        others.keep(1, slots=False)
-    assert shard.ping() != life
+        others.take_snapshot(1, slots=False)
+    assert shard.ping() != incarnation
     with pytest.raises(NotBegunError):
-        shard.kept(0)
+        shard.snapshot(0)
     assert shard.begin(job, 1) == shard.ping()
-    told(shard, lost=None).keep(0, slots=False)
-    assert shard.kept(0) is not None
+    told(shard, lost=None).take_snapshot(0, slots=False)
+    assert shard.snapshot(0) is not None
 
 
 def test_a_shard_that_cannot_make_a_change_lets_its_values_go(job: Job) -> None:
     shard = ShardActor()
-    life = shard.begin(job, 1)
+    incarnation = shard.begin(job, 1)
     update = {job.served()[0].name: GroupUpdate((("pets/0", 0, 0),), (1.0,), 0.1)}
 
     with pytest.raises(KeyError):
         told(shard, lost=None).apply(update, [])
 
-    assert shard.ping() != life
+    assert shard.ping() != incarnation
     with pytest.raises(NotBegunError):
-        shard.kept(0)
+        shard.snapshot(0)

@@ -87,7 +87,7 @@ def test_a_push_takes_one_optimiser_step_and_one_statistics_step() -> None:
     assert values(server)[16:18].tolist() == [0.25] * 2  # 0.75 * 0 + 0.25 * 1
     assert server.shard.groups["both"].counters.tolist() == [1]
     assert reply is not None
-    assert (reply.version, reply.rate, reply.refused) == (1, 0.5, None)
+    assert (reply.version, reply.rate, reply.rejected) == (1, 0.5, None)
 
 
 def test_a_push_touches_no_group_that_its_task_does_not_use() -> None:
@@ -115,12 +115,12 @@ def test_a_repeated_push_is_answered_and_not_applied_again() -> None:
     assert again.version == 2
 
 
-@pytest.mark.parametrize("refused", [0, 1])
-def test_two_pushes_on_their_way_get_an_answer_each(refused: int) -> None:
+@pytest.mark.parametrize("rejected", [0, 1])
+def test_two_pushes_on_their_way_get_an_answer_each(rejected: int) -> None:
     """The bound holds back the answer to the first until the second is there."""
     server = make_server(bound=2, in_flight=1)
     for step in range(2):
-        send(server, "a/0", step, value=float("nan") if step == refused else 1.0)
+        send(server, "a/0", step, value=float("nan") if step == rejected else 1.0)
     assert server.reply("a/0", 0) is None
     send(server, "b/0", 0)
     send(server, "b/0", 1)
@@ -128,7 +128,7 @@ def test_two_pushes_on_their_way_get_an_answer_each(refused: int) -> None:
     replies = [server.reply("a/0", step) for step in range(2)]
 
     assert None not in replies
-    assert [step for step, reply in enumerate(replies) if reply and reply.refused] == [refused]
+    assert [step for step, reply in enumerate(replies) if reply and reply.rejected] == [rejected]
 
 
 def test_a_push_repeated_before_its_round_is_complete_counts_once() -> None:
@@ -196,16 +196,16 @@ def test_a_refused_push_changes_no_value_and_its_step_is_over(
 
     assert bits(server) == before
     assert reply is not None
-    assert reply.refused is not None
-    assert reason in reply.refused
-    assert "worker 'a/0' (task 'a')" in reply.refused
-    assert "loss 1" in reply.refused
+    assert reply.rejected is not None
+    assert reason in reply.rejected
+    assert "worker 'a/0' (task 'a')" in reply.rejected
+    assert "loss 1" in reply.rejected
     records, _, progress = server.drain()
-    assert [record.refused for record in records] == [None, reply.refused]
-    assert (progress.version, progress.workers["a/0"].step, progress.workers["a/0"].refused) == (1, 2, 1)
+    assert [record.rejected for record in records] == [None, reply.rejected]
+    assert (progress.version, progress.workers["a/0"].step, progress.workers["a/0"].rejected) == (1, 2, 1)
     following = send(server, step=2, version=1)
     assert following is not None
-    assert following.refused is None
+    assert following.rejected is None
 
 
 def test_a_refused_push_is_left_out_of_the_rounds_mean() -> None:
@@ -256,9 +256,9 @@ def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_s
 
     progress = server.drain()[2]
 
-    assert progress.turned_away == 3
+    assert progress.rejected_calls == 3
     assert progress.workers == {"a/0": WorkerProgress(step=1), "b/0": WorkerProgress()}
-    assert Progress.from_json(progress.to_json()).with_workers({"b/0": "b"}).turned_away == 3
+    assert Progress.from_json(progress.to_json()).with_workers({"b/0": "b"}).rejected_calls == 3
 
 
 @given(st.lists(st.sampled_from(sorted(WORKERS)), max_size=40))
@@ -307,47 +307,51 @@ def test_best_is_one_version_with_the_values_of_that_moment() -> None:
         send(server, "a/0", step)
         reply = send(server, "b/0", step)
         assert reply is not None
-        assert [cut.version for cut in reply.cuts] == [2 * step + 2]
-        server.hand_in(reply.cuts[0], "b", metrics(top1), private)
+        assert [request.version for request in reply.requests] == [2 * step + 2]
+        server.report_evaluation(reply.requests[0], "b", metrics(top1), private)
         assert server.drain()[1] == {}
-        server.hand_in(reply.cuts[0], "a", metrics(top1 - 10), {})
+        server.report_evaluation(reply.requests[0], "a", metrics(top1 - 10), {})
         ((version, completed),) = server.drain()[1].items()
         assert completed.evaluation is not None
         assert set(completed.evaluation.groups) == {"private:b"}
         found.append((version, completed.evaluation.mean_top1, completed.evaluation.best))
-        kept.append(server.shard.kept(version)["both"].values.tolist())  # type: ignore[index]
+        kept.append(server.shard.snapshot(version)["both"].values.tolist())  # type: ignore[index]
 
     assert found == [(2, 45.0, True), (4, 85.0, True), (6, 65.0, False)]
     assert len({tuple(values) for values in kept}) == 3
-    server.release(2)
-    assert server.shard.kept(2) is None
+    server.drop_snapshot(2)
+    assert server.shard.snapshot(2) is None
 
 
 def test_the_end_is_put_aside_once_all_workers_have_finished() -> None:
     server = make_server()
     send(server, "a/0")
     server.finish("a/0")
-    assert server.cuts("a/0") == ()
+    assert server.snapshot_requests("a/0") == ()
 
     server.finish("b/0")
 
-    assert [cut.version for cut in server.cuts("a/0")] == [cut.version for cut in server.cuts("b/0")] == [1]
+    assert (
+        [request.version for request in server.snapshot_requests("a/0")]
+        == [request.version for request in server.snapshot_requests("b/0")]
+        == [1]
+    )
 
 
 def test_only_the_first_worker_of_a_task_owes_its_validation() -> None:
     server = make_server(workers={"a/0": "a", "a/1": "a", "b/0": "b"}, evaluate_every=1)
     for worker in ("a/0", "a/1", "b/0"):
         send(server, worker)
-    assert server.owing() == ["a/0", "b/0"]
-    server.hand_in(server.cuts("a/0")[0], "a", metrics(50.0), {})
-    assert server.owing() == ["b/0"]
+    assert server.workers_with_requests() == ["a/0", "b/0"]
+    server.report_evaluation(server.snapshot_requests("a/0")[0], "a", metrics(50.0), {})
+    assert server.workers_with_requests() == ["b/0"]
 
 
 def test_a_version_put_aside_keeps_its_values() -> None:
     server = make_server(evaluate_every=1)
     send(server, "a/0")
     send(server, "b/0")
-    kept = server.shard.kept(2)
+    kept = server.shard.snapshot(2)
     assert kept is not None
     before = kept["both"].values.copy()
 
@@ -491,11 +495,11 @@ def test_a_worker_that_waited_for_others_has_its_whole_time_once_it_may_go_on(ru
     send(server, "a/0")
     for worker in WORKERS:
         not_heard_of(server, worker, 1000)
-    assert server.silent(600, WORKERS) == ["b/0"]
+    assert server.silent_workers(600, WORKERS) == ["b/0"]
     send(server, "b/0")
-    assert server.silent(600, WORKERS) == []
+    assert server.silent_workers(600, WORKERS) == []
     not_heard_of(server, "a/0", 1000)
-    assert server.silent(600, WORKERS) == ["a/0"]
+    assert server.silent_workers(600, WORKERS) == ["a/0"]
 
 
 def test_a_worker_of_which_nothing_is_asked_is_not_silent_and_its_time_begins_when_it_is() -> None:
@@ -504,11 +508,11 @@ def test_a_worker_of_which_nothing_is_asked_is_not_silent_and_its_time_begins_wh
     server.finish("b/0")
     for worker in WORKERS:
         not_heard_of(server, worker, 1000)
-    assert server.silent(600, ()) == []
-    assert server.silent(600, WORKERS) == []
+    assert server.silent_workers(600, ()) == []
+    assert server.silent_workers(600, WORKERS) == []
     for worker in WORKERS:
         not_heard_of(server, worker, 1000)
-    assert server.silent(600, WORKERS) == list(WORKERS)
+    assert server.silent_workers(600, WORKERS) == list(WORKERS)
 
 
 # Checkpoints and new tasks.
@@ -519,13 +523,13 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     send(server, "a/0")
     reply = send(server, "b/0")
     assert reply is not None
-    (cut,) = reply.cuts
-    assert (cut.version, cut.evaluate, cut.save) == (2, False, True)
+    (request,) = reply.requests
+    assert (request.version, request.evaluate, request.save) == (2, False, True)
     held = {"private:b": GroupValues(np.ones(1, np.float32), np.zeros(0, np.int64))}
-    server.save(cut, "b/0", 1, 8, held)
+    server.report_state(request, "b/0", 1, 8, held)
     assert server.drain()[1] == {}
     send(server, "b/0", 1)
-    server.save(cut, "a/0", 1, 8, {})
+    server.report_state(request, "a/0", 1, 8, {})
 
     completed = server.drain()[1][2]
     assert completed.saved == held
@@ -533,18 +537,18 @@ def test_a_checkpoint_is_complete_when_every_worker_handed_in_what_it_holds() ->
     assert completed.progress.version == 2
     assert completed.progress.workers["b/0"] == WorkerProgress(step=1, private_step=1, private_position=8)
     assert Progress.from_json(completed.progress.to_json()) == completed.progress
-    assert server.shard.kept(2)["both"].slots.keys() == {"momentum_buffer"}  # type: ignore[index]
+    assert server.shard.snapshot(2)["both"].slots.keys() == {"momentum_buffer"}  # type: ignore[index]
 
 
 def test_a_checkpoint_whose_version_is_validated_later_says_how_far_the_private_tensors_are() -> None:
     server = make_server(workers={"b/0": "b"}, save_every_rounds=1)
     for step in range(5):
         send(server, "b/0", step, version=step)
-        server.save(server.cuts("b/0")[0], "b/0", step + 1, 8 * (step + 1), {})
+        server.report_state(server.snapshot_requests("b/0")[0], "b/0", step + 1, 8 * (step + 1), {})
     server.finish("b/0")
-    (cut,) = server.cuts("b/0")
+    (request,) = server.snapshot_requests("b/0")
     for task in ("a", "b"):
-        server.hand_in(cut, task, metrics(50.0), {})
+        server.report_evaluation(request, task, metrics(50.0), {})
 
     completed = server.drain()[1][5]
 

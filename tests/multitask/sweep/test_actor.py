@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import multitask
-from multitask.job import Loaded
-from multitask.live import SILENT_S, STATUS
-from multitask.runs import write_json
-from multitask.spec import JobSpec
+from multitask.job.job import Loaded
+from multitask.run.directory import write_json
+from multitask.run.live import SILENT_S, STATUS
+from multitask.spec.schema import JobSpec
 from multitask.sweep.actor import TrialRun
 from multitask.sweep.outcomes import failure_file, read_outcome
 from multitask.sweep.plan import TrialPlan

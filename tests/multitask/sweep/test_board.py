@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from multitask.spec import JobSpec
+from multitask.spec.schema import JobSpec
 from multitask.sweep.board import Board, Line, Standing, duration
-from multitask.sweep.outcomes import Outcome
+from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan
 
 KEYS = ("optimizer.rate",)
@@ -70,7 +70,7 @@ class Trial:
 
 def test_what_tune_tells_moves_the_trials_on(plans: list[TrialPlan]) -> None:
     # The others are suggested while the sweep runs.
-    board = Board("rates", KEYS, 4, [Outcome(plan=plans[0], state="waiting")], Console(quiet=True))
+    board = Board("rates", KEYS, 4, [TrialOutcome(plan=plans[0], state="waiting")], Console(quiet=True))
     about: dict[str, Any] = {"iteration": 0, "trials": []}
 
     for plan in plans[:3]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import multitask
-from multitask.runs import evaluate_models
+from multitask.run.directory import evaluate_models
 from multitask.sweep.final import measure, read_verdict, retrained_spec
 from multitask.sweep.outcomes import Choice, choose
 from multitask.sweep.plan import TrialPlan

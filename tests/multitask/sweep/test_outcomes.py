@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from multitask.runs import write_json
-from multitask.spec import load_spec
+from multitask.run.directory import write_json
+from multitask.spec.reading import load_spec
 from multitask.sweep.figures import Point, draw, series, write_figures
 from multitask.sweep.outcomes import (
-    Outcome,
+    TrialOutcome,
     choices,
     choose,
     failure_file,
@@ -110,7 +110,7 @@ def test_the_tables_have_a_row_for_each_trial(make_outcome: MakeOutcome, tmp_pat
         assert [(row["trial"], row["error"]) for row in csv.DictReader(file)] == [("0", ""), ("1", "broke, badly")]
 
 
-def write_status(outcome: Outcome, state: str) -> None:
+def write_status(outcome: TrialOutcome, state: str) -> None:
     curves = {"pets": [(2, 40.0), (4, 60.0)], "cars": [(2, 50.0)]}
     tasks = {name: {"curve": [{"step": s, "top1": t} for s, t in curve]} for name, curve in curves.items()}
     status = {"state": state, "tasks": tasks, "mlflow_run_id": "f00d", "error": None}

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from multitask.placement import Node
-from multitask.spec import JobSpec, SpecError
+from multitask.cluster.arithmetic import Node
+from multitask.spec.errors import SpecError
+from multitask.spec.schema import JobSpec
 from multitask.sweep.places import reserve, reserved
 
 MakeSpec = Callable[..., JobSpec]

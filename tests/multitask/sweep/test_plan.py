@@ -10,7 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multitask.spec import JobSpec, SpecError, dump_spec
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import dump_spec
+from multitask.spec.schema import JobSpec
 from multitask.sweep.plan import describe, plan_trials, set_key, settings, short_names
 from multitask.sweep.spec import READY, Dimension, SweepSpec, dump_sweep, load_sweep
 

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from multitask.data import DataError
-from multitask.runs import RunError
-from multitask.spec import JobSpec, SpecError, dump_spec
+from multitask.run.directory import RunError
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import dump_spec
+from multitask.spec.schema import JobSpec
 from multitask.sweep import run_sweep
 from patches import BackboneError, PatchError
 

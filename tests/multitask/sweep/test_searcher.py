@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from multitask.spec import SpecError
+from multitask.spec.errors import SpecError
 from multitask.sweep import searcher
-from multitask.sweep.outcomes import Outcome
+from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan
 from multitask.sweep.searcher import SETTINGS, Suggestions
 from multitask.sweep.spec import SweepSpec, load_sweep
@@ -58,9 +58,9 @@ def drive(spec: SweepSpec, make_outcome: MakeOutcome, monkeypatch: pytest.Monkey
         failed: Set[int] = frozenset(),
         anew: bool = True,
     ) -> list[dict[str, Any]]:
-        def read(plan: TrialPlan) -> Outcome:
+        def read(plan: TrialPlan) -> TrialOutcome:
             best = score(plan.values) + bonus.get(plan.number, 0.0)
-            return Outcome(plan=plan, state="finished", curve=((2, best), (4, last)))
+            return TrialOutcome(plan=plan, state="finished", curve=((2, best), (4, last)))
 
         monkeypatch.setattr(searcher, "read_outcome", read)
         if anew:

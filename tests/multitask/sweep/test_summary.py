@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from multitask.report import write_sweep_report
+from multitask.report.report import write_sweep_report
 from multitask.sweep.figures import draw, series
 from multitask.sweep.final import Verdict
-from multitask.sweep.outcomes import Outcome, choices, choose
+from multitask.sweep.outcomes import TrialOutcome, choices, choose
 from multitask.sweep.summary import headline, method_rows, section, trial_rows
 from tests.multitask.sweep.conftest import MakeOutcome
 
@@ -18,7 +18,7 @@ VERDICT = Verdict(
 
 
 @pytest.fixture
-def outcomes(make_outcome: MakeOutcome) -> list[Outcome]:
+def outcomes(make_outcome: MakeOutcome) -> list[TrialOutcome]:
     return [
         make_outcome(0, 81.25, rate=0.1),
         make_outcome(1, 60.0, rate=0.01),
@@ -27,7 +27,7 @@ def outcomes(make_outcome: MakeOutcome) -> list[Outcome]:
     ]
 
 
-def test_the_headline_names_the_setting_and_both_accuracies(outcomes: list[Outcome]) -> None:
+def test_the_headline_names_the_setting_and_both_accuracies(outcomes: list[TrialOutcome]) -> None:
     choice = choose(outcomes)
 
     words = headline(4, choice, VERDICT)
@@ -39,7 +39,7 @@ def test_the_headline_names_the_setting_and_both_accuracies(outcomes: list[Outco
     assert headline(4, None, None) == "None of 4 settings has finished all its trials."
 
 
-def test_each_method_has_its_best_rate_and_what_the_rate_costs(outcomes: list[Outcome]) -> None:
+def test_each_method_has_its_best_rate_and_what_the_rate_costs(outcomes: list[TrialOutcome]) -> None:
     found = series(choices(outcomes))
 
     assert method_rows(found) == [
@@ -48,12 +48,12 @@ def test_each_method_has_its_best_rate_and_what_the_rate_costs(outcomes: list[Ou
     ]
 
 
-def test_finished_trials_stand_first_by_accuracy(outcomes: list[Outcome]) -> None:
+def test_finished_trials_stand_first_by_accuracy(outcomes: list[TrialOutcome]) -> None:
     assert [line[0] for line in trial_rows(outcomes)] == ["0", "2", "1", "3"]
     assert trial_rows(outcomes)[3] == ("3", "full", "1", "0", "failed", "0.00", "4", "100", "–")
 
 
-def test_the_report_is_one_file_with_figures_tables_and_failures(outcomes: list[Outcome], tmp_path: Path) -> None:
+def test_the_report_is_one_file_with_figures_tables_and_failures(outcomes: list[TrialOutcome], tmp_path: Path) -> None:
     found = series(choices(outcomes))
 
     path = write_sweep_report("rates", section(outcomes, found, draw(found), choose(outcomes), VERDICT), tmp_path)

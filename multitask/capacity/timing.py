@@ -1,0 +1,165 @@
+"""How long the steps of a job's workers take on this machine, with no server to meet."""
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from math import ceil, sqrt
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from statistics import mean, median
+
+import numpy as np
+import torch
+
+from multitask.capacity.estimate import FLOAT_BYTES, SERVER_COSTS, Cluster, Kind, Layout, ServerCosts
+from multitask.data import prefetch
+from multitask.evaluation import torch_threads
+from multitask.job.job import Job
+from multitask.server.messages import Reply
+from multitask.spec.errors import SpecError
+from multitask.spec.schema import JobSpec, LocalSpec, TaskSpec
+
+WARM_UP, FEWEST, MOST = 2, 4, 12
+"""Steps that count for nothing, and those that are timed."""
+ENOUGH_S = 15.0
+"""After so long no step is begun beyond the fewest."""
+COPIES = 21
+SMALLEST_COPY = 1 << 20
+_barrier: Barrier | None = None
+"""Where processes that time steps at the same time wait for each other, so that none computes alone."""
+UNCHANGED = Reply(version=0, applied_version=0, rate=0.0)
+"""An answer after which a worker goes on with the values that it has."""
+
+
+def cores_here() -> int:
+    return os.cpu_count() or 1
+
+
+def lay_out(
+    spec: JobSpec, *, nodes: int, cores: float, network_gbit: float, costs: ServerCosts = SERVER_COSTS
+) -> Layout:
+    """Time a few steps of a job here, with as many workers at once as a node has, and put the job on a cluster.
+
+    Args:
+        cores, network_gbit: as `Cluster` has them.
+    Raises:
+        SpecError: engine `local`; or workers that need a GPU, where there is none.
+    """
+    _check(spec)
+    # Without caches every step computes everything, as in a first epoch, and nothing is written.
+    job = Job(replace(spec, tasks=tuple(replace(task, cache_features=None) for task in spec.tasks)))
+    a_node = ceil(len(job.workers) / nodes)
+    at_once = 1 if spec.resources.gpus_per_worker else min(a_node, cores_here() // spec.resources.threads_per_worker)
+    kinds = time_kinds(job, max(1, at_once))
+    copies = copy_bytes_per_s(max(kind.pushed_bytes for kind in kinds))
+    return Layout(kinds, spec.engine, Cluster(nodes, cores, network_gbit, copies), costs)
+
+
+def _check(spec: JobSpec) -> None:
+    if isinstance(spec.engine, LocalSpec):
+        raise SpecError(
+            "engine.name is 'local': all workers in one process, on one node. To plan for a cluster set async, "
+            "bounded, sync or allreduce."
+        )
+    if spec.resources.gpus_per_worker and not torch.cuda.is_available():
+        raise SpecError(
+            f"resources.gpus_per_worker is {spec.resources.gpus_per_worker:g}, but torch finds no GPU here to time a "
+            "step on. Plan on a machine like the cluster's nodes, or set it to 0."
+        )
+
+
+def time_kinds(job: Job, at_once: int) -> tuple[Kind, ...]:
+    """Time one task of each kind: tasks that differ in nothing but their name make equal steps.
+
+    Args:
+        at_once: equal workers that compute at the same time, as on a node: memory, caches and clock rates are shared.
+    """
+    alike: dict[tuple[str, int], list[TaskSpec]] = {}
+    for task in job.spec.tasks:
+        key = repr(replace(task, name="any", workers=1, min_workers=None)), job.pushed_bytes(task.name)
+        alike.setdefault(key, []).append(task)
+    return tuple(_time_kind(job, tasks, at_once) for tasks in alike.values())
+
+
+def _time_kind(job: Job, tasks: list[TaskSpec], at_once: int) -> Kind:
+    first = tasks[0]
+    timed = _time_at_once(job, f"{first.name}/0", at_once)
+    runs = [steps_s for steps_s, _ in timed]
+    return Kind(
+        tasks=tuple(task.name for task in tasks),
+        workers=sum(task.workers for task in tasks),
+        images=first.batch_size * first.accumulate,
+        step_s=mean(step_s for steps_s in runs for step_s in steps_s),
+        spread_s=spread(runs),
+        cpu_s=mean(cpu_s for _, cpu_s in timed),
+        pushed_bytes=job.pushed_bytes(first.name),
+        trained_bytes=sum(FLOAT_BYTES * group.layout.pushed for group in job.groups_of(first.name).values()),
+    )
+
+
+def spread(runs: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of a step about its neighbours in time.
+
+    What changes slowly, as the speed of a shared machine does, meets all workers alike and makes none wait for another.
+
+    Args:
+        runs: seconds of the steps of each worker, in their order.
+    Source: von Neumann et al., "The mean square successive difference", Annals of Math. Statistics 12 (1941).
+    """
+    return sqrt(mean((after - before) ** 2 / 2 for run in runs for before, after in pairwise(run)))
+
+
+def _time_at_once(job: Job, worker: str, count: int) -> list[tuple[list[float], float]]:
+    if count == 1:
+        return [time_steps(job, worker)]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(count, spawn, initializer=_meet_at, initargs=(spawn.Barrier(count),)) as pool:
+        return [started.result() for started in [pool.submit(time_steps, job, worker) for _ in range(count)]]
+
+
+def _meet_at(barrier: Barrier) -> None:
+    """Called first in a process that times steps beside others."""
+    global _barrier
+    _barrier = barrier
+
+
+def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
+    """Seconds of each of a few steps of one worker, and core seconds of a mean one."""
+    with torch_threads(job.spec.resources.threads_per_worker):
+        made = job.make_worker(worker, prefetch(job.make_batches(worker)))
+
+        def step() -> float:
+            start = time.perf_counter()
+            push, _, private = made.compute()
+            made.absorb(push, private, UNCHANGED, {})
+            return time.perf_counter() - start
+
+        for _ in range(WARM_UP):
+            step()
+        if _barrier is not None:
+            _barrier.wait(job.spec.resources.start_timeout_s)
+        cpu_before = time.process_time()
+        steps_s = [step() for _ in range(FEWEST)]
+        while len(steps_s) < MOST and sum(steps_s) < ENOUGH_S:
+            steps_s.append(step())
+        return steps_s, (time.process_time() - cpu_before) / len(steps_s)
+
+
+def copy_bytes_per_s(size: int) -> float:
+    """Bytes a second of copies from memory to memory.
+
+    Args:
+        size: of a copy, in bytes: small ones stay in the caches.
+    """
+    source = np.ones(max(size, SMALLEST_COPY), np.uint8)
+    target = np.zeros_like(source)
+    target.fill(1)  # pages that were never written would be paid for by the first copy
+    times = []
+    for _ in range(COPIES):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - start)
+    return source.size / median(times)

@@ -1,0 +1,1 @@
+"""The one way to Ray: sessions, places for actors, and what their processes share."""

@@ -1,0 +1,139 @@
+"""The parameter server as a worker in another process sees it."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from multitask.engines.loss import LOST, Actor, Answer
+from multitask.job.job import Job
+from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, SnapshotRequest
+from multitask.worker import Values
+
+RETRY_S = 0.2
+
+
+class RemoteServer:
+    """The server as a worker in another process sees it; it outlives the server's process."""
+
+    def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
+        self._server, self._shards = server, shards
+        self._worker, self._incarnation = worker, incarnation
+        self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
+        self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
+        self._timeout_s = job.spec.resources.start_timeout_s
+        self._made: tuple[int, int] | None = None
+        """Steps made, those included whose push is not answered yet, and the stream's position after them."""
+        self._connection = 0
+        """Counts the times that the server was lost: what was sent before is lost too."""
+        self._joined = 0
+        """The connection that knows this worker."""
+
+    def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
+        """Make the worker known, and pull.
+
+        Args:
+            made: steps that the private tensors which it holds have learned from, and the position after them; None
+                if it holds none and has just started.
+        """
+        step, position = made or (None, 0)
+        reply, values = self._retry(
+            lambda: _take([self._server.join.remote(self._worker, self._incarnation, step, position)])
+        )
+        self._made = made or (reply.step, reply.position)
+        self._joined = self._connection
+        return reply, values
+
+    def pull(self, worker: str) -> tuple[Reply, Values]:
+        return self._retry(lambda: _take([self._server.pull.remote(worker)]))
+
+    def push(self, push: Push, gradients: Gradients) -> tuple[int, list["ray.ObjectRef[Any]"]]:
+        if self._joined != self._connection:
+            # The values that these gradients were computed on are lost; the server stands at a version before them.
+            reply, _ = self.join(self._made)
+            push = replace(push, version=min(push.version, reply.version))
+        self._made = push.step + 1, push.position
+        parts: list[Gradients] = [
+            {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
+            for number in range(1 + len(self._shards))
+        ]
+        parts = [{name: gradient for name, gradient in part.items() if gradient.size} for part in parts]
+        problems = [
+            shard.stash.remote(push.key, part, self._names) for shard, part in zip(self._shards, parts[1:], strict=True)
+        ]
+        return self._connection, [self._server.push.remote(push, parts[0], *problems)]
+
+    def wait(self, handle: tuple[int, list["ray.ObjectRef[Any]"]]) -> tuple[Reply, Values]:
+        connection, answer = handle
+        if connection == self._connection:
+            try:
+                return _take(answer)
+            except (*LOST, OutOfStepError):  # a restored server may get what was meant for the one before it
+                self._connection += 1
+        # The pushes that were on their way may have been applied or not; none is sent again.
+        return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
+
+    def snapshot(self, version: int, worker: str) -> Values | None:
+        return self._retry(lambda: ray.get(self._server.snapshot.remote(version, worker)))
+
+    def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
+        requests: tuple[SnapshotRequest, ...] = self._call("snapshot_requests", worker)
+        return requests
+
+    def report_state(
+        self, request: SnapshotRequest, worker: str, step: int, position: int, private: dict[str, GroupValues]
+    ) -> None:
+        self._call("report_state", request, worker, step, position, private)
+
+    def report_evaluation(
+        self, request: SnapshotRequest, task: str, metrics: dict[str, float], private: dict[str, GroupValues]
+    ) -> None:
+        self._call("report_evaluation", request, task, metrics, private)
+
+    def report_alive(self, worker: str) -> None:
+        self._call("report_alive", worker)
+
+    def finish(self, worker: str) -> None:
+        self._call("finish", worker)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `ParameterServer` and wait for its answer."""
+        return self._retry(lambda: ray.get(self._server.call.remote(method, *arguments)))
+
+    def _retry(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask until the server answers: after a loss it takes seconds to come back."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return ask()
+            except LOST:
+                self._connection += 1
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
+
+
+_TAKING = threading.Lock()
+
+
+def _take(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+    """Wait for an answer, and fetch the values that it names.
+
+    Workers that share a process take theirs one after another. When the last reference of a process to an object goes,
+    Ray (2.60.0) forgets it in two steps; a reference that another thread receives between the two is forgotten with it,
+    and its `get` never ends. So all references, the answer's own too, go before another thread receives any.
+
+    Args:
+        answer: the only reference to it; taken out.
+    """
+    ray.wait(answer)
+    with _TAKING:
+        reply, shards = ray.get(answer.pop())
+        names = list(shards[0])
+        found = iter(ray.get([refs[name] for name in names for refs in shards]))
+        values = {name: [next(found) for _ in shards] for name in names}
+        del shards
+    return reply, values

@@ -1,0 +1,117 @@
+"""Which tasks of a job store what the frozen backbone gives, where, under what key, and on how much disk."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from multitask.data import ImageTable
+from multitask.data.feature_cache import CachePlan
+from multitask.spec.errors import SpecError
+from multitask.spec.schema import JobSpec, TaskSpec
+from patches import Backbone, PatchedModel
+
+GB = 1e9
+
+
+def plan_caches(
+    spec: JobSpec, backbone: Backbone, models: Mapping[str, PatchedModel], tables: Mapping[str, ImageTable]
+) -> dict[str, CachePlan]:
+    """Task -> its cache, for the tasks that ask for one.
+
+    Args:
+        backbone: with the weights that the job keeps frozen.
+        models: task -> its model.
+        tables: task -> its training images.
+    Raises:
+        SpecError: a task has nothing that could be stored, or there is less room than the caches take.
+    """
+    cached = [task for task in spec.tasks if task.cache_features is not None]
+    if not cached:
+        return {}
+    content_hash = backbone.content_hash()
+    plans = {}
+    for task in cached:
+        model = models[task.name]
+        _check_model(task, model)
+        shapes = model.shared_shapes(task.resolution)
+        key = {
+            "backbone": backbone.architecture() | {"content_hash": content_hash},
+            "steps": {"read": list(model.reads), "snapshot": list(shapes)},
+            "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
+            "table": _identity(tables[task.name]),
+            # The last bits depend on these too: a kernel may add in another order in a batch of another size, and
+            # torch's attention has one for eval mode.
+            "computation": {
+                "eval": model.shared_in_eval,
+                "batch_size": task.batch_size,
+                "threads": spec.resources.threads_per_worker,
+                "device": "cuda" if spec.resources.gpus_per_worker else "cpu",
+            },
+        }
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        folder = Path(str(task.cache_features)).expanduser().resolve()
+        plans[task.name] = CachePlan(folder, json.loads(json.dumps(key)), tables[task.name].num_rows, 4 * numbers)
+    _check_room(plans)
+    return plans
+
+
+def writers(plans: Mapping[str, CachePlan]) -> set[str]:
+    """The tasks that write: of those that share a cache the first, as they would all write the same."""
+    first: dict[Path, str] = {}
+    for task, plan in plans.items():
+        first.setdefault(plan.path, task)
+    return set(first.values())
+
+
+def describe(plans: Mapping[str, CachePlan]) -> list[str]:
+    """For each cache a line that says what disk it takes."""
+    lines = []
+    for task in plans:
+        if task in writers(plans):
+            plan = plans[task]
+            users = [other for other in plans if plans[other].path == plan.path]
+            lines.append(
+                f"Feature cache of {', '.join(users)}: {plan.total_bytes / GB:.3g} GB for {plan.num_rows:,} images "
+                f"({plan.row_bytes:,} bytes each), of which {plan.missing_bytes() / GB:.3g} GB are still to be "
+                f"written, with {plan.free_bytes() / GB:.3g} GB free, in {plan.path}"
+            )
+    return lines
+
+
+def _check_model(task: TaskSpec, model: PatchedModel) -> None:
+    where = f"Task '{task.name}': cache_features stores what the frozen steps of the backbone give"
+    if not model.reads:
+        raise SpecError(
+            f"{where}, but method '{task.method}' changes the first step already, so that none comes before it. Leave "
+            "cache_features out, or use a method that begins later (last_layer, dtl, mist, parasite)."
+        )
+    if model.backbone.auxiliary is not None:
+        raise SpecError(
+            f"{where}, but the auxiliary branch '{model.backbone.auxiliary}' reads another output in training. Leave "
+            "cache_features out, or set backbone.options.aux_logits: false."
+        )
+    if model.random_shared_layer is not None:
+        raise SpecError(
+            f"{where}, but '{model.random_shared_layer}' draws at random in training. Leave cache_features out, or set "
+            "that option of the backbone to 0."
+        )
+
+
+def _check_room(plans: Mapping[str, CachePlan]) -> None:
+    for plan in plans.values():
+        together = {other.path: other for other in plans.values() if other.disk() == plan.disk()}
+        missing, free = sum(other.missing_bytes() for other in together.values()), plan.free_bytes()
+        if missing > free:
+            raise SpecError(
+                f"'{plan.folder}': the feature caches on this disk have {missing / GB:.3g} GB still to be written, and "
+                f"{free / GB:.3g} GB are free. Make room, name a folder on another disk in cache_features, or leave "
+                "cache_features out."
+            )
+
+
+def _identity(table: ImageTable) -> str:
+    """Hash (hex) of which images a table has, in which order, and of their labels."""
+    shards = [(shard.sha256, shard.rows) for shard in table.shards]
+    return hashlib.sha256(json.dumps([list(table.classes), shards]).encode()).hexdigest()

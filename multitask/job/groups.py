@@ -1,0 +1,115 @@
+"""Groups: the tensors that the same tasks share, or the private ones of one task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import patches
+from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
+from multitask.server.messages import GroupValues, as_tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors that the same tasks share, or one task's private ones."""
+
+    name: str
+    tasks: tuple[str, ...]
+    private: bool
+    on_server: bool
+    layout: Layout
+    values: Tensor
+    """Values at the start, or at the checkpoint, shape (layout.size,), float32."""
+    counters: Tensor
+    """Batch counters, shape (layout.counters,), int64."""
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    """The optimiser's slots at the checkpoint, each of shape (layout.trained,); none at the start."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """The optimiser's single numbers at the checkpoint."""
+
+    @property
+    def owner(self) -> str:
+        """Whose tensors these are, in the files of a run."""
+        return f"tasks/{self.tasks[0]}" if self.private else "backbone"
+
+    def state(self) -> GroupValues:
+        slots = {name: slot.numpy() for name, slot in self.slots.items()}
+        return GroupValues(self.values[: self.layout.pushed].numpy(), self.counters.numpy(), slots, self.scalars)
+
+    def tensors(self, state: GroupValues | None) -> dict[str, Tensor]:
+        """Name -> tensor, each a copy.
+
+        Args:
+            state: what training changed; the rest, or all of it, is as this group has it.
+        """
+        values, counters = self.values.clone(), self.counters
+        if state is not None:
+            values[: self.layout.pushed] = as_tensor(state.values)
+            counters = as_tensor(state.counters)
+        # Clones: a view would be saved, or pickled, with its whole buffer.
+        return {name: view.clone() for name, view in self.layout.tensors(values, counters).items()}
+
+    def named(self, state: GroupValues) -> dict[str, Tensor]:
+        """A group's state, as `tensors` takes it, in the names of `Checkpoint`; copies."""
+        found = {f"values/{self.owner}/{name}": tensor for name, tensor in self.tensors(state).items()}
+        for slot in self.layout.trained_slots():
+            name = f"{self.owner}/{slot.name}"
+            found |= {f"slots/{kind}/{name}": slot.view(as_tensor(flat)).clone() for kind, flat in state.slots.items()}
+            found |= {f"scalars/{kind}/{name}": torch.tensor(value) for kind, value in state.scalars.items()}
+        return found
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> "Group":
+        """This group with the tensors of a checkpoint, where it has them."""
+        values, counters = self.values.clone(), self.counters.clone()
+        for name, view in self.layout.tensors(values, counters).items():
+            view.copy_(tensors.get(f"values/{self.owner}/{name}", view))
+        slots: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
+        kinds = {tuple(name.split("/", 2)[:2]) for name in tensors}
+        for slot in self.layout.trained_slots():
+            for prefix, kind in kinds:
+                tensor = tensors.get(f"{prefix}/{kind}/{self.owner}/{slot.name}")
+                if tensor is not None and prefix == "slots":
+                    slot.view(slots.setdefault(kind, torch.zeros(self.layout.trained))).copy_(tensor)
+                elif tensor is not None and prefix == "scalars":
+                    scalars[kind] = float(tensor)
+        return replace(self, values=values, counters=counters, slots=slots, scalars=scalars)
+
+
+def plan_groups(
+    models: Mapping[str, patches.PatchedModel], workers: Mapping[str, int], steps: Mapping[str, float] | None = None
+) -> list[Group]:
+    """Partition all tasks' tensors into groups: one for each set of tasks that share tensors, one for each patch.
+
+    Args:
+        models: task -> its model, in train mode.
+        workers: task -> number of workers; with several, the private group lies on the server too.
+        steps: name of a shared tensor -> steps that its optimiser has made; tensors of other counts stay apart.
+    """
+    live = {task: named_tensors(model.network) for task, model in models.items()}
+    roles: dict[str, dict[str, Any]] = {}
+    momenta: dict[str, dict[str, float]] = {}
+    for task, model in models.items():
+        roles[task], momenta[task] = tensor_roles(model.network)
+    shared: dict[tuple[tuple[str, ...], float], list[str]] = {}
+    for name in dict.fromkeys(name for model in models.values() for name in model.shared_names):
+        tasks = tuple(task for task, model in models.items() if name in model.shared_names)
+        shared.setdefault((tasks, (steps or {}).get(name, 0.0)), []).append(name)
+    members = [(tasks, False, names) for (tasks, _), names in shared.items()]
+    members += [((task,), True, list(model.private_names)) for task, model in models.items() if model.private_names]
+    groups: list[Group] = []
+    for tasks, private, names in members:
+        first = tasks[0]
+        # In the order of the state dict: sets have none, and the layout has to be the same in every process.
+        tensors = {name: tensor for name, tensor in live[first].items() if name in set(names)}
+        for task in tasks[1:]:
+            assert all(roles[task][name] == roles[first][name] for name in tensors)
+        layout = make_layout(tensors, roles[first], momenta[first])
+        values, counters = flatten(tensors, layout)
+        name = f"{'private' if private else 'shared'}:{'+'.join(tasks)}"
+        name += "'" * sum(group.tasks == tasks and group.private == private for group in groups)
+        groups.append(Group(name, tasks, private, not private or workers[first] > 1, layout, values, counters))
+    return groups

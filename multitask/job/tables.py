@@ -1,0 +1,37 @@
+"""The tables that a job's tasks read."""
+
+from collections.abc import Iterator
+
+from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tables
+from multitask.spec.schema import TaskSpec
+
+
+def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:
+    """One of a task's tables: train, validation or test, checked as the task's spec says.
+
+    Args:
+        verify: False for a table that was checked before.
+    """
+    verify = verify and task.verify_data
+    if split == "train" and task.train_on == "train+validation":
+        return open_tables(task.data, ("train", "validation"), verify=verify, damaged=task.damaged_shards)
+    return open_table(f"{task.data}/{split}", verify=verify, damaged=task.damaged_shards)
+
+
+def table_key(task: TaskSpec, split: str) -> str:
+    """Equal for tasks whose split is the same table."""
+    return f"{task.data}/{task.train_on if split == 'train' else split}"
+
+
+def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, threads: int = 1) -> Iterator[Batch]:
+    """A table in order, as the task's model reads images: all rows, or so many spread over the table."""
+    return eval_batches(
+        table,
+        batch_size=task.batch_size,
+        resolution=task.resolution,
+        mean=task.mean,
+        std=task.std,
+        undecodable=task.undecodable,
+        rows=rows,
+        threads=threads,
+    )

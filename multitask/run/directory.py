@@ -1,0 +1,172 @@
+"""A run directory: what training leaves there, and how models and bundles are made from it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import patches
+from multitask.data import Batch
+from multitask.data.predictions import predictions_writer
+from multitask.evaluation import evaluate, torch_threads
+from multitask.job.models import attach_task, load_backbone
+from multitask.job.tables import open_split, table_batches
+from multitask.spec.reading import dump_yaml, load_spec
+from multitask.spec.schema import JobSpec, TaskSpec
+from patches.files import write_atomic
+
+Version = Literal["best", "last"]
+
+
+class RunError(ValueError):
+    """A directory that is not the run it is taken for; the message says what is missing and how to make it."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One backbone file and one bundle per task, all from one version of a run."""
+
+    backbone: Path
+    bundles: dict[str, Path]
+
+
+class Run:
+    """A run directory: spec.yaml, best.safetensors, last.safetensors, result.json, and export/ once exported."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the directory of a run that has ended.
+
+        Raises:
+            RunError: there is no finished run.
+        """
+        self.directory = directory
+        if not (directory / "result.json").is_file():
+            raise RunError(
+                f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
+            )
+        self.spec = load_spec(directory / "spec.yaml")
+        self.result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+
+    def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
+        """The backbone as trained up to a version, and every task's model on it."""
+        tensors = load_file(self.directory / f"{version}.safetensors")
+        backbone = load_backbone(self.spec, weights=None)
+        backbone.network.load_state_dict(_below("backbone/", tensors))
+        models = {}
+        for task in self.spec.tasks:
+            models[task.name] = attach_task(backbone, task, self.spec).eval()
+            models[task.name].load_private_state(_below(f"tasks/{task.name}/", tensors))
+        return backbone, models
+
+    def export(self, version: Version = "best", to: Path | None = None) -> Export:
+        """Write backbone.safetensors and one bundle per task, all from one version.
+
+        Args:
+            to: folder for the files; export/ in the run directory by default.
+        """
+        folder = to or self.directory / "export"
+        folder.mkdir(parents=True, exist_ok=True)
+        backbone, models = self.models(version)
+        export = Export(folder / "backbone.safetensors", {name: folder / f"{name}.patch" for name in models})
+        backbone.save(export.backbone)
+        for task in self.spec.tasks:
+            patches.save_bundle(
+                models[task.name],
+                export.bundles[task.name],
+                classes=list(open_split(task, "train", verify=False).classes),
+                preprocessing={
+                    "resolution": task.resolution,
+                    "interpolation": "bilinear",
+                    "mean": list(task.mean),
+                    "std": list(task.std),
+                },
+                metrics={f"validation_{key}": value for key, value in self.result[version]["tasks"][task.name].items()},
+            )
+        return export
+
+
+def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
+    """Load an exported backbone and all bundles beside it.
+
+    Raises:
+        RunError: there are no bundles, or no backbone.
+        patches.BundleError: a bundle does not fit the backbone, or is damaged.
+    """
+    paths = sorted(folder.glob("*.patch"))
+    if not paths or not (folder / "backbone.safetensors").is_file():
+        raise RunError(f"'{folder}' holds no backbone.safetensors with bundles beside it. Run `multitask export RUN`.")
+    architecture = patches.inspect_bundle(paths[0]).backbone
+    weights = folder / "backbone.safetensors"
+    backbone = patches.load_backbone(architecture["name"], weights, **architecture["options"])
+    return backbone, {path.stem: patches.load_bundle(path, backbone) for path in paths}
+
+
+def evaluate_models(
+    models: Mapping[str, patches.PatchedModel], spec: JobSpec, split: str, save_to: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Task -> top1 and top5 (percent) and loss of its model on a whole table of its data.
+
+    Args:
+        models: task -> its model; a job's other tasks are left out.
+        split: "train", "validation" or "test".
+        save_to: folder that gets each task's predictions, as `multitask.cascade.read_predictions` reads them; the row
+            of an image is its number in the table.
+    """
+    with torch_threads(spec.resources.threads_per_worker):
+        return {
+            task.name: _evaluate_task(models[task.name], task, split, save_to)
+            for task in spec.tasks
+            if task.name in models
+        }
+
+
+def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:
+    batches = table_batches(open_split(task, split), task)
+    if save_to is None:
+        return evaluate(model, batches)
+    with predictions_writer(save_to / f"{task.name}.parquet", model.num_classes) as add:
+
+        def keep(batch: Batch, logits: Tensor) -> None:
+            assert batch.rows is not None
+            add(batch.rows, batch.labels.numpy(), logits.float().cpu().numpy())
+
+        return evaluate(model, batches, keep=keep)
+
+
+def write_version(
+    path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]
+) -> None:
+    """All tensors of one version in one safetensors file, whole or not at all.
+
+    Args:
+        about: what `read_about` returns: version, round and the metrics of the tasks.
+    """
+    tensors = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
+    for task, private in tasks.items():
+        tensors |= {f"tasks/{task}/{name}": tensor for name, tensor in private.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(contiguous, {"about": json.dumps(about)}))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Version, round and metrics (`tasks`) of a file that `write_version` wrote."""
+    with safe_open(path, "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+    return about
+
+
+def write_spec(path: Path, spec: JobSpec) -> None:
+    write_atomic(path, dump_yaml(spec).encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,49 @@
+"""A process that trains keeps the memory that it frees."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from multitask.cluster.memory import FOR_ALL_THREADS
+
+FAULTS = """
+import resource
+import threading
+import torch
+from multitask.memory import keep_freed_memory
+
+def step():
+    kept = [torch.ones(size) for size in (30_000_000, 3_000_000, 500_000)]
+
+def faults():
+    for _ in range(5):  # aligned blocks of one size leave gaps that only the next ones fit
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+"""
+PAGES = 4 * 33_500_000 // 4096
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+
+
+def page_faults_of_a_step(ending: str, **variables: str) -> list[int]:
+    """What the last lines of a program print."""
+    around = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
+    done = subprocess.run([sys.executable, "-c", FAULTS + ending], env=around, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_a_step_takes_the_memory_of_the_one_before() -> None:
+    before, after = page_faults_of_a_step("faults()\nkeep_freed_memory()\nfaults()")
+    assert before > PAGES / 2
+    assert after < PAGES / 20
+
+
+def test_in_every_thread_of_a_process_that_started_with_the_variables() -> None:
+    in_a_thread = "thread = threading.Thread(target=faults)\nthread.start()\nthread.join()"
+    assert page_faults_of_a_step(in_a_thread)[0] > PAGES / 2
+    assert page_faults_of_a_step(in_a_thread, **FOR_ALL_THREADS)[0] < PAGES / 20
