@@ -49,6 +49,10 @@ class Push:
         """Names it at the shards, where what an earlier process of the worker sent may arrive late."""
         return self.worker, self.incarnation, self.step
 
+    def staleness(self, version: int) -> int:
+        """Return how many updates lie between the push's own version and the server's `version`."""
+        return version - self.version
+
 
 Key = tuple[str, int, int]
 """Worker, incarnation and step: names a push."""

@@ -28,6 +28,11 @@ class WorkerProgress:
     """Steps that were newer than the checkpoint to which the server went back."""
     rejected: int = 0
 
+    @property
+    def reached(self) -> int:
+        """Number of steps by which bounds compare workers: `lap` and the worker's own steps."""
+        return self.lap + self.step
+
 
 @dataclass
 class Progress:
@@ -67,12 +72,12 @@ class Progress:
         Args:
             workers: worker -> its task.
         """
-        laps = [worker.lap + worker.step for worker in self.workers.values()]
+        reached = [worker.reached for worker in self.workers.values()]
         known = {name.rpartition("/")[0] for name in self.workers}
         joined = {task: math.floor(self.rounds) for task in workers.values() if task not in known}
         return replace(
             self,
-            workers={name: self.workers.get(name) or WorkerProgress(lap=min(laps, default=0)) for name in workers},
+            workers={name: self.workers.get(name) or WorkerProgress(lap=min(reached, default=0)) for name in workers},
             first_round={task: self.first_round.get(task, joined.get(task, 0)) for task in workers.values()},
             best_top1=-math.inf if known != set(workers.values()) else self.best_top1,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,12 +25,21 @@ Update = dict[str, GroupUpdate]
 """Group -> its step. Every shard makes the same updates in the same order."""
 
 
+class OtherShards(Protocol):
+    """The shards in other processes, which do the same as the shard in the server's process, in the same order."""
+
+    def apply(self, update: Update, done: Iterable[Key]) -> None: ...
+    def take_snapshot(self, version: int, slots: bool) -> None: ...
+    def drop_snapshot(self, version: int) -> None: ...
+
+
 class Shard:
     """Holds values and optimiser slots; what is applied, when and at which rate, `ParameterServer` decides."""
 
     def __init__(self, groups: Mapping[str, ParameterGroup]) -> None:
         self.groups = dict(groups)
-        self._stashed: dict[Key, Gradients] = {}
+        self.stashed: dict[Key, Gradients] = {}
+        """Push -> its gradients, until the push is applied or replaced by a later one."""
         self._snapshots: dict[int, dict[str, GroupValues]] = {}
         self._sums: dict[str, Tensor] = {}
         """Group -> where several pushes are added up: memory that is new each time costs more than adding."""
@@ -49,7 +59,7 @@ class Shard:
         for name, gradient in gradients.items():
             if not is_finite(as_tensor(gradient)):
                 return f"it holds a gradient that is not finite in group '{name}'"
-        self._stashed[key] = gradients
+        self.stashed[key] = gradients
         return None
 
     def apply(self, update: Update, done: Iterable[Key]) -> None:
@@ -59,12 +69,12 @@ class Shard:
         for name, step in update.items():
             group = self.groups[name]
             if group.size:
-                gradients = [as_tensor(self._stashed[key][name]) for key in step.pushes]
+                gradients = [as_tensor(self.stashed[key][name]) for key in step.pushes]
                 if len(gradients) > 1 and name not in self._sums:
                     self._sums[name] = torch.empty_like(gradients[0])
                 group.apply(mean(gradients, step.weights, self._sums.get(name)), step.rate)
         newest = {key[0]: key for key in done}
-        self._stashed = {key: pushed for key, pushed in self._stashed.items() if key > newest.get(key[0], ())}
+        self.stashed = {key: pushed for key, pushed in self.stashed.items() if key > newest.get(key[0], ())}
 
     def take_snapshot(self, version: int, slots: bool) -> None:
         """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""

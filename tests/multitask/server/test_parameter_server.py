@@ -1,5 +1,6 @@
 import itertools
 import pickle
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from multitask.server.group import ParameterGroup
 from multitask.server.layout import Layout, Role, make_layout
 from multitask.server.messages import Gradients, GroupValues, Push, PushRejectedError, Reply
 from multitask.server.optimizers import make_optimizer
-from multitask.server.parameter_server import ParameterServer, Rules, ServedTask
+from multitask.server.parameter_server import OtherShards, ParameterServer, Rules, ServedTask
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.schedules import constant, cosine
 from multitask.server.shard import Shard
@@ -41,6 +42,7 @@ def make_server(
     workers: dict[str, str] = WORKERS,
     weights: tuple[float, float] = (1.0, 1.0),
     progress: Progress | None = None,
+    others: OtherShards | None = None,
     **rules: Any,
 ) -> ParameterServer:
     tasks = {"a": ServedTask(("both", "only_a"), weight=weights[0]), "b": ServedTask(("both",), weight=weights[1])}
@@ -51,6 +53,7 @@ def make_server(
         schedule or constant(0.5),
         Rules(evaluate_every, **rules),
         progress or Progress(workers={name: WorkerProgress() for name in workers}),
+        others,
     )
 
 
@@ -228,12 +231,11 @@ def test_a_process_that_was_replaced_is_turned_away() -> None:
 
 
 def test_what_a_replaced_process_sends_to_a_shard_late_is_not_applied_and_not_kept() -> None:
-    server = make_server()
+    other = Shard({"both": make_group(3), "only_a": make_group(5)})
+    server = make_server(others=other)
     server.join("a/0", 1, step=None)
     push = Push(worker="a/0", step=0, version=0, loss=1.0, images=8, seconds=0.1, incarnation=1)
     late = replace(push, incarnation=0)
-    other = Shard({"both": make_group(3), "only_a": make_group(5)})
-    server._shards.append(other)
     for of, value in ((push, 1.0), (late, 9.0)):
         gradients = {name: np.full(32, value, np.float32) for name in FLOATS["a"]}
         assert other.stash(of.key, gradients, FLOATS["a"]) is None
@@ -241,7 +243,7 @@ def test_what_a_replaced_process_sends_to_a_shard_late_is_not_applied_and_not_ke
     send(server, incarnation=1)
 
     assert pickle.dumps(other.groups["both"].state()) == pickle.dumps(server.shard.groups["both"].state())
-    assert other._stashed == {}
+    assert other.stashed == {}
 
 
 def test_what_unknown_workers_and_earlier_processes_send_is_counted_as_nobodys_step() -> None:
@@ -486,7 +488,7 @@ def test_a_pause_lets_everybody_stop_at_the_end_of_a_round() -> None:
 
 
 def not_heard_of(server: ParameterServer, worker: str, seconds: float) -> None:
-    server._heard[worker] -= seconds
+    server.liveness.report(worker, time.monotonic() - seconds)
 
 
 @pytest.mark.parametrize("rules", [{"together": True}, {"bound": 1}])
