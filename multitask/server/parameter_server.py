@@ -33,8 +33,8 @@ class News(NamedTuple):
 class ParameterServer:
     """Decides what happens to each push. A plain class: the server engines make it an actor, `local` calls it directly.
 
-    Its parts: `Shard` holds values, `Member` what is known about a worker, `Updates` computes rates and updates,
-    `Snapshots` holds the versions that wait for reports, `Records` what happened, and `Liveness` the signs of life.
+    `Shard` holds the values, `Member` knows one worker, `Updates` computes rates, `Snapshots` keeps the versions that
+    wait for reports, `Records` the pushes that were noted, and `Liveness` the signs of life.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3: independent, asynchronous updates of
     shared weights, each worker bound to one task. The paper keeps private weights on the server too; here they stay
@@ -67,7 +67,7 @@ class ParameterServer:
         self._progress = progress = deepcopy(progress)
         self._updates = Updates(tasks, workers, schedule, rules, progress)
         self._snapshots = Snapshots(tasks, workers, rules, progress, time.time_ns(), time.monotonic())
-        self._records = Records(progress, on_record)
+        self._records = Records(self._updates.private_rate, progress, on_record)
         self._members = {
             worker: Member(task, progress.workers[worker], rules.in_flight, self._answer(worker))
             for worker, task in workers.items()
@@ -133,10 +133,7 @@ class ParameterServer:
             self._apply_arrived()
 
     def is_early(self, push: Push) -> bool:
-        """Return whether a push has overtaken an earlier push of the same process, and has to wait for it.
-
-        This happens where a worker may have several pushes in flight: Ray starts a call when its arguments are there.
-        """
+        """Return whether a push has overtaken an earlier one of the same process (in flight), and has to wait for it."""
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
 
@@ -202,8 +199,8 @@ class ParameterServer:
         """Take in what a worker held after its last push up to a version, for the checkpoint.
 
         Args:
-            step: number of steps that the private groups have learned from at that moment.
-            position: position of the worker's stream at that moment.
+            step: number of steps that the private groups have learned from.
+            position: position of the worker's stream after that step.
             private: the private groups that the worker holds, with the optimiser's slots.
         """
         self._snapshots.report_state(request, worker, step, position, private)
@@ -220,10 +217,9 @@ class ParameterServer:
 
     def drop_snapshot(self, version: int) -> None:
         """Let the shards forget the values of a version, unless the version is needed again."""
-        if self._snapshots.needs(version):
-            return
-        for shard in self._shards:
-            shard.drop_snapshot(version)
+        if not self._snapshots.needs(version):
+            for shard in self._shards:
+                shard.drop_snapshot(version)
 
     def pause(self) -> None:
         """Let every worker stop after its step, or after its round where the pushes of a round are applied together."""
@@ -236,9 +232,8 @@ class ParameterServer:
 
     def has_ended(self) -> bool:
         """Return whether all workers have finished or paused, and the last version has all its reports."""
-        snapshots = self._snapshots
-        last = snapshots.saved_version if self._active else snapshots.evaluated_version
-        return (self._pausing or not self._active) and not snapshots.pending and last == self._progress.version
+        taken = self._snapshots.saved_version if self._active else self._snapshots.evaluated_version
+        return (self._pausing or not self._active) and not self._snapshots.pending and taken == self._progress.version
 
     def silent_workers(self, seconds: float, working: Collection[str]) -> list[str]:
         """Return the workers that were not heard of for more than `seconds`, though they wait for no other one.
@@ -272,7 +267,7 @@ class ParameterServer:
         if member.is_redone(push):
             member.progress.redone += 1
             member.answer(self._answer(push.worker, push.step, redone=True))
-            self._note(push, redone=True)
+            self._records.note(push, member, redone=True)
         if push.step < member.progress.step:  # the open round still needs the gradients of its own step
             self._apply({}, [push])
 
@@ -282,15 +277,11 @@ class ParameterServer:
         member.progress.rejected += 1
         self._rejected.add(push.worker)
         member.answer(self._answer(push.worker, push.step, rejected=reason))
-        self._note(push, rejected=reason)
+        self._records.note(push, member, rejected=reason)
 
     def _answer(self, worker: str, step: int | None = None, **about: Any) -> Answer:
         """Return an answer with the present version and rate."""
         return Answer(step, self._progress.version, self._updates.private_rate(worker), **about)
-
-    def _note(self, push: Push, **about: Any) -> None:
-        """Keep a record of a push with the present rate, before the push changes version and rounds."""
-        self._records.note(push, self._members[push.worker], self._updates.private_rate(push.worker), **about)
 
     # How pushes are applied.
 
@@ -307,15 +298,14 @@ class ParameterServer:
         self._arrived, self._rejected = {}, set()
         update = self._updates.of(good)
         for push in good:
-            self._note(push)
-        rates = {push.worker: self._updates.private_rate(push.worker) for push in good}
+            self._records.note(push, self._members[push.worker])
         self._apply(update, pushes)
         self._progress.version += bool(good)
         for push in pushes:
             progress = self._members[push.worker].progress
             progress.step, progress.position = progress.step + 1, push.position
         for push in good:
-            self._members[push.worker].answer(Answer(push.step, self._progress.version, rates[push.worker]))
+            self._members[push.worker].answer(self._answer(push.worker, push.step))
         self._count_rounds(len(pushes))
 
     def _apply(self, update: Update, done: Sequence[Push]) -> None:

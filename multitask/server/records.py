@@ -11,24 +11,21 @@ from multitask.server.progress import Progress
 class Records:
     """The records of the pushes since the driver last asked for them."""
 
-    def __init__(self, progress: Progress, on_record: Callable[[StepRecord], None]) -> None:
+    def __init__(
+        self, private_rate: Callable[[str], float], progress: Progress, on_record: Callable[[StepRecord], None]
+    ) -> None:
         """Args:
+        private_rate: worker -> the present rate of its task's private tensors.
         progress: the server's own counters, not a copy; they are only read.
         on_record: called with each record.
         """
+        self._private_rate = private_rate
         self._progress = progress
         self._on_record = on_record
         self._records: list[StepRecord] = []
 
-    def note(
-        self, push: Push, member: Member, rate: float, *, rejected: str | None = None, redone: bool = False
-    ) -> None:
-        """Note a push, before it changes version and rounds.
-
-        Args:
-            member: the worker that sent the push.
-            rate: rate of the private tensors of the worker's task.
-        """
+    def note(self, push: Push, member: Member, *, rejected: str | None = None, redone: bool = False) -> None:
+        """Note a push of a worker, before the push changes version and rounds."""
         version = self._progress.version
         record = StepRecord(
             worker=push.worker,
@@ -37,7 +34,7 @@ class Records:
             round=math.floor(self._progress.rounds),
             version=version + (not rejected and not redone),
             staleness=push.staleness(version),
-            rate=rate,
+            rate=self._private_rate(push.worker),
             loss=push.loss,
             images=push.images,
             seconds=push.seconds,
