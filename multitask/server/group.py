@@ -1,4 +1,4 @@
-"""A parameter group: the tensors that the same tasks share, their optimiser and the running statistics."""
+"""A parameter group: tensors that the same set of tasks shares, their optimiser and their running statistics."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,10 +12,10 @@ from multitask.server.messages import GroupValues
 
 
 class ParameterGroup:
-    """Values of one group, or of one shard's range of it, in one flat buffer, changed by `apply` alone.
+    """The values of one group, or of one shard's range of it, in one flat buffer that only `apply` changes.
 
-    Each shard of the server holds one per set of tasks that share tensors; a worker holds one for the private tensors
-    of a task that has no other worker; engine `local` holds the same objects in one process.
+    Each shard of the server holds one for every group on the server. A worker holds one for the private tensors of its
+    task, if the task has no other worker. Under engine `local`, one process holds all of them.
     """
 
     def __init__(
@@ -27,16 +27,16 @@ class ParameterGroup:
         part: tuple[int, int] | None = None,
     ) -> None:
         """Args:
-        state: the whole group at the start, with the optimiser's slots if it has made steps; copied.
-        make_optimizer: from the trained values with and without weight decay to their optimiser.
+        state: the whole group at the start, with the optimiser's slots if the optimiser has made steps; copied.
+        make_optimizer: takes the trained values with and without weight decay, and returns their optimiser.
         rate_factor: multiplies the rate of every step.
-        part: start and stop of the range of what is pushed, in floats; all of it by default.
+        part: start and stop of this shard's range in the pushed floats; all of them by default.
         """
         start, stop = part or (0, layout.pushed)
         self.values = torch.tensor(state.values[start:stop])
         self.counters = torch.tensor(state.counters)
         self.updates = 0
-        """Times that `apply` has changed the values."""
+        """Number of times that `apply` has changed the values."""
         self._rate_factor = rate_factor
         self._sections = [
             slice(min(max(begin - start, 0), stop - start), min(max(end - start, 0), stop - start))
@@ -56,17 +56,17 @@ class ParameterGroup:
 
     @property
     def size(self) -> int:
-        """Floats that a push carries for this group, or range."""
+        """Number of floats that a push carries for this group, or for this range of it."""
         return self.values.numel()
 
     @torch.no_grad()
     def apply(self, push: Tensor, rate: float) -> None:
-        """One optimiser step on the trained values, one momentum step on the running statistics.
+        """Make one optimiser step on the trained values and one momentum step on the running statistics.
 
         Args:
             push: shape (size,), float32: gradients, then the batch's mean and (unbiased) variance of each
                 normalisation layer.
-            rate: learning rate, as the server's schedule has it.
+            rate: learning rate by the server's schedule.
         """
         for values, section in zip(self._trained, self._sections, strict=False):
             values.grad = push[section]
@@ -81,11 +81,11 @@ class ParameterGroup:
         self.counters[: self._live_counters] += 1
 
     def view(self) -> GroupValues:
-        """What training changes, without a copy: the next `apply` changes it."""
+        """Return the present values without a copy; the next `apply` changes them."""
         return GroupValues(self.values.numpy(), self.counters.numpy())
 
     def state(self, slots: bool = False) -> GroupValues:
-        """A copy of what training changes, with or without the optimiser's slots."""
+        """Return a copy of the present values, with or without the optimiser's slots."""
         values, counters = self.values.numpy().copy(), self.counters.numpy().copy()
         if not slots:
             return GroupValues(values, counters)
@@ -99,6 +99,7 @@ class ParameterGroup:
         )
 
     def _load(self, slots: Mapping[str, np.ndarray], scalars: Mapping[str, float]) -> None:
+        """Give the optimiser the slots and single numbers of an earlier state."""
         cut = self._trained[0].numel()
         parts = ({n: slot[:cut] for n, slot in slots.items()}, {n: slot[cut:] for n, slot in slots.items()})
         state = {

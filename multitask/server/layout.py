@@ -1,4 +1,4 @@
-"""Where every tensor of a group lies in the group's flat buffer."""
+"""Layouts: the place of every tensor of a group in the group's flat buffer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT_FLOATS = 16
-"""Views start at multiples of 64 bytes: kernels take other code paths on unaligned memory, which changes bits."""
+"""Views start at multiples of 64 bytes. On unaligned memory, kernels take other code paths, which changes bits."""
 
 
 class Role(IntEnum):
-    """What training does with a tensor; in the order of the sections of the flat buffer."""
+    """What training does with a tensor. The roles stand in the order of the sections of the flat buffer."""
 
     DECAYED = 0
-    """Trained, with weight decay: tensors of two or more dimensions."""
+    """A tensor of two or more dimensions that is trained with weight decay."""
     PLAIN = 1
-    """Trained, without weight decay: biases, scales and shifts of normalisation layers."""
+    """A tensor that is trained without weight decay: a bias, or the scale or shift of a normalisation layer."""
     STATISTIC = 2
-    """A running mean or variance that training forward passes update."""
+    """A running mean or variance that forward passes in train mode update."""
     FIXED = 3
-    """A float tensor that training leaves alone."""
+    """A float tensor that training does not change."""
     COUNTER = 4
-    """A normalisation layer's batch counter that training counts up (int64, beside the flat buffer)."""
+    """A normalisation layer's batch counter that training counts up (int64, kept beside the flat buffer)."""
     FIXED_COUNTER = 5
+    """A batch counter that training does not change (int64, kept beside the flat buffer)."""
 
 
 FLOATS = (Role.DECAYED, Role.PLAIN, Role.STATISTIC, Role.FIXED)
@@ -33,73 +34,76 @@ FLOATS = (Role.DECAYED, Role.PLAIN, Role.STATISTIC, Role.FIXED)
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place. `offset` and `size` count floats in the flat buffer, or entries in the counters."""
+    """The place of one tensor. `offset` and `size` count floats in the flat buffer, or entries in the counters."""
 
     name: str
     role: Role
     shape: tuple[int, ...]
     offset: int
     parameter: bool
-    """A parameter of the network, not a buffer."""
+    """True for a parameter of the network, False for a buffer."""
     momentum: float = 0.0
-    """Of a running statistic: running = (1 - momentum) * running + momentum * batch."""
+    """Momentum of a running statistic: running = (1 - momentum) * running + momentum * batch."""
 
     @property
     def size(self) -> int:
         return torch.Size(self.shape).numel()
 
     def view(self, buffer: Tensor) -> Tensor:
+        """Return the tensor as a view of the flat buffer or of the counters."""
         return buffer[self.offset : self.offset + self.size].view(self.shape)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The slots of one group: what is pushed (trained tensors, then statistics) comes before what is fixed."""
+    """The slots of one group. Pushed tensors (trained ones, then statistics) lie before the fixed ones."""
 
     slots: tuple[Slot, ...]
     ends: tuple[int, int, int, int]
-    """Where the sections DECAYED, PLAIN, STATISTIC and FIXED of the flat buffer end, in floats."""
+    """Ends of the sections DECAYED, PLAIN, STATISTIC and FIXED of the flat buffer, in floats."""
 
     @property
     def size(self) -> int:
-        """Floats in the flat buffer, padding included."""
+        """Number of floats in the flat buffer, padding included."""
         return self.ends[Role.FIXED]
 
     @property
     def trained(self) -> int:
-        """Floats that the optimiser moves: the first part of what is pushed."""
+        """Number of floats that the optimiser changes; they come first in a push."""
         return self.ends[Role.PLAIN]
 
     @property
     def pushed(self) -> int:
-        """Floats that a push and a pull carry: the buffer's part that training changes."""
+        """Number of floats that a push and a pull carry: the part of the buffer that training changes."""
         return self.ends[Role.STATISTIC]
 
     @property
     def counters(self) -> int:
+        """Number of counters, which lie beside the flat buffer."""
         return sum(slot.role >= Role.COUNTER for slot in self.slots)
 
     @property
     def parameters(self) -> int:
-        """Parameters, trained or not; padding, running statistics and counters are not counted."""
+        """Number of parameters, trained or not, without padding, running statistics and counters."""
         return sum(slot.size for slot in self.slots if slot.parameter)
 
     def section(self, buffer: Tensor, role: Role) -> Tensor:
+        """Return the part of a flat buffer that holds all tensors of a role."""
         start = self.ends[role - 1] if role else 0
         return buffer[start : self.ends[role]]
 
     def trained_slots(self) -> list[Slot]:
-        """The tensors that the optimiser moves."""
+        """Return the slots of the tensors that the optimiser changes."""
         return [slot for slot in self.slots if slot.role <= Role.PLAIN]
 
     def ranges(self, shards: int) -> list[tuple[int, int]]:
-        """Cut what is pushed into contiguous ranges of about equal size, one for each shard, on aligned borders."""
+        """Cut the pushed floats into contiguous ranges of about equal size, one for each shard, on aligned borders."""
         blocks = self.pushed // ALIGNMENT_FLOATS
         borders = [ALIGNMENT_FLOATS * -(-blocks * shard // shards) for shard in range(shards + 1)]
         return list(pairwise(borders))
 
     def tensors(self, values: Tensor, counters: Tensor) -> dict[str, Tensor]:
-        """Name -> view, over a flat buffer of shape (size,) and counters of shape (counters,)."""
+        """Return name -> view of a flat buffer of shape (size,), or of counters of shape (counters,)."""
         return {slot.name: slot.view(counters if slot.role >= Role.COUNTER else values) for slot in self.slots}
 
 
@@ -108,10 +112,10 @@ def make_layout(tensors: Mapping[str, Tensor], roles: Mapping[str, Role], moment
 
     Args:
         tensors: name -> float32 tensor, or int64 scalar for a counter.
-        roles: name -> what training does with it.
-        momenta: name of a running statistic -> its layer's momentum.
+        roles: name -> what training does with the tensor.
+        momenta: name of a running statistic -> the momentum of its layer.
     Raises:
-        ValueError: a tensor that is neither float32 nor a counter.
+        ValueError: a tensor is neither float32 nor a counter.
     """
     for name, tensor in tensors.items():
         wanted = torch.int64 if roles[name] >= Role.COUNTER else torch.float32
@@ -136,13 +140,16 @@ def make_layout(tensors: Mapping[str, Tensor], roles: Mapping[str, Role], moment
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Name -> the live Parameter or buffer of a network's state dict (whose own values are detached copies)."""
+    """Return name -> the network's own Parameter or buffer, for all names of its state dict.
+
+    The state dict itself would give detached tensors in place of the parameters.
+    """
     live = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
     return {name: live[name] for name in network.state_dict()}
 
 
 def training_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """Module path -> the normalisation layers whose running statistics change while the network is in train mode."""
+    """Return module path -> normalisation layer, for the layers in train mode that keep running statistics."""
     return {
         path: module
         for path, module in network.named_modules()
@@ -151,11 +158,11 @@ def training_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchN
 
 
 def tensor_roles(network: nn.Module) -> tuple[dict[str, Role], dict[str, float]]:
-    """What training does with every tensor of a network in train mode, and the momentum of each running statistic.
+    """Return the role of every tensor of a network in train mode, and the momentum of each running statistic.
 
     Raises:
-        ValueError: a normalisation layer with momentum None (a cumulative average has no place on a server that
-            applies pushes one by one).
+        ValueError: a normalisation layer has momentum None. It asks for a cumulative average, which a server that
+            applies pushes one by one cannot keep.
     """
     roles: dict[str, Role] = {}
     momenta: dict[str, float] = {}
@@ -181,7 +188,7 @@ def bind(network: nn.Module, layout: Layout, values: Tensor, counters: Tensor, g
     """Make the network's tensors views of flat buffers, so that one copy moves a whole group.
 
     Args:
-        network: its tensors named in the layout are re-pointed; what they held is no longer used.
+        network: its tensors that the layout names become views; the memory that they used before is left behind.
         values: shape (layout.size,), float32.
         counters: shape (layout.counters,), int64.
         gradients: shape (layout.pushed,), float32; trained parameters accumulate their gradients here.

@@ -1,4 +1,4 @@
-"""What travels between workers, server and driver, and the errors that cross process borders."""
+"""The messages between workers, server and driver, and the errors that cross process borders."""
 
 import math
 import warnings
@@ -11,42 +11,45 @@ from torch import Tensor
 
 
 class PushRejectedError(ValueError):
-    """A push from a worker that this server does not know, or no longer; the message says why. Nothing was changed."""
+    """The server rejected a call of a worker and changed no value; the message says why.
+
+    A push whose gradients have a problem raises no error: its reply carries the reason.
+    """
 
 
 class OutOfStepError(PushRejectedError):
-    """A push that does not follow on what the server has: one of the two was restored to an earlier moment."""
+    """A push does not follow on what the server has: the worker or the server went back to an earlier moment."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """One step of one worker, on its way to the server; the gradients travel beside it, a part for each shard."""
+    """One step of one worker, as the server hears of it. The gradients travel beside it, one part for each shard."""
 
     worker: str
     step: int
-    """Counts this worker's steps from 0; the server applies each exactly once."""
+    """Number of the step among this worker's steps, from 0. The server applies each step exactly once."""
     version: int
-    """Version of the server's values that the gradients were computed on."""
+    """Version of the values that the gradients were computed on."""
     loss: float
     images: int
     seconds: float
-    """From the start of loading the batch to the end of the backward pass."""
+    """Time from the start of loading the batch to the end of the backward pass."""
     position: int = 0
-    """Rows that the worker's data stream had consumed after this step's batch."""
+    """Number of rows that the worker's data stream has consumed after this step's batch."""
     incarnation: int = 0
-    """Counts the restarts of the worker's slot: what an earlier process of it sends late is rejected."""
+    """Number of the process among all processes that the worker has had. Late pushes of earlier ones are rejected."""
     skipped: int = 0
-    """Undecodable images passed over while loading the batch."""
+    """Number of undecodable images that were skipped while the batch was loaded."""
     bad_images: tuple[str, ...] = ()
-    """Those of them that are met for the first time: file, row and what is wrong."""
+    """File, row and fault of each skipped image that this worker meets for the first time."""
     pid: int = 0
-    """The worker's process, for people who look for it."""
+    """Process id of the worker, for people who look for the process."""
     problem: str | None = None
-    """What is wrong with the part of the gradient that stays with the worker: then the push is rejected."""
+    """What is wrong with the private gradients that stay with the worker; the server then rejects the push."""
 
     @property
     def key(self) -> "Key":
-        """Names it at the shards, where what an earlier process of the worker sent may arrive late."""
+        """The name of the push at the shards, where a push of an earlier process of the worker may arrive late."""
         return self.worker, self.incarnation, self.step
 
     def staleness(self, version: int) -> int:
@@ -55,27 +58,27 @@ class Push:
 
 
 Key = tuple[str, int, int]
-"""Worker, incarnation and step: names a push."""
+"""Worker, incarnation and step, which together name a push."""
 Gradients = dict[str, np.ndarray]
-"""Group -> flat float32: gradients, then batch statistics. The groups on the server only; whole, or a shard's range."""
+"""Group on the server -> flat float32: gradients, then batch statistics; of the whole group or of a shard's range."""
 
 
 @dataclass(frozen=True)
 class GroupValues:
-    """What training changes of a group, or of one shard's range of it."""
+    """The values that training changes in a group, or in one shard's range of a group."""
 
     values: np.ndarray
-    """Flat float32, shape (layout.pushed,) or the range's."""
+    """Flat float32, shape (layout.pushed,) or the shape of the range."""
     counters: np.ndarray
     """int64, shape (layout.counters,)."""
     slots: dict[str, np.ndarray] = field(default_factory=dict)
-    """The optimiser's slots, each flat float32 over the trained values (layout.trained,); only where asked for."""
+    """The optimiser's slots, each flat float32 over the trained values (layout.trained,); empty unless asked for."""
     scalars: dict[str, float] = field(default_factory=dict)
-    """The optimiser's single numbers, such as Adam's count of steps; only where asked for."""
+    """The optimiser's single numbers, such as Adam's count of steps; empty unless asked for."""
 
 
 def whole(parts: Sequence[GroupValues]) -> GroupValues:
-    """A group from its shards' ranges, in order."""
+    """Join the ranges of a group's shards, given in order, into the whole group."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -89,42 +92,42 @@ def whole(parts: Sequence[GroupValues]) -> GroupValues:
 
 @dataclass(frozen=True)
 class SnapshotRequest:
-    """A version that was put aside and waits for what the workers hold of it."""
+    """What a worker is asked to report about a snapshot; `multitask.server.snapshots` explains it."""
 
     version: int
     evaluate: bool
-    """Each task hands in its validation metrics."""
+    """Each task reports its validation metrics."""
     save: bool
-    """Each worker hands in its private tensors, with their optimiser."""
+    """Each worker reports its private tensors, with their optimiser."""
     server_incarnation: int = 0
-    """Names the server's process: one that was restored comes to the same versions again, with other values."""
+    """Number of the server's process: a restored server reaches the same versions again, with other values."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """How the server stands after a worker's push; the newest values of the groups it uses come beside it."""
+    """The server's answer to a worker's push. The newest values of the task's groups travel beside it."""
 
     version: int
-    """Pushes that the values contain."""
+    """Version of the values that travel beside the reply."""
     applied_version: int
-    """The version that this worker's latest push made; `version`, unless the push is answered a second time."""
+    """The server's version right after the answered push; below `version` if others were applied since."""
     rate: float
-    """The rate of this task's private tensors; a worker applies its private gradients with it."""
+    """The rate with which the worker applies its private gradients."""
     requests: tuple[SnapshotRequest, ...] = ()
-    """Versions put aside that wait for this worker, oldest first."""
+    """Snapshots that wait for a report of this worker, oldest version first."""
     rejected: str | None = None
-    """Why the worker's latest push was not applied; None if it was."""
+    """Why the answered push was not applied; None if it was."""
     pause: bool = False
-    """Make no more steps, hand in what is held, and return."""
+    """True: the worker makes no more steps, reports what is asked for, and returns."""
     step: int = 0
-    """The worker's next step."""
+    """Number of the worker's next step."""
     position: int = 0
-    """Where the worker's data stream stood after its last step."""
+    """Position of the worker's data stream after its last step."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the server notes of a push."""
+    """What the server notes about a push."""
 
     worker: str
     task: str
@@ -140,25 +143,25 @@ class StepRecord:
     bad_images: tuple[str, ...]
     pid: int
     queue: int
-    """Workers that were waiting for others when the push arrived."""
+    """Number of workers that were waiting for others when the push arrived."""
     rejected: str | None = None
     """Why the push was not applied; None if it was."""
     redone: bool = False
-    """A step made again after its worker was lost: its private tensors learned from it, the shared ones did before."""
+    """True for a step that was made again after its worker was lost. Only the private tensors learn from it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One version's validation metrics, complete for all tasks."""
+    """The validation metrics of all tasks at one version."""
 
     version: int
     round: int
     metrics: dict[str, dict[str, float]]
     """Task -> top1 and top5 in percent, loss."""
     best: bool
-    """Its mean top-1 is above that of every version before it."""
+    """True if the mean top-1 is above that of every version evaluated before."""
     groups: dict[str, GroupValues]
-    """The version itself: shared groups, and each task's private ones as of its last push up to there."""
+    """The values of the version: shared groups, and private groups as they were after their task's last push."""
 
     @property
     def mean_top1(self) -> float:
@@ -166,17 +169,18 @@ class Evaluation:
 
 
 def mean_top1(tasks: Iterable[dict[str, float]]) -> float:
+    """Return the mean top-1 accuracy over tasks, in percent, from the metrics of each task."""
     values = [task["top1"] for task in tasks]
     return sum(values) / len(values)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity; in one pass over memory, where `torch.isfinite` takes three."""
+    """Return whether a tensor has no NaN and no infinity. One pass over memory, where `torch.isfinite` takes three."""
     return not tensor.numel() or all(map(math.isfinite, (float(end) for end in tensor.aminmax())))
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """The array as a tensor that may only be read: what comes out of Ray's object store is read-only."""
+    """Return the array as a tensor, without a copy. Never write to it: arrays from Ray's object store are read-only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch knows no read-only tensors and says so
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and warns
         return torch.from_numpy(array)

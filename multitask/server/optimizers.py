@@ -1,4 +1,4 @@
-"""Optimisers over flat buffers, by name: torch's own, and RMSProp as TensorFlow computes it."""
+"""Optimisers over flat buffers, by name: those of torch, and RMSProp as TensorFlow computes it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
 class RMSpropTF(Optimizer):
-    """RMSProp as TensorFlow 1 computes it, which the papers' rates are tuned for.
+    """RMSProp as TensorFlow 1 computes it. The rates in the papers are tuned for it.
 
-    It differs from torch's: the squared average starts at one, epsilon stands inside the square root, and the
-    momentum buffer accumulates the step already multiplied by the rate.
+    It differs from torch's RMSprop in three ways: the squared average starts at one, epsilon stands inside the square
+    root, and the momentum buffer accumulates steps that are already multiplied by the rate.
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.1 (RMSProp); constants of TF-slim.
     """
 
@@ -44,7 +44,7 @@ class RMSpropTF(Optimizer):
                 square, momentum = state["square"], state["momentum"]
                 square.mul_(group["decay"]).addcmul_(gradient, gradient, value=1 - group["decay"])
                 root = (square + group["eps"]).sqrt_()
-                # One pass over memory: a quotient of its own would triple the time of the whole step.
+                # One pass over memory; computing the quotient separately would triple the time of the whole step.
                 momentum.mul_(group["momentum"]).addcdiv_(gradient, root, value=group["lr"])
                 parameter.sub_(momentum)
 
@@ -53,12 +53,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW,
 
 
 def make_optimizer(name: str, decayed: Tensor, plain: Tensor, *, weight_decay: float, **options: Any) -> Optimizer:
-    """One optimiser over two flat buffers: `decayed` takes the weight decay, `plain` does not.
+    """Return one optimiser over two flat buffers: `decayed` takes the weight decay, `plain` does not.
 
     Args:
         name: a key of OPTIMIZERS.
         decayed, plain: shape (n,) and (m,), float32; updated in place. Gradients are read from their `.grad`.
-        options: what the optimiser takes, in torch's names. The rate is set before every step.
+        options: the optimiser's options, under torch's names. The rate is set before every step.
     """
     groups = [{"params": [decayed], "weight_decay": weight_decay}, {"params": [plain], "weight_decay": 0.0}]
     if name != "rmsprop":

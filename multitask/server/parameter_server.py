@@ -133,7 +133,7 @@ class ParameterServer:
             self._apply_arrived()
 
     def is_early(self, push: Push) -> bool:
-        """Return whether a push has overtaken an earlier one of the same process (in flight), and has to wait for it."""
+        """Return whether a push has overtaken an earlier push of its process, which it then has to wait for."""
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
 

@@ -1,4 +1,4 @@
-"""How far a run is: what the server counts, and what a checkpoint says beside the tensors."""
+"""Progress of a run: the counters that the server keeps, and that a checkpoint stores beside the tensors."""
 
 import math
 from collections.abc import Mapping
@@ -7,26 +7,31 @@ from fractions import Fraction
 from typing import Any, Self
 
 RENAMED = {"refused": "rejected", "turned_away": "rejected_calls"}
-"""Name in the checkpoints of version 0.1 -> name now."""
+"""Name of a counter in checkpoints of version 0.1 -> its present name."""
 
 
 @dataclass
 class WorkerProgress:
-    """One worker's steps. `redone`, `lost` and `rejected` count steps, each at most once for one kind."""
+    """The counters of one worker."""
 
     step: int = 0
-    """Steps made, the next step's number."""
+    """Number of steps made, which is also the number of the next step."""
     position: int = 0
-    """Rows of its stream consumed up to there."""
+    """Number of rows of the worker's data stream that those steps have consumed."""
     private_step: int = 0
-    """Steps that the private tensors which it holds have learned from: fewer while it makes lost steps again."""
+    """In a checkpoint: number of steps that the saved private tensors of the worker have learned from.
+
+    It is below `step` while the worker makes steps again after it was lost."""
     private_position: int = 0
+    """In a checkpoint: position of the worker's data stream after `private_step` steps."""
     lap: int = 0
-    """Steps that the slowest worker had made when this one joined the run; bounds count from here."""
+    """Number of steps that the slowest worker had made when this worker joined the run; see `reached`."""
     redone: int = 0
+    """Number of steps that the worker made again after it was lost."""
     lost: int = 0
-    """Steps that were newer than the checkpoint to which the server went back."""
+    """Number of steps that were newer than the checkpoint to which the server went back."""
     rejected: int = 0
+    """Number of steps whose push was rejected."""
 
     @property
     def reached(self) -> int:
@@ -39,22 +44,27 @@ class Progress:
     """The run's counters."""
 
     version: int = 0
-    """Updates of the shared values."""
+    """Number of updates of the server's values."""
     rounds: Fraction = Fraction(0)
+    """Number of rounds done; a step counts as a part of a round."""
     workers: dict[str, WorkerProgress] = field(default_factory=dict)
     first_round: dict[str, int] = field(default_factory=dict)
-    """Task -> the run's round when it joined: its private tensors follow the schedule from there."""
+    """Task -> the round in which it joined the run. The schedule of its private tensors starts in that round."""
     best_top1: float = -math.inf
     """Mean validation top-1 of the best version so far, in percent."""
     rejected_calls: int = 0
-    """Pushes and joins of unknown workers, and of processes whose place another one took: no steps of anybody."""
+    """Number of pushes and joins that came from unknown workers or from processes that were replaced.
+
+    They count as no worker's steps."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the counters as JSON can hold them."""
         best = None if math.isinf(self.best_top1) else self.best_top1
         return asdict(self) | {"rounds": str(self.rounds), "best_top1": best}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the counters that `to_json` wrote, in this version or in version 0.1."""
         content = _in_todays_words(content)
         best = content["best_top1"]
         changed = {
@@ -67,7 +77,7 @@ class Progress:
         return cls(**{**content, **changed})
 
     def with_workers(self, workers: Mapping[str, str]) -> "Progress":
-        """The same moment for another set of workers: those that are new begin, those that left are forgotten.
+        """Return a copy for another set of workers: new workers start at step 0, and workers that left are forgotten.
 
         Args:
             workers: worker -> its task.
@@ -84,5 +94,5 @@ class Progress:
 
 
 def _in_todays_words(counters: Mapping[str, Any]) -> dict[str, Any]:
-    """Counters of a checkpoint under the names that they have now; version 0.1 had other ones."""
+    """Return the counters of a checkpoint under their present names."""
     return {RENAMED.get(name, name): value for name, value in counters.items()}

@@ -2,34 +2,36 @@
 
 The server sets one rate for all tasks from the number of rounds done, so the rates of two tasks never drift apart,
 whatever the sizes of their data sets.
-Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3. The paper says that the ratio of data-set
-size to epochs per decay is equal for all tasks; for equal rates at equal steps it has to be the product, images per
-decay, which is what counting rounds gives.
+Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3. The paper keeps the ratio of data-set size to
+epochs per decay equal for all tasks. Equal rates at equal steps need an equal product of the two, which is the number
+of images per decay. Counting rounds keeps that product equal.
 """
 
 import math
 from collections.abc import Callable
 
 Schedule = Callable[[int], float]
-"""From rounds done (0, 1, ...) to the learning rate."""
+"""A function from the number of rounds done (0, 1, ...) to the learning rate."""
 
 
 def constant(rate: float) -> Schedule:
+    """Keep the rate."""
     return lambda _done: rate
 
 
 def exponential(rate: float, *, factor: float, every_rounds: int) -> Schedule:
-    """Multiply the rate by `factor` after every `every_rounds` rounds, in steps."""
+    """Multiply the rate by `factor` once after every `every_rounds` rounds."""
     return lambda done: rate * factor ** (done // every_rounds)
 
 
 def cosine(rate: float, *, rounds: int, warm_up_rounds: int = 0) -> Schedule:
-    """Linear from 0 to `rate` over the warm-up, then half a cosine down to 0 after `rounds` rounds in all.
+    """Raise the rate linearly from 0 to `rate` over the warm-up, then lower it along half a cosine to 0.
 
     Args:
-        rounds: more than `warm_up_rounds`.
-    Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, whose code starts at 0 too and has the cosine begin where the
-        warm-up ends. It moves once an epoch, we every round: epochs of two tasks do not end together.
+        rounds: number of rounds after which the rate is 0, warm-up included; more than `warm_up_rounds`.
+    Source: Jia et al., "Visual Prompt Tuning", ECCV 2022. Their code also starts at 0 and lets the cosine begin where
+        the warm-up ends. It changes the rate once an epoch; we change it every round, because the epochs of two tasks
+        do not end together.
     """
     falling = rounds - warm_up_rounds
 

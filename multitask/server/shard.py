@@ -1,4 +1,4 @@
-"""A shard of the parameter server: a contiguous range of every group, and the pushes that wait for their turn."""
+"""A shard of the parameter server: a contiguous range of every group, and the gradients that wait to be applied."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from multitask.server.messages import Gradients, GroupValues, Key, as_tensor, is
 
 @dataclass(frozen=True)
 class GroupUpdate:
-    """One step of one group: whose gradients are averaged, in this order, with which weights, at which rate."""
+    """One optimiser step of one group: the pushes whose gradients are averaged in this order, weights, and rate."""
 
     pushes: tuple[Key, ...]
     weights: tuple[float, ...]
@@ -22,7 +22,7 @@ class GroupUpdate:
 
 
 Update = dict[str, GroupUpdate]
-"""Group -> its step. Every shard makes the same updates in the same order."""
+"""Group -> its optimiser step. Every shard makes the same updates in the same order."""
 
 
 class OtherShards(Protocol):
@@ -34,7 +34,7 @@ class OtherShards(Protocol):
 
 
 class Shard:
-    """Holds values and optimiser slots; what is applied, when and at which rate, `ParameterServer` decides."""
+    """Holds values and optimiser slots. `ParameterServer` decides what is applied, when and at which rate."""
 
     def __init__(self, groups: Mapping[str, ParameterGroup]) -> None:
         self.groups = dict(groups)
@@ -42,15 +42,15 @@ class Shard:
         """Push -> its gradients, until the push is applied or replaced by a later one."""
         self._snapshots: dict[int, dict[str, GroupValues]] = {}
         self._sums: dict[str, Tensor] = {}
-        """Group -> where several pushes are added up: memory that is new each time costs more than adding."""
+        """Group -> memory in which gradients are added up. New memory for each sum costs more than the adding."""
 
     def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:
-        """Take in a push's range, to be applied later.
+        """Take in this shard's range of a push's gradients, to apply it later.
 
         Args:
             names: the groups that the worker's task uses.
         Returns:
-            What is wrong with it, if anything: then it is not kept.
+            What is wrong with the gradients, which are then not kept; None if all is well.
         """
         wanted = {name: self.groups[name].size for name in names if self.groups[name].size}
         found = {name: gradient.size for name, gradient in gradients.items()}
@@ -63,8 +63,11 @@ class Shard:
         return None
 
     def apply(self, update: Update, done: Iterable[Key]) -> None:
-        """One step of each named group, then forget the pushes that are done with, and those before them of the same
-        workers, which were turned away.
+        """Make one optimiser step of each group in the update, then forget gradients that are no longer needed.
+
+        Args:
+            done: pushes that are applied or rejected. Their gradients are forgotten, with all earlier ones of the same
+                workers, which may come from a process that was replaced.
         """
         for name, step in update.items():
             group = self.groups[name]
@@ -77,32 +80,36 @@ class Shard:
         self.stashed = {key: pushed for key, pushed in self.stashed.items() if key > newest.get(key[0], ())}
 
     def take_snapshot(self, version: int, slots: bool) -> None:
-        """Put the values aside as they stand, with the optimiser's slots where a checkpoint is to be saved."""
-        if (
-            slots or version not in self._snapshots
-        ):  # a second reason to keep a version does not drop the first one's slots
+        """Keep a copy of the present values as a snapshot.
+
+        Args:
+            slots: copy the optimiser's slots too, for a checkpoint.
+        """
+        # An evaluation of a version that is already kept for a checkpoint must not drop the slots.
+        if slots or version not in self._snapshots:
             self._snapshots[version] = {name: group.state(slots) for name, group in self.groups.items()}
 
     def snapshot(self, version: int) -> dict[str, GroupValues] | None:
-        """What was put aside; None where this process knows of no such version."""
+        """Return the snapshot of a version; None where this process does not keep it."""
         return self._snapshots.get(version)
 
     def drop_snapshot(self, version: int) -> None:
+        """Forget the snapshot of a version, if there is one."""
         self._snapshots.pop(version, None)
 
 
 def shares(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
-    """A weighted mean's factors and the divisor of its sum: equal weights cancel, whatever they are."""
+    """Return the factors of the terms of a weighted mean, and the divisor of their sum; equal weights become 1."""
     if len(set(weights)) == 1:
         return (1.0,) * len(weights), float(len(weights))
     return tuple(weights), sum(weights)
 
 
 def mean(gradients: Sequence[Tensor], weights: Sequence[float], out: Tensor | None = None) -> Tensor:
-    """Weighted mean, added up in the order given.
+    """Return the weighted mean of gradients, added up in the order given.
 
     Args:
-        out: where several gradients are added up; new memory by default.
+        out: memory in which several gradients are added up; new memory by default.
     """
     if len(gradients) == 1:
         return gradients[0]
