@@ -161,10 +161,11 @@ class Evaluation:
     best: bool
     """True if the mean top-1 is above that of every version evaluated before."""
     groups: dict[str, GroupValues]
-    """The values of the version: shared groups, and private groups as they were after their task's last push."""
+    """The values of the version: shared groups, and private groups as of their task's last push up to it."""
 
     @property
     def mean_top1(self) -> float:
+        """Mean top-1 accuracy over all tasks, in percent."""
         return mean_top1(self.metrics.values())
 
 

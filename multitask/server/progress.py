@@ -65,19 +65,19 @@ class Progress:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return the counters that `to_json` wrote, in this version or in version 0.1."""
-        content = _in_todays_words(content)
+        content = _with_present_names(content)
         best = content["best_top1"]
         changed = {
             "rounds": Fraction(content["rounds"]),
             "workers": {
-                name: WorkerProgress(**_in_todays_words(worker)) for name, worker in content["workers"].items()
+                name: WorkerProgress(**_with_present_names(worker)) for name, worker in content["workers"].items()
             },
             "best_top1": -math.inf if best is None else best,
         }
         return cls(**{**content, **changed})
 
     def with_workers(self, workers: Mapping[str, str]) -> "Progress":
-        """Return a copy for another set of workers: new workers start at step 0, and workers that left are forgotten.
+        """Return the progress for another set of workers: new workers start at step 0, workers that left are forgotten.
 
         Args:
             workers: worker -> its task.
@@ -93,6 +93,6 @@ class Progress:
         )
 
 
-def _in_todays_words(counters: Mapping[str, Any]) -> dict[str, Any]:
+def _with_present_names(counters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counters of a checkpoint under their present names."""
     return {RENAMED.get(name, name): value for name, value in counters.items()}

@@ -10,13 +10,14 @@ Why and when a snapshot is taken. A version is evaluated, or saved as a checkpoi
   While an earlier checkpoint waits for reports, rounds and seconds ask for no new one.
 A version is taken at most once for each of the two reasons.
 
-Who is asked what. A `SnapshotRequest` lies in every reply to a worker until the worker has reported.
+Who is asked what. A `SnapshotRequest` lies in every reply to a worker until the worker has reported. A worker that has
+made its last step asks for it by `snapshot_requests`.
 - Evaluation: the first worker of each task reports the task's validation metrics at that version.
-- Checkpoint: every worker reports how many steps it has learned from, and its private tensors with optimiser.
+- Checkpoint: every worker reports how many steps it has learned from, and its private tensors with their optimiser.
 With both reports the worker sends its private tensors as they were after its last push up to that version.
 
 When a snapshot is complete. All tasks have reported their metrics, if an evaluation was asked for, and all workers have
-reported their state, if a checkpoint was asked for. `drain` then hands the snapshot to the driver, once.
+reported their state, if a checkpoint was asked for. `ParameterServer.drain` then hands the snapshot to the driver, once.
 
 Who drops a snapshot. The driver reads the values from the shards and calls `ParameterServer.drop_snapshot`. The shards
 keep the values if the same version was taken for the second reason in the meantime.

@@ -120,7 +120,7 @@ def test_a_repeated_push_is_answered_and_not_applied_again() -> None:
 
 @pytest.mark.parametrize("rejected", [0, 1])
 def test_two_pushes_on_their_way_get_an_answer_each(rejected: int) -> None:
-    """The bound holds back the answer to the first until the second is there."""
+    """The bound holds back the answer to the first push until the second push has arrived."""
     server = make_server(bound=2, in_flight=1)
     for step in range(2):
         send(server, "a/0", step, value=float("nan") if step == rejected else 1.0)
@@ -505,7 +505,7 @@ def test_a_worker_that_waited_for_others_has_its_whole_time_once_it_may_go_on(ru
 
 
 def test_a_worker_of_which_nothing_is_asked_is_not_silent_and_its_time_begins_when_it_is() -> None:
-    """One that has stopped for a pause is active still; one that has finished may be asked for what it holds."""
+    """A paused worker is still active, and a finished worker may be asked to report, so neither fact decides."""
     server = make_server()
     server.finish("b/0")
     for worker in WORKERS:
@@ -577,7 +577,7 @@ def test_a_task_that_joins_later_follows_the_schedule_from_its_own_start() -> No
 
 @given(st.integers(1, 5), st.integers(1, 400), st.integers(0, 100))
 def test_shards_cut_a_group_into_ranges_that_cover_it_once(shards: int, size: int, seed: int) -> None:
-    """Updates by ranges are those of the whole, bit for bit, slots included."""
+    """Updates of the ranges equal the update of the whole group bit for bit, slots included."""
     tensors = {"w": torch.zeros(size, 2), "b": torch.zeros(size), "bn.running_mean": torch.zeros(size)}
     roles = {"w": Role.DECAYED, "b": Role.PLAIN, "bn.running_mean": Role.STATISTIC}
     layout = make_layout(tensors, roles, {"bn.running_mean": 0.1})
@@ -600,7 +600,7 @@ def test_shards_cut_a_group_into_ranges_that_cover_it_once(shards: int, size: in
     assert state.values.tobytes() == b"".join(part.values.tobytes() for part in states)
     for name, slot in state.slots.items():
         assert slot.tobytes() == b"".join(part.slots[name].tobytes() for part in states)
-    # A group goes on from its state as if it had not stopped.
+    # A group that starts from a saved state goes on as if it had not stopped.
     again = ParameterGroup(layout, state, make)
     for group in (whole, again):
         group.apply(push, 0.01)
