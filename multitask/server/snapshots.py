@@ -17,7 +17,7 @@ made its last step asks for it by `snapshot_requests`.
 With both reports the worker sends its private tensors as they were after its last push up to that version.
 
 When a snapshot is complete. All tasks have reported their metrics, if an evaluation was asked for, and all workers have
-reported their state, if a checkpoint was asked for. `ParameterServer.drain` then hands the snapshot to the driver, once.
+reported their state, if a checkpoint was asked for. `ParameterServer.drain` then hands it to the driver, once.
 
 Who drops a snapshot. The driver reads the values from the shards and calls `ParameterServer.drop_snapshot`. The shards
 keep the values if the same version was taken for the second reason in the meantime.

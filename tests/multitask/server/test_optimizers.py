@@ -43,7 +43,7 @@ def test_rmsprop_equals_timms_with_weight_decay() -> None:
 
 
 def test_rmsprop_equals_timms_formula_in_float32() -> None:
-    """timm's step written out: the root of the average plus epsilon, and the rate inside the momentum buffer."""
+    """The formula of timm: the root of the average plus epsilon, and the rate inside the momentum buffer."""
     ours = torch.linspace(-1, 1, 1000)
     theirs, square, momentum = ours.clone(), torch.ones(1000), torch.zeros(1000)
     optimizer = RMSpropTF([{"params": [ours]}], lr=0.045, weight_decay=4e-5, **OPTIONS)
@@ -60,7 +60,7 @@ def test_rmsprop_equals_timms_formula_in_float32() -> None:
 
 
 def test_adams_decay_goes_into_the_gradient_and_adamws_does_not() -> None:
-    """Adam with an L2 term: where the decay is all of the gradient, the first step is as long as the rate."""
+    """Adam adds the decay to the gradient, so a step on decay alone is as long as the rate."""
     steps = {}
     for name in ("adam", "adamw"):
         decayed, plain = torch.full((16,), 2.0), torch.ones(16)

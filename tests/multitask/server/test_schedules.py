@@ -41,7 +41,7 @@ def test_a_warm_up_rises_in_a_line_and_the_cosine_falls_from_where_it_ends(
 
     assert rates[0] == rates[rounds] == rates[rounds + 1] == 0
     assert rates[warm_up] == rate == max(rates)
-    # Continuous: the last step of the line is as high as every other one.
+    # The rate is continuous: the last step of the line is as high as every other step.
     rises = [after - before for before, after in pairwise(rates[: warm_up + 1])]
     assert rises == pytest.approx([rate / warm_up] * warm_up, rel=1e-6)
     falling = rates[warm_up:]
@@ -57,7 +57,7 @@ def test_a_warm_up_rises_in_a_line_and_the_cosine_falls_from_where_it_ends(
 def test_tasks_of_all_sizes_decay_together_when_images_per_decay_are_equal(
     sizes: list[int], batch_size: int, decays: int
 ) -> None:
-    """The product rule: 2.5 epochs of ImageNet are fewer epochs of a larger set, and the same number of rounds."""
+    """2.5 epochs of ImageNet are fewer epochs of a larger data set, but the same number of rounds."""
     images_per_decay = 2.5 * sizes[0]
     every_rounds = max(1, round(images_per_decay / batch_size))
     schedule = exponential(0.045, factor=0.98, every_rounds=every_rounds)
@@ -65,7 +65,7 @@ def test_tasks_of_all_sizes_decay_together_when_images_per_decay_are_equal(
     for size in sizes:
         epochs_per_decay = images_per_decay / size
         rounds_per_epoch = size / batch_size
-        # A round more than the rounding can take away.
+        # `every_rounds` is rounded, which adds at most one round per decay.
         done = math.ceil(decays * epochs_per_decay * rounds_per_epoch) + decays
         assert schedule(done) <= 0.045 * 0.98**decays * (1 + 1e-12)
         assert schedule(decays * every_rounds - 1) > 0.045 * 0.98**decays * (1 + 1e-12)

@@ -1,4 +1,4 @@
-"""When a snapshot is due; what is asked and handed out, tests of the whole server say."""
+"""Tests of when a snapshot is due. What is asked and handed out is tested with the whole server."""
 
 from fractions import Fraction
 from typing import Any
