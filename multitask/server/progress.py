@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, Self
 
 RENAMED = {"refused": "rejected", "turned_away": "rejected_calls"}
-"""Name of a counter in checkpoints of version 0.1 -> its present name."""
+"""Name of a counter in the files of version 0.1 -> its name now."""
 
 
 @dataclass
@@ -65,12 +65,12 @@ class Progress:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return the counters that `to_json` wrote, in this version or in version 0.1."""
-        content = _with_present_names(content)
+        content = with_current_names(content)
         best = content["best_top1"]
         changed = {
             "rounds": Fraction(content["rounds"]),
             "workers": {
-                name: WorkerProgress(**_with_present_names(worker)) for name, worker in content["workers"].items()
+                name: WorkerProgress(**with_current_names(worker)) for name, worker in content["workers"].items()
             },
             "best_top1": -math.inf if best is None else best,
         }
@@ -93,6 +93,6 @@ class Progress:
         )
 
 
-def _with_present_names(counters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counters of a checkpoint under their present names."""
+def with_current_names(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counters of a checkpoint or a status under their current names; version 0.1 used other names."""
     return {RENAMED.get(name, name): value for name, value in counters.items()}
