@@ -6,8 +6,9 @@ from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle,
 from patches.errors import BackboneError, BundleError, PatchError
 from patches.fold import fold
 from patches.method import MethodInfo
+from patches.model import ParameterCounts, PatchedModel
 from patches.names import unknown_name_message
-from patches.patch import ParameterCounts, PatchedModel, attach, methods
+from patches.patch import attach, methods
 
 __all__ = [
     "Backbone",

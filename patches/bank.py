@@ -9,8 +9,8 @@ from torch import Tensor
 from patches.backbone import Backbone
 from patches.bundle import load_bundle
 from patches.errors import PatchError
+from patches.model import PatchedModel
 from patches.names import unknown_name_message
-from patches.patch import PatchedModel
 
 
 class PatchBank:

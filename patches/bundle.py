@@ -22,7 +22,8 @@ from patches.errors import BundleError
 from patches.families import FAMILIES
 from patches.files import write_atomic
 from patches.methods.mist import Edge
-from patches.patch import PatchedModel, attach
+from patches.model import PatchedModel
+from patches.patch import attach
 from patches.structure import dtype_name
 
 FORMAT = 1

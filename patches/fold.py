@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from patches.errors import PatchError
 from patches.layers import FixedLinear
 from patches.methods import METHODS
-from patches.patch import PatchedModel
+from patches.model import PatchedModel
 from patches.structure import copy_structure
 
 

@@ -1,14 +1,13 @@
 """Side networks: a task's own network beside a frozen backbone, whose step outputs it reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from patches.backbone import Backbone
-from patches.errors import PatchError
 from patches.layers import draw_linear
 
 NAME = "side"
@@ -84,32 +83,6 @@ class SideMethod:
         return key.startswith(f"{NAME}.") or key.rpartition(".")[0] in self.heads
 
 
-SWITCH = (True, False)
-
-
-def side_of(network: nn.Module) -> SideNetwork | None:
-    """The side network of a task's copy of a network, if it has one."""
-    side = getattr(network, NAME, None)
-    return side if isinstance(side, SideNetwork) else None
-
-
-def check_whole(option: str, value: object, low: int, high: int | None) -> None:
-    """Refuse an option that is not a whole number from `low` to `high`, or from `low` on.
-
-    Raises:
-        PatchError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        allowed = f"of {low} or more" if high is None else f"from {low} to {high}"
-        raise PatchError(f"Option {option}={value!r}: use a whole number {allowed}.")
-
-
-def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> None:
-    """Refuse an option that is not one of `allowed`, words or switches.
-
-    Raises:
-        PatchError: it is not.
-    """
-    if not isinstance(value, type(allowed[0])) or value not in allowed:
-        *others, last = (str(choice).lower() for choice in allowed)
-        raise PatchError(f"Option {option}={value!r}: use {', '.join(others)} or {last}.")
+def side_of(network: nn.Module) -> SideNetwork:
+    """Return the side network that a side method added to a task's copy of the network."""
+    return cast(SideNetwork, network.get_submodule(NAME))

@@ -13,7 +13,8 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_truncated_linear, grid, recomputed
-from patches.side import SWITCH, SideMethod, SideNetwork, check_choice, check_whole
+from patches.options import SWITCH, check_choice, check_whole
+from patches.side import SideMethod, SideNetwork
 
 RANKS = {"vit_b_16": 2, "swin_b": 4}
 """Default rank for each backbone that DTL is defined on."""

@@ -1,7 +1,7 @@
 """Minimal interaction separated tuning: one sum of a frozen ViT's token maps, and a small network at the edge."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,8 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_linear, grid, recomputed
-from patches.side import SIDE_SEEDS, SWITCH, SideMethod, SideNetwork, check_choice, check_whole
+from patches.options import SWITCH, check_choice, check_whole, option_values
+from patches.side import SIDE_SEEDS, SideMethod, SideNetwork
 from patches.structure import seeded
 
 BLOCKS = ("attention", "mlp", "depthwise")
@@ -231,7 +232,7 @@ class Edge(nn.Module):
         with seeded(seed + SIDE_SEEDS):
             self.side = method.build_network(backbone["options"])
         self.backbone = dict(backbone)
-        self.options = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
+        self.options = option_values(method)
         self.num_classes = num_classes
         layer = nn.Linear(backbone["options"]["hidden_dim"], num_classes, device="meta")
         weight, bias = draw_linear(layer.in_features, num_classes, torch.Generator().manual_seed(seed))

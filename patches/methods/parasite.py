@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
-from patches.side import SWITCH, SideMethod, SideNetwork, check_choice
+from patches.options import SWITCH, check_choice
+from patches.side import SideMethod, SideNetwork
 from patches.structure import alias, copy_structure
 
 HOSTS = ("resnet18", "resnet50", "mobilenet_v2")
