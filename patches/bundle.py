@@ -27,7 +27,7 @@ from patches.patch import attach
 from patches.structure import dtype_name
 
 FORMAT = 1
-_ZEROS = "0" * 64
+UNSEALED = "0" * 64
 _HASH_START = rb'"manifest":"{\"payload_sha256\":\"'  # as the header's JSON writes a string that holds JSON
 
 
@@ -94,7 +94,7 @@ def save_bundle(
         for name, tensor in model.private_state().items()
     }
     manifest = {
-        "payload_sha256": _ZEROS,  # first: _HASH_START finds it
+        "payload_sha256": UNSEALED,  # must be the first entry, where `seal` looks for it
         "format": FORMAT,
         "method": model.method,
         "options": model.options,
@@ -115,10 +115,22 @@ def save_bundle(
             "Use numbers (no NaN), strings, lists and dicts."
         ) from error
     data = safetensors.torch.save(tensors, {"manifest": text})
+    data, digest = seal(data)
+    write_atomic(path, data)
+    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
+
+
+def seal(data: bytes) -> tuple[bytes, str]:
+    """Write the payload hash into a bundle whose manifest still has zeros in its place.
+
+    Args:
+        data: the whole file. Its manifest begins with `payload_sha256`, which is `UNSEALED`.
+    Returns:
+        The finished file, and the hash (hex).
+    """
     start = data.index(_HASH_START) + len(_HASH_START)
     digest = _hash_but(data, start)
-    write_atomic(path, data[:start] + digest.encode() + data[start + len(_ZEROS) :])
-    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
+    return data[:start] + digest.encode() + data[start + len(UNSEALED) :], digest
 
 
 def inspect_bundle(path: str | os.PathLike[str]) -> BundleInfo:
@@ -269,8 +281,8 @@ def _hash_but(data: bytes, start: int) -> str:
     """SHA-256 (hex) of `data` with the 64 bytes at `start` as zeros."""
     view = memoryview(data)
     digest = hashlib.sha256(view[:start])
-    digest.update(_ZEROS.encode())
-    digest.update(view[start + len(_ZEROS) :])
+    digest.update(UNSEALED.encode())
+    digest.update(view[start + len(UNSEALED) :])
     return digest.hexdigest()
 
 

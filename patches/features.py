@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Layout:
+class FeatureLayout:
     """How one feature of an image lies in memory."""
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Layout:
     dtype: str
 
     @classmethod
-    def of(cls, feature: Tensor) -> "Layout":
+    def of(cls, feature: Tensor) -> "FeatureLayout":
         """That of a batch (batch, ...).
 
         Raises:
@@ -99,7 +99,7 @@ def write_features(path: str | os.PathLike[str], about: Mapping[str, Any], batch
     first = next(waiting, None)
     if first is None:
         raise FeatureError(f"'{path}': there are no images to write features of. Give at least one.")
-    layouts = {name: Layout.of(feature) for name, feature in first.features.items()}
+    layouts = {name: FeatureLayout.of(feature) for name, feature in first.features.items()}
     schema = _schema(layouts, about)
     with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         batch: Rows | None = first
@@ -126,7 +126,7 @@ class FeatureFile:
                     )
                 self.about: dict[str, Any] = described["about"]
                 self.layouts = {
-                    name: Layout(tuple(layout["shape"]), tuple(layout["strides"]), layout["dtype"])
+                    name: FeatureLayout(tuple(layout["shape"]), tuple(layout["strides"]), layout["dtype"])
                     for name, layout in described["layouts"].items()
                 }
                 self._read_places(source, reader)
@@ -185,7 +185,7 @@ class FeatureFile:
                     wanted = wanted[got:]
 
 
-def _schema(layouts: Mapping[str, Layout], about: Mapping[str, Any]) -> pa.Schema:
+def _schema(layouts: Mapping[str, FeatureLayout], about: Mapping[str, Any]) -> pa.Schema:
     described = {
         "format": FORMAT,
         "about": dict(about),
@@ -198,7 +198,7 @@ def _schema(layouts: Mapping[str, Layout], about: Mapping[str, Any]) -> pa.Schem
     return pa.schema(fields, metadata={KEY: json.dumps(described)})
 
 
-def _record_batch(schema: pa.Schema, layouts: Mapping[str, Layout], batch: Rows) -> pa.RecordBatch:
+def _record_batch(schema: pa.Schema, layouts: Mapping[str, FeatureLayout], batch: Rows) -> pa.RecordBatch:
     arrays = [pa.array(batch.rows), pa.array(batch.labels)]
     for name, layout in layouts.items():
         values = pa.array(layout.flat(batch.features[name]).reshape(-1).numpy())

@@ -9,6 +9,7 @@ from torch import nn
 
 import patches
 from patches import BackboneError
+from patches.families import FAMILIES
 from tests.patches.helpers import (
     NETWORKS,
     SMALL,
@@ -154,7 +155,8 @@ def test_inception_keeps_its_input_transform() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_belongs_to_one_step(name: str) -> None:
     backbone = network(name)
-    owners = {key: [step.name for step in backbone._steps if step.owns(key)] for key in backbone.network.state_dict()}
+    steps = FAMILIES[backbone.name].steps(backbone.network)
+    owners = {key: [step.name for step in steps if step.owns(key)] for key in backbone.network.state_dict()}
     assert all(len(steps) == 1 for steps in owners.values()), owners
 
 

@@ -100,11 +100,11 @@ def test_shared_steps_run_once_and_a_rest_once_for_each_task(name: str, first_pr
 
             module.register_forward_pre_hook(note)
 
-    count("shared", bank._trunk)
+    count("shared", bank.trunk)
     for number, (method, options) in enumerate(first_private):
         model = patches.attach(backbone, method, 3, **options)
         bank.add(f"task{number}", model)
-        count(f"task{number} ", model._copy())
+        count(f"task{number} ", model.as_backbone())
     bank.all_tasks(images(2, 32))
     if name == "small_vit":
         # M = 2 of 4 blocks; MIST has no rest in the backbone.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import patches
 from patches import BundleError, PatchedModel
-from patches import bundle as bundle_file
+from patches.bundle import UNSEALED, seal
 from tests.patches.helpers import SMALL, bits, images, small_backbone, train
 
 BACKBONE = small_backbone()
@@ -211,12 +211,11 @@ def rewritten(whole: bytes, change: Callable[[dict], object], tensors: dict | No
     """The bundle with another manifest or tensors, and a hash that is right for them."""
     header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
     manifest = json.loads(header["__metadata__"]["manifest"])
-    manifest["payload_sha256"] = bundle_file._ZEROS
+    manifest["payload_sha256"] = UNSEALED
     change(manifest)
     text = json.dumps(manifest, separators=(",", ":"))
-    data = safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text})
-    start = data.find(bundle_file._HASH_START) + len(bundle_file._HASH_START)
-    return data[:start] + bundle_file._hash_but(data, start).encode() + data[start + 64 :]
+    sealed, _ = seal(safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text}))
+    return sealed
 
 
 def test_a_rewritten_bundle_is_as_good_as_new(tmp_path: Path, whole: bytes) -> None:

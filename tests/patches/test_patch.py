@@ -189,7 +189,7 @@ def test_a_fixed_head_is_random_frozen_and_outside_the_state() -> None:
 @pytest.mark.parametrize("method", ["scale_bias", "last_layer"])
 def test_inception_gets_two_fresh_heads(method: str) -> None:
     model = patches.attach(network("inception_v3"), method, 7)
-    heads = model._copy().heads()
+    heads = model.as_backbone().heads()
     assert {path: tuple(layer.weight.shape) for path, layer in heads.items()} == {
         "fc": (7, 2048),
         "AuxLogits.fc": (7, 768),
