@@ -1,8 +1,8 @@
 """Patches: small sets of private tensors that fit one shared backbone to many tasks.
 
-`load_backbone` builds a backbone and `attach` makes a task's model on it. `save_bundle` and `load_bundle` write and read
-a task's patch as one file. `PatchBank` answers for many tasks with one backbone in memory, and `fold` makes a plain
-network of one task's model.
+`load_backbone` builds a backbone and `attach` makes a task's model on it. `save_bundle` and `load_bundle` write and
+read a task's patch as one file. `PatchBank` answers for many tasks with one backbone in memory, and `fold` makes a
+plain network of one task's model.
 """
 
 from patches.backbone import Backbone, load_backbone

@@ -112,7 +112,7 @@ class Backbone:
                 module.training = False
 
     def frozen(self) -> Self:
-        """Return a copy of the structure over the same storage. It stays in eval mode if this backbone's mode changes."""
+        """Return a copy of the structure over the same storage. It is in eval mode, and has its mode to itself."""
         return type(self)(self.name, self.options, copy_structure(self.network, alias).eval())
 
     def block_shapes(self, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:

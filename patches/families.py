@@ -80,7 +80,7 @@ def _build_mobilenet_v2(num_classes: int, stem_stride: int, last_channel: int | 
         raise ValueError(f"stem_stride={stem_stride}, and only 1 (small images) and 2 (the paper's) are possible")
     network.features[0][0].stride = (stem_stride, stem_stride)
     if last_channel is not None:
-        # MobileNetV2 has no argument for the width before the head. Therefore its last convolution and head are replaced.
+        # MobileNetV2 has no argument for the width before the head, so its last convolution and its head are replaced.
         tail = Conv2dNormActivation(
             network.features[-1][0].in_channels, last_channel, kernel_size=1, activation_layer=nn.ReLU6
         )

@@ -1,4 +1,4 @@
-"""Every patch method by name. A new one is a file in this folder and a line here."""
+"""All patch methods by name. A new method is a file in this folder and a line in `METHODS`."""
 
 from patches.method import Patch
 from patches.methods.depthwise import Depthwise
@@ -24,3 +24,4 @@ METHODS: dict[str, type[Patch]] = {
     "mist": Mist,
     "parasite": Parasite,
 }
+"""Name of the method -> its class. `patches.attach` takes these names."""
