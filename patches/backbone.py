@@ -112,7 +112,10 @@ class Backbone:
                 module.training = False
 
     def frozen(self) -> Self:
-        """Return a copy of the structure over the same storage. It is in eval mode, and has its mode to itself."""
+        """Return a copy of the structure over the same storage, in eval mode.
+
+        The copy stays in eval mode when this backbone's network is put into train mode.
+        """
         return type(self)(self.name, self.options, copy_structure(self.network, alias).eval())
 
     def block_shapes(self, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -69,7 +69,9 @@ def train_edge(
     """
     steps_per_epoch = len(maps) // batch_size
     if not steps_per_epoch:
-        raise FeatureError(f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Set fewer.")
+        raise FeatureError(
+            f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Use a smaller batch size."
+        )
     generator = torch.Generator().manual_seed(seed)
     optimizer = Adam(edge.parameters(), rate)
     schedule = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)

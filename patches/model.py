@@ -261,7 +261,7 @@ class PatchedModel(nn.Module):
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if fn(tensor) is not tensor:
                 raise PatchError(
-                    f"Changing dtype, device or memory format would part '{name}' from the backbone's storage. "
+                    f"Changing dtype, device or memory format would separate '{name}' from the backbone's storage. "
                     "Keep the order: load the backbone, change it with backbone.to(...), then attach."
                 )
         return super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""Backbones as sequences, their parts, their hash."""
+"""Backbones: how they run as sequences, their parts, and their hash."""
 
 import copy
 import json
@@ -132,7 +132,9 @@ def test_inception_has_a_second_head_and_taps_mixed_6e() -> None:
     for module in backbone.network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    backbone.network.training = True  # the branch runs, and BatchNorm keeps its running statistics
+    backbone.network.training = (
+        True  # so that the branch runs. The layers stay in eval mode, so BatchNorm's statistics do not move.
+    )
     after_6e = backbone.steps.index("block8") + 1
     with torch.no_grad():
         logits, aux_logits = backbone.network(x)

@@ -1,4 +1,4 @@
-"""What a patched model promises whatever its method: aliasing, freezing, heads, counts, refusals."""
+"""Promises of a patched model with any method: aliasing, freezing, heads, counts, refusals."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def test_a_tensor_can_be_pointed_at_a_view_of_a_flat_buffer() -> None:
         assert not model(x).any()
 
 
-# Frozen
+# Frozen and joint training
 
 
 def _whole(model: PatchedModel) -> list[nn.Module]:
@@ -120,7 +120,7 @@ def test_a_frozen_backbone_stays_bit_identical(
     for _ in range(2):
         for module in callees(model):
             module.train()
-        assert model.network.classifier[0].training  # dropout follows
+        assert model.network.classifier[0].training  # dropout follows `train()`
         model(images(8, 16)).square().sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
