@@ -1,4 +1,4 @@
-"""Attach a patch: decide which tensors are the task's own, and make the task's model."""
+"""Attach a patch: decide which tensors are private, and make the task's model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -109,7 +109,7 @@ def _aliasing_copy(backbone: Backbone) -> nn.Module:
     network = copy_structure(backbone.network, alias)
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.__class__ = PatchedBatchNorm2d  # the data stay; only `train()` is another one
+            norm.__class__ = PatchedBatchNorm2d  # this keeps the data and replaces `train()` only
     return network
 
 
