@@ -32,8 +32,8 @@ class PatchedModel(nn.Module):
     A fresh model is in eval mode and frozen: its shared parameters take no gradient, and its shared BatchNorm layers
     stay in eval mode even after `train()`. `set_shared_trainable(True)` switches to joint training.
 
-    This class is for the methods whose network runs by itself. `patches.side_model.SideModel` is the model of a task with
-    a side network. `attach` chooses between the two.
+    This class is for the methods whose network runs by itself. `patches.side_model.SideModel` is the model of a task
+    with a side network. `attach` chooses between the two.
 
     Attributes:
         network: the torchvision module with this task's tensors. InceptionV3 in train mode returns
