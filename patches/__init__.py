@@ -1,4 +1,9 @@
-"""Patches: small sets of private tensors that fit one shared backbone to many tasks."""
+"""Patches: small sets of private tensors that fit one shared backbone to many tasks.
+
+`load_backbone` builds a backbone and `attach` makes a task's model on it. `save_bundle` and `load_bundle` write and
+read a task's patch as one file. `PatchBank` answers for many tasks with one backbone in memory, and `fold` makes a
+plain network of one task's model.
+"""
 
 from patches.backbone import Backbone, load_backbone
 from patches.bank import PatchBank
@@ -6,8 +11,9 @@ from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle,
 from patches.errors import BackboneError, BundleError, PatchError
 from patches.fold import fold
 from patches.method import MethodInfo
+from patches.model import ParameterCounts, PatchedModel
 from patches.names import unknown_name_message
-from patches.patch import ParameterCounts, PatchedModel, attach, methods
+from patches.patch import attach, methods
 
 __all__ = [
     "Backbone",

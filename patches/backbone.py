@@ -1,4 +1,4 @@
-"""A backbone: one torchvision network, read as the sequence stem, block 1 to N, tail, head."""
+"""A backbone: one torchvision network, read as a sequence of steps: stem, blocks 1 to N, tail, head."""
 
 import json
 import os
@@ -17,19 +17,21 @@ from patches.structure import alias, copy_structure, meta, seeded, tensors_sha25
 from patches.weights import load_weights
 
 NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+"""The types of normalisation layers that patch methods know."""
 
 
 class Backbone:
-    """A network and the names of its parts.
+    """A network that can be run step by step, and the names of its parts.
 
     Attributes:
-        name: the name in torchvision, for instance "mobilenet_v2".
-        options: everything the architecture was built from, `num_classes` included; JSON-able.
-        network: torchvision's module. Changing its dtype, device or memory format (`to`) is for before the first
-            `attach`: the patched models alias its storage.
-        steps: names of the steps in order: "stem", "block1" to "blockN", "tail", "head". The tail gives the pooled
+        name: the architecture's name in torchvision, for example "mobilenet_v2".
+        options: all options that the architecture was built with, including `num_classes`. JSON can hold them.
+        network: the torchvision module. Change its dtype, device or memory format with `to` before the first `attach`,
+            because the patched models alias its storage.
+        steps: names of the steps in order: "stem", "block1" to "blockN", "tail", "head". The tail returns the pooled
             features (batch, width), the head the logits.
-        stages: number of the first block of each stage, in order: (1,) where all blocks have one width and resolution.
+        stages: number of the first block of each stage, in order. It is (1,) if all blocks have the same width and
+            resolution.
     """
 
     def __init__(self, name: str, options: dict[str, Any], network: nn.Module) -> None:
@@ -43,12 +45,12 @@ class Backbone:
 
     @property
     def num_blocks(self) -> int:
-        """N; block i is step i, the tail is step N + 1, the head step N + 2."""
+        """Number N of blocks. The stem is step 0, block i is step i, the tail step N + 1 and the head step N + 2."""
         return len(self.steps) - 3
 
     @property
     def auxiliary(self) -> str | None:
-        """Path of the branch that only training runs (InceptionV3's), or None."""
+        """Path of InceptionV3's auxiliary branch, which runs in training only, or None if there is none."""
         path = self._family.auxiliary
         return path if path is not None and getattr(self.network, path) is not None else None
 
@@ -56,23 +58,25 @@ class Backbone:
         """Run the steps[start:stop].
 
         Args:
-            x: what step `start` reads: images (batch, 3, height, width) for 0, else the output of step start - 1.
+            x: the input of step `start`: images (batch, 3, height, width) for step 0, else the output of the step
+                before.
         Returns:
-            The output of the last step run; `run(images)` is `network(images)` bit for bit in eval mode. In train
-            mode it is the main logits alone, where InceptionV3 itself also returns its auxiliary ones.
+            The output of the last step. In eval mode `run(images)` equals `network(images)` bit for bit. In train mode
+            InceptionV3's network also returns auxiliary logits, and `run` returns the main logits alone.
         """
         for step in self._steps[start:stop]:
             x = self._call(step.calls, x)
         return x
 
     def outputs(self, images: Tensor, wanted: Collection[int]) -> Iterator[tuple[int, Tensor]]:
-        """Run the sequence once, up to the last wanted step.
+        """Run the steps once, up to the last wanted one, and yield the wanted outputs on the way.
 
         Args:
             images: shape (batch, 3, height, width).
             wanted: indices of steps.
         Yields:
-            In order, each wanted index and that step's output, the same bits as `run(images, 0, index + 1)`.
+            Each wanted index in ascending order with that step's output, which has the same bits as
+            `run(images, 0, index + 1)`.
         """
         x = images
         for index in range(max(wanted, default=-1) + 1):
@@ -81,20 +85,26 @@ class Backbone:
                 yield index, x
 
     def enter(self, x: Tensor, block: int) -> Tensor:
-        """What block number `block` itself reads, from the output of the step before: a merging opens Swin's stages."""
+        """Return the input of block number `block`, given the output `x` of the step before.
+
+        The two differ at the first block of a Swin stage, where a merging comes first.
+        """
         return self._call(self._steps[block].calls[:-1], x)
 
     def run_entered(self, x: Tensor, block: int) -> Tensor:
-        """The rest of a block's step: `run_entered(enter(x, block), block)` is `run(x, block, block + 1)`."""
+        """Run the rest of a block's step: `run_entered(enter(x, block), block)` equals `run(x, block, block + 1)`."""
         return self._call(self._steps[block].calls[-1:], x)
 
     def paths(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Paths of the modules and tensors that the steps[start:stop] use."""
+        """Return the paths of the modules and tensors that the steps[start:stop] use."""
         steps = self._steps[start:stop]
         return [path for step in steps for path in (*step.calls, *step.tensors) if isinstance(path, str)]
 
     def hold_in_eval(self, stop: int) -> None:
-        """Put every module of the steps[:stop] into eval mode: dropout, stochastic depth and BatchNorm's statistics."""
+        """Put every module of the steps[:stop] into eval mode.
+
+        Dropout and stochastic depth are then off, and BatchNorm uses its running statistics and does not change them.
+        """
         for path in self.paths(0, stop):
             parent, _, name = path.rpartition(".")
             found = getattr(self.network.get_submodule(parent), name)
@@ -102,14 +112,19 @@ class Backbone:
                 module.training = False
 
     def frozen(self) -> Self:
-        """A structural copy in eval mode over the same storage, whatever mode this one is put into."""
+        """Return a copy of the structure over the same storage, in eval mode.
+
+        The copy stays in eval mode when this backbone's network is put into train mode.
+        """
         return type(self)(self.name, self.options, copy_structure(self.network, alias).eval())
 
     def block_shapes(self, image_size: int | tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Output shape of every step for one image, without the batch axis; computes no values.
+        """Return the output shape of every step for one image, without the batch axis. No values are computed.
 
         Args:
             image_size: side in pixels, or (height, width).
+        Returns:
+            Name of the step -> shape, in the order of the steps.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         hollow = Backbone(self.name, self.options, copy_structure(self.network, meta).eval())
@@ -122,7 +137,13 @@ class Backbone:
         return shapes
 
     def first_step_of(self, tensor_names: Collection[str]) -> int:
-        """Index of the first step that uses one of the state-dict tensors; an auxiliary branch counts with the head."""
+        """Return the index of the first step that uses one of the state-dict tensors.
+
+        InceptionV3's auxiliary branch counts as part of the head.
+
+        Raises:
+            BackboneError: no step uses any of them.
+        """
         for index, step in enumerate(self._steps):
             if any(step.owns(name) for name in tensor_names):
                 return index
@@ -130,43 +151,47 @@ class Backbone:
         raise BackboneError(f"Backbone '{self.name}' has no tensor {missing}. See network.state_dict().")
 
     def norm_layers(self) -> dict[str, nn.Module]:
-        """Module path -> layer, for every BatchNorm2d, LayerNorm and GroupNorm."""
+        """Return every BatchNorm2d, LayerNorm and GroupNorm: module path -> layer."""
         return dict(self._modules(NORM_LAYERS))
 
     def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
-        """Module path -> layer, for every BatchNorm2d."""
+        """Return every BatchNorm2d: module path -> layer."""
         return {path: layer for path, layer in self._modules(nn.BatchNorm2d) if isinstance(layer, nn.BatchNorm2d)}
 
     def depthwise_layers(self) -> dict[str, nn.Conv2d]:
-        """Module path -> layer, for every convolution with one group per channel."""
+        """Return every convolution with one group per input channel: module path -> layer."""
         convolutions = {path: layer for path, layer in self._modules(nn.Conv2d) if isinstance(layer, nn.Conv2d)}
         return {path: layer for path, layer in convolutions.items() if layer.groups == layer.in_channels > 1}
 
     def heads(self) -> dict[str, nn.Linear]:
-        """Module path -> layer, the main head first; InceptionV3's auxiliary classifier has one too."""
+        """Return the heads, the main one first: module path -> layer. InceptionV3's auxiliary branch has one too."""
         modules = dict(self.network.named_modules())
         found = {path: modules[path] for path in self._family.heads if path in modules}
         return {path: layer for path, layer in found.items() if isinstance(layer, nn.Linear)}
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `nn.Module.to`, for the network; before anything is attached."""
+        """Convert the network as `nn.Module.to` does, and return this backbone. Call it before anything is attached."""
         self.network.to(*args, **kwargs)
         return self
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the sorted names, shapes, dtypes and contiguous bytes of the state dict."""
+        """Return the SHA-256 (hex) over the state dict's sorted names, shapes, dtypes and contiguous bytes."""
         return tensors_sha256(self.network.state_dict())
 
     def architecture(self) -> dict[str, Any]:
-        """`name` and `options`: what `load_backbone(name, weights=file, **options)` needs beside the file."""
+        """Return `name` and `options`, which `load_backbone(name, weights=file, **options)` needs besides the file."""
         return {"name": self.name, "options": json.loads(json.dumps(self.options))}
 
     def identity(self) -> dict[str, Any]:
-        """`name`, `options` and `content_hash`: the one backbone that a bundle fits."""
+        """Return `name`, `options` and `content_hash`, by which a bundle names the one backbone that it fits."""
         return {**self.architecture(), "content_hash": self.content_hash()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state dict to a .safetensors file, atomically, in contiguous order."""
+        """Write the state dict to a .safetensors file, atomically and with contiguous tensors.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
         state = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.network.state_dict().items()
@@ -190,20 +215,22 @@ def load_backbone(
     seed: int = 0,
     **options: Any,
 ) -> Backbone:
-    """Build a torchvision network and give it weights. It comes in eval mode, on the CPU.
+    """Build a torchvision network and load weights into it.
 
     Args:
         name: "mobilenet_v2", "inception_v3", "resnet18", "resnet50", "vit_b_16" or "swin_b".
-        weights: None for random weights; a torchvision name such as "IMAGENET1K_V2", whose trunk is taken and whose
-            head too unless `num_classes` differs; or the path of a .safetensors, .pth or .pt state dict, which must
-            fit exactly. The network takes the file's floating dtype.
-        num_classes: size of the head.
-        seed: of the random weights; the global random state is left as it was.
-        options: of the family (`patches.families.FAMILIES`), such as width_mult, stem_stride (1 for small images),
-            last_channel (width before the head), image_size, or the depths and widths of a small ViT or Swin; and
-            `norm_momentum`, the momentum of every BatchNorm layer (default: the network's own).
+        weights: None for random weights; or a torchvision name such as "IMAGENET1K_V2", whose head is left out if
+            `num_classes` differs; or the path of a .safetensors, .pth or .pt state dict, which must fit exactly. The
+            network takes the file's floating dtype.
+        num_classes: number of outputs of the head.
+        seed: seed of the random weights. The global random state stays as it was.
+        options: options of the architecture (`patches.families.FAMILIES`), such as width_mult, stem_stride (1 for
+            small images), last_channel (width before the head), image_size, or the depths and widths of a small ViT or
+            Swin; and `norm_momentum`, the momentum of every BatchNorm layer (default: the network's own).
+    Returns:
+        The backbone, in eval mode and on the CPU.
     Raises:
-        BackboneError: unknown name or option, a value torchvision refuses, or weights that do not fit.
+        BackboneError: the name or an option is unknown, torchvision refuses a value, or the weights do not fit.
     """
     if name not in FAMILIES:
         raise BackboneError(unknown_name_message("backbone", name, FAMILIES))
@@ -223,7 +250,7 @@ def load_backbone(
 
 
 def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
-    """The network with random weights. Only the CPU's generator is used, and put back."""
+    """Build the network with random weights. It draws from the CPU's generator, whose state is restored afterwards."""
     arguments = {key: value for key, value in options.items() if key != "norm_momentum"}
     try:
         json.dumps(options)

@@ -1,4 +1,4 @@
-"""Many tasks over one backbone in memory, the steps that they share computed once."""
+"""Many tasks over one backbone in memory. The steps that they share are computed once."""
 
 import os
 from collections.abc import Collection
@@ -9,36 +9,42 @@ from torch import Tensor
 from patches.backbone import Backbone
 from patches.bundle import load_bundle
 from patches.errors import PatchError
+from patches.model import PatchedModel
 from patches.names import unknown_name_message
-from patches.patch import PatchedModel
 
 
 class PatchBank:
-    """Tasks on one frozen backbone, answered together.
+    """A set of tasks on one frozen backbone, which are answered together.
 
-    Each task parts from the others at its `first_private_block`: a side network after the last step it reads, a last
-    layer at the head, a patch of normalisation layers at the first of them.
+    The steps before a task's `first_private_block` are shared with the other tasks. With `last_layer` these are all
+    steps before the head, with a side network the steps up to the last one that it reads, and with `scale_bias` the
+    steps before the first normalisation layer.
+
+    Attributes:
+        backbone: the backbone of all tasks.
+        trunk: a copy of the backbone's structure over the same storage. It runs the shared steps, always in eval mode.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._trunk = backbone.frozen()
+        self.trunk = backbone.frozen()
         self._models: dict[str, PatchedModel | None] = {}
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names in the order in which they were added."""
+        """Names of the tasks, in the order in which they were added."""
         return tuple(self._models)
 
     def add(self, name: str, patch: PatchedModel | str | os.PathLike[str] | None = None) -> None:
-        """Take up a task.
+        """Add a task.
 
         Args:
-            patch: a model attached to this backbone, which is put into eval mode; the path of a bundle; or None for
-                the backbone's own head.
+            name: name of the task, unique in the bank.
+            patch: a model attached to this backbone, which is put into eval mode; or the path of a bundle; or None for
+                a task that is the backbone itself, with its own head.
         Raises:
-            PatchError: a name that is taken, or a model that does not alias this backbone's tensors.
-            BundleError: as `load_bundle`.
+            PatchError: the name is taken, or the model does not alias this backbone's tensors.
+            BundleError: the bundle cannot be loaded. See `load_bundle`.
         """
         if name in self._models:
             raise PatchError(f"The bank has a task '{name}' already. Give this one another name.")
@@ -57,28 +63,31 @@ class PatchBank:
 
     @torch.no_grad()
     def all_tasks(self, images: Tensor, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Every task on every image: the shared steps once, then each task's rest, without autograd.
+        """Return the logits of every task for every image, without autograd.
+
+        The shared steps run once, and then each task runs its remaining steps.
 
         Args:
             images: shape (batch, 3, height, width).
-            tasks: those to answer; all by default.
+            tasks: names of the tasks to answer, by default all.
         Returns:
-            Task -> logits (batch, its classes), the same bits as its model alone gives without autograd.
+            Task -> logits (batch, classes of the task). They have the same bits as the logits that the task's model
+            alone computes without autograd.
         Raises:
-            PatchError: a task that was not added.
+            PatchError: the bank has no task of that name.
         """
         for name in tasks or ():
             if name not in self._models:
                 raise PatchError(unknown_name_message("task of this bank", name, self._models))
         asked = {name: model for name, model in self._models.items() if tasks is None or name in tasks}
-        features = len(self._trunk.steps) - 2
+        features = len(self.trunk.steps) - 2
         wanted = {step for model in asked.values() for step in (model.reads if model is not None else (features,))}
-        outputs = dict(self._trunk.outputs(images, wanted))
+        outputs = dict(self.trunk.outputs(images, wanted))
         distinct = {model.shared_key: model for model in asked.values() if model is not None}
         shared = {key: model.condense(outputs) for key, model in distinct.items()}
         return {
             name: (
-                self._trunk.run(outputs[features], features + 1)
+                self.trunk.run(outputs[features], features + 1)
                 if model is None
                 else model.own_part(images, shared[model.shared_key])
             )

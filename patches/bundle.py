@@ -1,7 +1,7 @@
-"""The file that carries one task's patch: a safetensors file with a JSON manifest in its header.
+"""Bundles. A bundle is the file that carries one task's patch: a safetensors file with a JSON manifest in its header.
 
-The manifest begins with a SHA-256 of the whole file, taken with the 64 digits of the hash itself as zeros. It covers
-header, manifest and tensors, so that one changed byte anywhere is found before a value is used.
+The manifest begins with the payload hash: a SHA-256 of the whole file, in which the 64 digits of the hash itself count
+as zeros. It covers header, manifest and tensors, so that a changed byte anywhere is found before a value is used.
 """
 
 import hashlib
@@ -22,33 +22,44 @@ from patches.errors import BundleError
 from patches.families import FAMILIES
 from patches.files import write_atomic
 from patches.methods.mist import Edge
-from patches.patch import PatchedModel, attach
+from patches.model import PatchedModel
+from patches.patch import attach
 from patches.structure import dtype_name
 
 FORMAT = 1
-_ZEROS = "0" * 64
-_HASH_START = rb'"manifest":"{\"payload_sha256\":\"'  # as the header's JSON writes a string that holds JSON
+"""Version of the file format."""
+UNSEALED = "0" * 64
+"""The payload hash while it is computed. `seal` replaces it."""
+_HASH_START = rb'"manifest":"{\"payload_sha256\":\"'
+"""The bytes right before the payload hash. The manifest is JSON within a string of the header's JSON."""
 
 
 @dataclass(frozen=True)
 class BundleInfo:
-    """What a bundle's manifest says."""
+    """The contents of a bundle's manifest."""
 
     payload_sha256: str
-    """Of the whole file with these digits as zeros."""
+    """SHA-256 (hex) of the whole file, in which these digits count as zeros."""
     format: int
+    """Version of the file format."""
     method: str
+    """Name of the patch method, or several joined with "+"."""
     options: dict[str, Any]
+    """Every option of the method with its value."""
     num_classes: int
+    """Number of outputs of the head."""
     head: str
     """Who holds the head: "shared", "private" or "fixed"."""
     fixed_head: dict[str, Any] | None
-    """`seed` and `sha256` of a fixed random head, which the file does not carry."""
+    """The `seed` and the `sha256` of a fixed random head, whose values are not in the file, or None."""
     classes: list[str]
+    """A name for each output, in order."""
     preprocessing: dict[str, Any]
+    """How an image becomes the network's input."""
     metrics: dict[str, Any]
+    """Values that were measured with this patch."""
     backbone: dict[str, Any]
-    """`name`, `options` and `content_hash` of the one backbone it fits."""
+    """`name`, `options` and `content_hash` of the one backbone that the bundle fits."""
     tensors: dict[str, Any]
     """Tensor name -> `shape` and `dtype`."""
 
@@ -70,16 +81,23 @@ def save_bundle(
     preprocessing: Mapping[str, Any],
     metrics: Mapping[str, Any] | None = None,
 ) -> BundleInfo:
-    """Write the model's private tensors and what is needed to use them again, atomically and bit for bit.
+    """Write a model's private tensors, bit for bit, and a manifest of what is needed to use them again.
+
+    The file is written atomically.
 
     Args:
         model: a task's model, or MIST's edge network alone.
+        path: the file to write.
         classes: a name for each output, in order.
-        preprocessing: how an image becomes the network's input (size, mean, standard deviation); JSON-able.
-        metrics: what was measured on this patch; JSON-able.
+        preprocessing: how an image becomes the network's input (size, mean, standard deviation). JSON must be able to
+            hold it.
+        metrics: values that were measured with this patch. JSON must be able to hold them.
+    Returns:
+        The manifest that was written.
     Raises:
-        BundleError: class names that do not match the head, values JSON cannot hold, or shared tensors that are no
-            longer the backbone's.
+        BundleError: the number of class names is not that of the outputs, JSON cannot hold a value, or the shared
+            tensors are no longer equal to the backbone's.
+        OSError: the folder cannot be written, or the disk is full.
     """
     if len(classes) != model.num_classes or not all(isinstance(name, str) for name in classes):
         raise BundleError(
@@ -93,7 +111,7 @@ def save_bundle(
         for name, tensor in model.private_state().items()
     }
     manifest = {
-        "payload_sha256": _ZEROS,  # first: _HASH_START finds it
+        "payload_sha256": UNSEALED,  # must be the first entry, where `seal` looks for it
         "format": FORMAT,
         "method": model.method,
         "options": model.options,
@@ -114,27 +132,42 @@ def save_bundle(
             "Use numbers (no NaN), strings, lists and dicts."
         ) from error
     data = safetensors.torch.save(tensors, {"manifest": text})
-    start = data.index(_HASH_START) + len(_HASH_START)
-    digest = _hash_but(data, start)
-    write_atomic(path, data[:start] + digest.encode() + data[start + len(_ZEROS) :])
+    data, digest = seal(data)
+    write_atomic(path, data)
     return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
 
 
+def seal(data: bytes) -> tuple[bytes, str]:
+    """Write the payload hash into a bundle whose manifest still has zeros in its place.
+
+    Args:
+        data: the whole file. Its manifest begins with `payload_sha256`, which is `UNSEALED`.
+    Returns:
+        The finished file, and the hash (hex).
+    """
+    start = data.index(_HASH_START) + len(_HASH_START)
+    digest = _hash_but(data, start)
+    return data[:start] + digest.encode() + data[start + len(UNSEALED) :], digest
+
+
 def inspect_bundle(path: str | os.PathLike[str]) -> BundleInfo:
-    """Read the manifest and check the file's own hash; needs no backbone and builds no model.
+    """Read a bundle's manifest and check the payload hash. This needs no backbone and builds no model.
 
     Raises:
-        BundleError: no whole, unedited bundle of a format this version knows.
+        BundleError: the file is missing, cut or edited, or has a format that this version does not know.
     """
     return _read(path)[0]
 
 
 def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedModel:
-    """Attach a bundle's patch to its backbone.
+    """Attach a bundle's patch to the backbone that the bundle fits.
 
+    The backbone is never changed.
+
+    Returns:
+        A new model in eval mode.
     Raises:
-        BundleError: a file that `inspect_bundle` refuses, another backbone, or tensors that do not fit. Nothing is
-            changed then; the backbone never is.
+        BundleError: `inspect_bundle` refuses the file, the backbone is another one, or the tensors do not fit.
     """
     info, data = _read(path)
     _check_backbone(path, info, backbone)
@@ -169,10 +202,10 @@ def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedMode
 
 
 def verify_bundle(path: str | os.PathLike[str], backbone: Backbone) -> BundleInfo:
-    """Check all that `load_bundle` checks, and give the manifest.
+    """Check everything that `load_bundle` checks, and return the manifest.
 
     Raises:
-        BundleError: as `load_bundle`.
+        BundleError: the bundle cannot be loaded. See `load_bundle`.
     """
     load_bundle(path, backbone)
     return inspect_bundle(path)
@@ -189,7 +222,7 @@ def _check_shared(path: str | os.PathLike[str], model: PatchedModel) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
-    """The checked manifest and the whole file."""
+    """Return the manifest, after checking it and the payload hash, and the bytes of the whole file."""
     whole = "a whole, unedited bundle"
     again = "Fetch or export the file again."
     try:
@@ -235,7 +268,7 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
 
 def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Backbone) -> None:
     expected, found = info.backbone, backbone.architecture()
-    # A bundle made before its family had an option was made at what is the default now.
+    # A bundle from before its architecture had some option was made with that option's default.
     expected = {**expected, "options": {**FAMILIES[backbone.name].options, **expected["options"]}}
     if expected["name"] != found["name"]:
         raise _refusal(
@@ -265,11 +298,11 @@ def _refusal(path: str | os.PathLike[str], expected: str, found: str, advice: st
 
 
 def _hash_but(data: bytes, start: int) -> str:
-    """SHA-256 (hex) of `data` with the 64 bytes at `start` as zeros."""
+    """Return the SHA-256 (hex) of `data`, in which the 64 bytes at `start` count as zeros."""
     view = memoryview(data)
     digest = hashlib.sha256(view[:start])
-    digest.update(_ZEROS.encode())
-    digest.update(view[start + len(_ZEROS) :])
+    digest.update(UNSEALED.encode())
+    digest.update(view[start + len(UNSEALED) :])
     return digest.hexdigest()
 
 

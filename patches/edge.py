@@ -1,8 +1,8 @@
-"""MIST at the edge: a task learned from gathered maps alone, in little memory and without a backbone.
+"""MIST at the edge: train a task from gathered maps alone, in little memory and without a backbone.
 
     python -m patches.edge train.arrow --validation validation.arrow --out pets.patch
 
-The maps come from `multitask gather`, where the backbone is. The bundle attaches to that backbone.
+`multitask gather` makes the maps, on a machine that has the backbone. The bundle attaches to that backbone.
 """
 
 import argparse
@@ -22,19 +22,21 @@ from patches.features import FeatureFile
 from patches.methods.mist import Edge
 
 MAPS = "maps"
-"""The feature's name in the files."""
+"""Name of the maps' feature in the files."""
 CHUNK = 8
-"""Images whose activations are held at once."""
+"""Number of images whose activations are in memory at the same time."""
 
 
 def make_edge(maps: FeatureFile, *, seed: int = 0, **options: Any) -> Edge:
-    """A fresh edge network for the maps of a file.
+    """Make a fresh edge network for the maps of a file.
 
     Args:
-        options: of `Mist`, but for k, which is the file's.
+        maps: a file that `multitask gather` wrote.
+        seed: seed of the side network and the head.
+        options: options of `Mist` except `k`, which the file determines.
     Raises:
-        FeatureError: a file of something else.
-        PatchError: as `Edge`.
+        FeatureError: the file holds something else than gathered maps.
+        PatchError: the backbone is not a ViT, or an option is wrong.
     """
     if set(maps.layouts) != {MAPS}:
         raise FeatureError(f"'{maps.path}' holds no gathered maps. Name a file that `multitask gather` wrote.")
@@ -44,26 +46,32 @@ def make_edge(maps: FeatureFile, *, seed: int = 0, **options: Any) -> Edge:
 def train_edge(
     edge: Edge, maps: FeatureFile, *, epochs: int, rate: float, batch_size: int = 32, chunk: int = CHUNK, seed: int = 0
 ) -> list[float]:
-    """Train in place: Adam, the rate on a cosine down to 0, every epoch in an order of its own.
+    """Train an edge network in place, with Adam and a learning rate that falls to 0 on a cosine.
 
-    A step is one update by the mean gradient of `batch_size` images. No image of a batch sees another one, so the
-    gradient is added up over chunks of them: the activations of a chunk are all that is held.
+    A step is one update with the mean gradient of `batch_size` images. The network has no layer that mixes the images
+    of a batch. Therefore the gradient is summed over chunks of the batch, and only the activations of one chunk are in
+    memory.
 
     Args:
-        rate: at the start.
-        batch_size: images of a step; those left over at an epoch's end wait for the next order.
-        chunk: images of one forward and backward pass.
-        seed: of the orders.
+        edge: the network to train.
+        maps: the images' gathered maps and labels.
+        epochs: number of passes over the images. Each one has its own random order.
+        rate: learning rate at the start.
+        batch_size: number of images in a step. Images at the end of an epoch that do not fill a batch are left out.
+        chunk: number of images in one forward and backward pass.
+        seed: seed of the random orders.
     Returns:
         The mean loss of each step.
     Raises:
-        FeatureError: fewer images than one batch.
+        FeatureError: there are fewer images than one batch takes.
     Source: Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025, arXiv:2406.17559: Adam, batches of 32
         and the cosine.
     """
     steps_per_epoch = len(maps) // batch_size
     if not steps_per_epoch:
-        raise FeatureError(f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Set fewer.")
+        raise FeatureError(
+            f"'{maps.path}' has {len(maps)} images, and a batch takes {batch_size}. Use a smaller batch size."
+        )
     generator = torch.Generator().manual_seed(seed)
     optimizer = Adam(edge.parameters(), rate)
     schedule = CosineAnnealingLR(optimizer, T_max=epochs * steps_per_epoch)
@@ -86,12 +94,12 @@ def train_edge(
 
 @torch.no_grad()
 def predict(edge: Edge, maps: FeatureFile, chunk: int = CHUNK) -> Tensor:
-    """Logits of all images in order, shape (images, num_classes)."""
+    """Return the logits of all images in the order of the file, shape (images, num_classes)."""
     return torch.cat([edge(x) for x, _ in _chunks(maps, torch.arange(len(maps)), chunk)])
 
 
 def _chunks(maps: FeatureFile, places: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Maps (n, 1 + patches, d) and labels (n,) of the images at these places, up to `chunk` at a time."""
+    """Yield the maps (n, 1 + patches, d) and labels (n,) of the images at `places`, up to `chunk` images at a time."""
     for part in places.split(chunk):
         x = maps.layouts[MAPS].empty(len(part))
         maps.read(MAPS, part.numpy(), x, range(len(part)))

@@ -1,17 +1,17 @@
-"""The package's errors. Each takes one message, so that it survives the way between processes."""
+"""The package's errors. Each one takes a single message, so that it can be pickled and sent to another process."""
 
 
 class PatchError(ValueError):
-    """A method, option or head that does not go with the backbone, or a use of a patched model that would break it."""
+    """A method, option or head does not fit the backbone, or a patched model is used in a way that would break it."""
 
 
 class BackboneError(ValueError):
-    """A backbone that cannot be built, or weights that do not fit it."""
+    """A backbone cannot be built, or weights do not fit it."""
 
 
 class FeatureError(ValueError):
-    """Stored features that cannot be written, read, or used where they were given."""
+    """Stored features cannot be written or read, or do not fit the purpose that they were given for."""
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be written or must not be loaded."""
+    """A bundle cannot be written, or must not be loaded."""

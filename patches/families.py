@@ -1,7 +1,7 @@
-"""How each torchvision network is built and how it reads as a sequence: stem, blocks, tail, head.
+"""How each torchvision network is built, and how it is read as a sequence of steps: stem, blocks, tail, head.
 
-A step is a list of module paths and of functions defined in this file, never a closure over modules: the same steps
-run a structural copy of the network.
+A step consists of module paths and of functions in this file. It holds no modules, so that the same steps can run every
+structural copy of the network.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 NetworkFunction = Callable[[nn.Module, Tensor], Tensor]
+"""A function of (network, x) that does what the network's forward does between two modules."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class Step:
     """One step of a network."""
 
     name: str
+    """"stem", "block1" to "blockN", "tail" or "head"."""
     calls: tuple[str | NetworkFunction, ...]
-    """In order: module paths, and functions of (network, x) for what the network's forward does between modules."""
+    """The paths of the modules and the functions that the step calls, in order."""
     tensors: tuple[str, ...] = ()
-    """Modules or tensors that only those functions use."""
+    """Paths of the modules and tensors that the step uses and that are not among `calls`."""
 
     def owns(self, tensor_name: str) -> bool:
-        """Whether the state-dict tensor `tensor_name` is used by this step."""
+        """Return whether this step uses the state-dict tensor `tensor_name`."""
         prefixes = [call for call in self.calls if isinstance(call, str)]
         return any(
             tensor_name == prefix or tensor_name.startswith(f"{prefix}.") for prefix in (*prefixes, *self.tensors)
@@ -38,21 +40,23 @@ def _one_stage(_network: nn.Module, _steps: list[Step]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """What the code must know of one torchvision network."""
+    """Everything that the code must know about one torchvision architecture."""
 
     build: Callable[..., nn.Module]
-    """Takes num_classes and every option, returns a randomly initialised network."""
+    """Takes num_classes and every option, and returns a randomly initialised network."""
     steps: Callable[[nn.Module], list[Step]]
+    """Takes a network and returns its steps in order."""
     heads: tuple[str, ...]
-    """Paths of the classifying Linear layers, the main one first; those a network lacks are left out."""
+    """Paths of the Linear layers that give logits, the main one first. A network may have only some of them."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Default of every option."""
+    """The default of every option."""
     pretrained_options: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults that differ when torchvision's own weights are asked for by name."""
+    """Defaults that replace those of `options` if torchvision's own weights are asked for by name."""
     auxiliary: str | None = None
-    """Path of a branch that only training runs."""
+    """Path of a branch that runs in training only, or None."""
     stages: Callable[[nn.Module, list[Step]], tuple[int, ...]] = _one_stage
-    """Number of the first block of each stage: where a block changes width or resolution, no residual crosses it."""
+    """Takes a network and its steps, and returns the number of the first block of each stage. A stage begins at a block
+    that changes the width or the resolution, so that no residual connection crosses it."""
 
 
 def _flatten(_network: nn.Module, x: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ def _build_mobilenet_v2(num_classes: int, stem_stride: int, last_channel: int | 
         raise ValueError(f"stem_stride={stem_stride}, and only 1 (small images) and 2 (the paper's) are possible")
     network.features[0][0].stride = (stem_stride, stem_stride)
     if last_channel is not None:
-        # The class has no argument for the width before the head, so its last convolution and head are replaced.
+        # MobileNetV2 has no argument for the width before the head, so its last convolution and its head are replaced.
         tail = Conv2dNormActivation(
             network.features[-1][0].in_channels, last_channel, kernel_size=1, activation_layer=nn.ReLU6
         )
@@ -132,7 +136,8 @@ def _inception_v3_steps(network: nn.Module) -> list[Step]:
         Step("stem", (_transform_input, *_INCEPTION_STEM)),
         [(f"Mixed_{name}",) for name in _INCEPTION_BLOCKS],
         Step("tail", ("avgpool", _flatten)),
-        # The auxiliary branch reads Mixed_6e in training only: nothing else needs it, so it counts with the head.
+        # The auxiliary branch reads Mixed_6e's output, in training only. No other step depends on it, so it counts as
+        # part of the head.
         Step("head", ("dropout", "fc"), tensors=auxiliary),
     )
 
@@ -203,7 +208,7 @@ def _vit_steps(network: nn.Module) -> list[Step]:
 def _build_swin_b(num_classes: int, **options: Any) -> nn.Module:
     from torchvision.models import SwinTransformer
 
-    # The function swin_b fixes the stochastic depth at 0.5 and the sizes; the class takes them.
+    # The function swin_b fixes the sizes and a stochastic depth of 0.5. The class takes them as arguments.
     return SwinTransformer(patch_size=[4, 4], num_classes=num_classes, **options)
 
 
@@ -212,7 +217,7 @@ def _swin_steps(network: nn.Module) -> list[Step]:
     entry: tuple[str, ...] = ()
     for index, part in enumerate(network.get_submodule("features")[1:], start=1):  # type: ignore[index]
         if not isinstance(part, nn.Sequential):
-            # A merging opens the next stage's first block, so that a block's output is the block's own.
+            # A merging counts as the beginning of the next stage's first block, not as the end of the block before it.
             entry = (f"features.{index}",)
             continue
         for position, _ in enumerate(part):
@@ -227,7 +232,7 @@ def _swin_steps(network: nn.Module) -> list[Step]:
 
 
 def _swin_stages(_network: nn.Module, steps: list[Step]) -> tuple[int, ...]:
-    # A merging opens each stage but the first.
+    # Every stage but the first begins with a block whose step calls a merging first.
     return (1, *(number for number in range(2, len(steps) - 2) if len(steps[number].calls) > 1))
 
 

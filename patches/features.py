@@ -1,10 +1,12 @@
-"""Arrow files of features: one row of fixed size for each image, read by seeking.
+"""Feature files: Arrow files with one row of fixed size for each image.
 
-An uncompressed Arrow IPC file with the columns `row` (int64, the image's number in its table), `label` (int64) and one
-fixed-size list for each feature: the numbers of one image as they lie in memory. The schema's metadata say what the
-numbers are. A server sends MIST's maps this way, and training caches what a frozen backbone gives.
+A feature file is an uncompressed Arrow IPC file. Its columns are `row` (int64, the image's number in its table),
+`label` (int64), and one fixed-size list for each feature with the values of one image in the order in which they lie in
+memory. The schema's metadata describe the features. Because a row has a fixed size, it is read by seeking to its place.
 
-`import patches` leaves this module alone: it needs pyarrow.
+MIST's maps travel in such files from a server to the edge, and training caches outputs of a frozen backbone in them.
+
+This module needs pyarrow, so `import patches` does not import it.
 """
 
 import json
@@ -32,25 +34,28 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one feature of an image lies in memory."""
+class FeatureLayout:
+    """How the values of one feature of one image lie in memory."""
 
     shape: tuple[int, ...]
+    """Shape for one image, without the batch axis."""
     strides: tuple[int, ...]
-    """Numbers (not bytes) from an element to the next one, for each axis: channels_last maps stay channels_last."""
+    """Distance from one element to the next along each axis, counted in elements. The strides are stored so that
+    channels_last maps stay channels_last."""
     dtype: str
+    """A key of `DTYPES`."""
 
     @classmethod
-    def of(cls, feature: Tensor) -> "Layout":
-        """That of a batch (batch, ...).
+    def of(cls, feature: Tensor) -> "FeatureLayout":
+        """Return the layout of a feature, given a batch (batch, ...) of it.
 
         Raises:
-            FeatureError: a dtype that these files do not hold.
+            FeatureError: feature files cannot hold its dtype.
         """
         dtype = dtype_name(feature)
         if dtype not in DTYPES:
             raise FeatureError(f"Features of dtype {dtype} cannot be stored. Convert them to {' or '.join(DTYPES)}.")
-        # Gaps and overlaps, as a slice or a broadcast tensor has them, are not kept.
+        # A slice has gaps between its values and a broadcast tensor has overlaps. The stored layout has neither.
         whole = torch.empty_like(feature, device="meta")
         if whole.stride(0) != math.prod(feature.shape[1:]):
             whole = torch.empty(feature.shape, device="meta")
@@ -58,48 +63,54 @@ class Layout:
 
     @property
     def numbers(self) -> int:
+        """Number of values for one image."""
         return math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
+        """Number of bytes for one image."""
         return self.numbers * DTYPES[self.dtype].itemsize
 
     def flat(self, feature: Tensor) -> Tensor:
-        """The numbers of each image as they lie in memory, shape (batch, numbers), on the CPU."""
+        """Return the values of each image in the order in which they lie in memory: (batch, numbers), on the CPU."""
         size, strides = feature.shape, (self.numbers, *self.strides)
         if feature.device.type != "cpu" or feature.stride() != strides:
             feature = torch.empty_strided(size, strides, dtype=feature.dtype).copy_(feature.detach())
         return feature.detach().as_strided((size[0], self.numbers), (self.numbers, 1))
 
     def empty(self, count: int) -> Tensor:
-        """A batch with any values, shape (count, *shape)."""
+        """Return a batch of shape (count, *shape) whose values are not initialised."""
         return torch.empty_strided((count, *self.shape), (self.numbers, *self.strides), dtype=DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some images: their numbers in their table and labels, shape (n,), int64, and features by name, (n, ...)."""
+    """The features of n images."""
 
     rows: NDArray[np.int64]
+    """Shape (n,): the images' numbers in their table."""
     labels: NDArray[np.int64]
+    """Shape (n,)."""
     features: Mapping[str, Tensor]
+    """Name of the feature -> tensor (n, ...)."""
 
 
 def write_features(path: str | os.PathLike[str], about: Mapping[str, Any], batches: Iterable[Rows]) -> None:
-    """Write a file that appears whole or not at all; one batch is in memory at a time.
+    """Write a feature file atomically, with one batch in memory at a time.
 
     Args:
-        about: what the features are, for whoever reads them; JSON-able.
-        batches: one or more, with the same features of the same shapes and dtypes.
+        path: the file to write.
+        about: a description of the features for the reader of the file. JSON must be able to hold it.
+        batches: one batch or more. All have the same features with the same shapes and dtypes.
     Raises:
-        FeatureError: no batch, or a dtype that these files do not hold.
+        FeatureError: there is no batch, or feature files cannot hold a dtype.
         OSError: the folder cannot be written, or the disk is full.
     """
     waiting = iter(batches)
     first = next(waiting, None)
     if first is None:
         raise FeatureError(f"'{path}': there are no images to write features of. Give at least one.")
-    layouts = {name: Layout.of(feature) for name, feature in first.features.items()}
+    layouts = {name: FeatureLayout.of(feature) for name, feature in first.features.items()}
     schema = _schema(layouts, about)
     with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         batch: Rows | None = first
@@ -109,11 +120,21 @@ def write_features(path: str | os.PathLike[str], about: Mapping[str, Any], batch
 
 
 class FeatureFile:
-    """An opened file. It holds no descriptor and maps no page, so that what is read is all that is in memory."""
+    """A feature file that can be read row by row. Between reads it keeps no open file and no mapped memory.
+
+    Attributes:
+        path: the file.
+        about: the description of the features that the writer gave.
+        layouts: name of the feature -> its layout.
+        rows: shape (images,), int64: the images' numbers in their table.
+        labels: shape (images,), int64.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises:
-        FeatureError: no such file, or no whole feature file of this format.
+        """Read everything but the features.
+
+        Raises:
+            FeatureError: there is no such file, or it is not a complete feature file of this format.
         """
         self.path = Path(path)
         try:
@@ -126,7 +147,7 @@ class FeatureFile:
                     )
                 self.about: dict[str, Any] = described["about"]
                 self.layouts = {
-                    name: Layout(tuple(layout["shape"]), tuple(layout["strides"]), layout["dtype"])
+                    name: FeatureLayout(tuple(layout["shape"]), tuple(layout["strides"]), layout["dtype"])
                     for name, layout in described["layouts"].items()
                 }
                 self._read_places(source, reader)
@@ -138,6 +159,7 @@ class FeatureFile:
             ) from error
 
     def _read_places(self, source: pa.MemoryMappedFile, reader: pa.ipc.RecordBatchFileReader) -> None:
+        """Read the rows and labels, and note where the features of each record batch begin in the file."""
         source.seek(0)
         start = source.read_buffer(1).address
         rows, labels, sizes = [], [], []
@@ -153,9 +175,7 @@ class FeatureFile:
                     raise FeatureError(f"'{self.path}': its column '{name}' is too short. Write the file again.")
                 self._offsets[name].append(values.address - start)
         self.rows: NDArray[np.int64] = np.concatenate(rows)
-        """Shape (images,): numbers in the image table."""
         self.labels: NDArray[np.int64] = np.concatenate(labels)
-        """Shape (images,)."""
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
 
     def __len__(self) -> int:
@@ -165,9 +185,10 @@ class FeatureFile:
         """Copy one feature of some images into a batch.
 
         Args:
-            places: numbers of the images in this file, 0 to len - 1, in any order.
-            out: a batch as `layouts[name].empty` makes it.
-            at: for each place, the number in the batch.
+            name: name of the feature.
+            places: the images' numbers in this file, 0 to len - 1, in any order.
+            out: a batch from `layouts[name].empty`.
+            at: for each place, the image's number in the batch.
         Raises:
             OSError: the file is gone, or ends before the row does.
         """
@@ -185,7 +206,7 @@ class FeatureFile:
                     wanted = wanted[got:]
 
 
-def _schema(layouts: Mapping[str, Layout], about: Mapping[str, Any]) -> pa.Schema:
+def _schema(layouts: Mapping[str, FeatureLayout], about: Mapping[str, Any]) -> pa.Schema:
     described = {
         "format": FORMAT,
         "about": dict(about),
@@ -198,7 +219,7 @@ def _schema(layouts: Mapping[str, Layout], about: Mapping[str, Any]) -> pa.Schem
     return pa.schema(fields, metadata={KEY: json.dumps(described)})
 
 
-def _record_batch(schema: pa.Schema, layouts: Mapping[str, Layout], batch: Rows) -> pa.RecordBatch:
+def _record_batch(schema: pa.Schema, layouts: Mapping[str, FeatureLayout], batch: Rows) -> pa.RecordBatch:
     arrays = [pa.array(batch.rows), pa.array(batch.labels)]
     for name, layout in layouts.items():
         values = pa.array(layout.flat(batch.features[name]).reshape(-1).numpy())

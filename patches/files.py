@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds the old one or the whole new one, never a part."""
+"""Write files atomically: a reader finds either the old file or the complete new one."""
 
 import os
 import secrets
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 LEFT_BEHIND_S = 3600.0
-"""Nobody writes any more to a temporary file that is as old."""
+"""Age in seconds from which a temporary file counts as left behind by a killed process."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` as `atomic_file` does."""
+    """Write `data` to `path` atomically. See `atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` to write to; at the end of the block it is flushed to disk and renamed into place.
+    """Open a temporary file beside `path`. At the end of the block it is flushed to disk and renamed to `path`.
 
-    Missing parent folders are made. When anything fails, what was at `path` before is still there and the temporary
-    file is gone.
+    Missing parent folders are made. If anything fails, the temporary file is removed and an older file at `path` stays
+    as it was.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -41,14 +41,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(folder)  # so that the rename survives a power cut too
     finally:
         os.close(folder)
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Take away the temporary files of processes that were killed while they wrote to `folder`."""
+    """Remove the temporary files of processes that were killed while they wrote to `folder`."""
     for temporary in folder.glob(".*.tmp"):
-        with suppress(OSError):  # another process takes it away too, or it is another user's
+        with suppress(OSError):  # another process has removed it already, or it belongs to another user
             if time.time() - temporary.stat().st_mtime > LEFT_BEHIND_S:
                 temporary.unlink()

@@ -1,4 +1,4 @@
-"""Folding a patched model into a plain torchvision network with the same outputs."""
+"""Fold a patched model into a plain torchvision network with the same outputs."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,27 +10,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from patches.errors import PatchError
 from patches.layers import FixedLinear
 from patches.methods import METHODS
-from patches.patch import PatchedModel
+from patches.model import PatchedModel
 from patches.structure import copy_structure
 
 
 def fold(model: PatchedModel) -> nn.Module:
-    """A standalone network of torchvision's class that gives the model's eval-mode outputs.
+    """Return a standalone network of torchvision's class that gives the model's eval-mode outputs.
 
-    Every BatchNorm goes into the convolution before it: W' = W γ / sqrt(σ² + ε) per output channel and
-    b' = β - μ γ / sqrt(σ² + ε), computed in float64 and rounded once. A fixed head becomes an ordinary Linear.
-    LayerNorm depends on the input and stays, so a ViT or Swin comes out as a plain copy.
+    Every BatchNorm is merged into the convolution before it: W' = W γ / sqrt(σ² + ε) per output channel and
+    b' = β - μ γ / sqrt(σ² + ε), computed in float64 and rounded once. A fixed head becomes an ordinary Linear layer.
+    LayerNorm depends on the input and stays, so a ViT or Swin becomes a plain copy.
 
     Returns:
-        The network in eval mode; it shares no storage with the model.
+        The network in eval mode. It shares no storage with the model.
     Raises:
-        PatchError: a part of the method cannot be folded.
+        PatchError: a method of the model cannot be folded.
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703, section 3.
     """
     for name in model.method.split("+"):
         if not METHODS[name].foldable:
             raise PatchError(
-                f"Patch method '{name}' cannot be folded: it computes what no layer of a plain network does. "
+                f"Patch method '{name}' cannot be folded: a plain network has no layer that computes the same. "
                 "Run the patched model itself."
             )
     plain = copy_structure(model.network, torch.clone).requires_grad_(True)
@@ -46,7 +46,10 @@ def fold(model: PatchedModel) -> nn.Module:
 
 
 def _conv_norm_pairs(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(parent, convolution's name, BatchNorm's name); torchvision registers a BatchNorm right after its convolution."""
+    """Yield (parent, convolution's name, BatchNorm's name) for each pair of layers to fold.
+
+    torchvision registers a BatchNorm right after the convolution that it follows.
+    """
     for parent in network.modules():
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in pairwise(children):

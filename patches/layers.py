@@ -1,4 +1,4 @@
-"""The layers in which patched networks differ from torchvision's own, and how heads are drawn."""
+"""Layers that patched networks use and torchvision does not have, and functions that draw a fresh head."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,16 +11,17 @@ from torch.nn import functional
 
 
 class PatchedBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d that can be kept in eval mode, whichever module `train()` is called on."""
+    """A BatchNorm2d that can be frozen: it then stays in eval mode even after `train()`."""
 
     frozen: bool = False
+    """Whether `train()` leaves this layer in eval mode."""
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
 
 class FixedLinear(nn.Linear):
-    """A Linear layer whose random values are never trained and are in no state dict: a seed brings them back."""
+    """A Linear layer with random values that are never trained. They are in no state dict; a seed restores them."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         nn.Module.__init__(self)
@@ -30,9 +31,9 @@ class FixedLinear(nn.Linear):
 
 
 class PatchConvolution(nn.Conv2d):
-    """A depthwise convolution, without bias, of a grid of patches (batch, height, width, d); the grid keeps its size.
+    """A depthwise convolution without bias on a grid of patches (batch, height, width, d).
 
-    Zeros are added around it, for an even kernel one row and column more at the bottom and right.
+    Zero padding keeps the grid's size. An even kernel gets one more row at the bottom and one more column at the right.
     """
 
     def __init__(self, width: int, kernel_size: int) -> None:
@@ -45,19 +46,19 @@ class PatchConvolution(nn.Conv2d):
 
 
 def grid(patches: Tensor) -> Tensor:
-    """The patch tokens (batch, side * side, d) of a square image as their grid (batch, side, side, d)."""
+    """Return the patch tokens (batch, side * side, d) of a square image as a grid (batch, side, side, d)."""
     side = math.isqrt(patches.shape[1])
     return patches.unflatten(1, (side, side))
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """`function(*arguments)`, which the backward pass computes anew: of what lies between it keeps nothing.
+    """Return `function(*arguments)` and compute it again in the backward pass, so that no intermediate is kept.
 
-    torch.utils.checkpoint does the same, and imports torch's compiler for it: 156 MB in every process that trains.
+    torch.utils.checkpoint does the same, but imports torch's compiler, which costs every training process 156 MB.
 
     Args:
-        function: draws no random numbers.
-        parameters: those whose gradient may pass through `function`; it may use fewer.
+        function: the function. It must not draw random numbers.
+        parameters: the parameters that `function` may use. Gradients reach these and `arguments` only.
     """
     return _Recomputed.apply(function, len(arguments), *arguments, *parameters)
 
@@ -66,7 +67,7 @@ class _Recomputed(Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
         ctx.function, ctx.parameters = function, tensors[count:]
-        # The parameters too: to read them after they were changed is an error.
+        # Saving the parameters too makes autograd raise if they are changed before the backward pass.
         ctx.save_for_backward(*tensors)
         device = tensors[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -89,7 +90,11 @@ class _Recomputed(Function):
 
 
 def draw_linear(in_features: int, out_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias (out), float32, uniform within 1 / sqrt(in_features) as `nn.Linear` draws them."""
+    """Draw a head as `nn.Linear` does: uniform within ±1 / sqrt(in_features).
+
+    Returns:
+        The weight (out_features, in_features) and the bias (out_features,), float32.
+    """
     bound = in_features**-0.5
     weight = torch.empty(out_features, in_features).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(out_features).uniform_(-bound, bound, generator=generator)
@@ -97,6 +102,10 @@ def draw_linear(in_features: int, out_features: int, generator: torch.Generator)
 
 
 def draw_truncated_linear(in_features: int, out_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) from a normal of deviation 0.02, cut at ±2, and bias (out) of zeros, float32."""
+    """Draw a head from a normal distribution with standard deviation 0.02, truncated at ±2. The bias is zero.
+
+    Returns:
+        The weight (out_features, in_features) and the bias (out_features,), float32.
+    """
     weight = nn.init.trunc_normal_(torch.empty(out_features, in_features), std=0.02, generator=generator)
     return weight, torch.zeros(out_features)

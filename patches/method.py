@@ -1,6 +1,6 @@
-"""What a patch method is."""
+"""The protocol that every patch method follows."""
 
-import dataclasses
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import nn
@@ -9,11 +9,14 @@ from patches.backbone import Backbone
 
 
 class Patch(Protocol):
-    """A way to fit a shared backbone to one task; its fields are its options (a dataclass, `init` fields).
+    """A way to fit a shared backbone to one task.
 
-    A selection method owns some of the network's own tensors. A side method (`patches.side.SideMethod`) adds a network
-    that reads the frozen backbone's step outputs, and owns it and the head. An insertion method, later, adds modules to
-    the copy in `attach` and owns their tensors too.
+    A method is a dataclass. The fields that its constructor takes are its options. There are three kinds:
+
+    - A selection method owns some of the network's own tensors.
+    - An insertion method adds modules to the copy in `attach`, and owns their tensors.
+    - A side method adds a network that reads the step outputs of the frozen backbone, and owns that network and the
+      head. It derives from `patches.side.SideMethod`.
     """
 
     kind: ClassVar[str]
@@ -21,20 +24,35 @@ class Patch(Protocol):
     foldable: ClassVar[bool]
     """Whether `fold` can turn the patched model into a plain network."""
     identity_at_start: ClassVar[bool]
-    """Whether a fresh patch leaves the backbone's features as they are, in eval mode. Of a side method: whether its
-    trained branches add exactly nothing at the start, so that the head reads what the frozen backbone alone gives."""
+    """Whether a fresh patch leaves the backbone's features as they are, in eval mode. For a side method: whether its
+    trained branches add exactly nothing at the start, so that the head reads the features of the frozen backbone."""
 
     def attach(self, copy: Backbone) -> None:
-        """Check and change, in place, the task's own copy of the network; its tensors still alias the backbone's."""
+        """Check that the method fits, and change the task's own copy of the network in place.
+
+        Args:
+            copy: the task's copy of the backbone. Its tensors still alias the backbone's, so the method may replace
+                or add modules and tensors, but must not write into the values that are there.
+        Raises:
+            PatchError: the method or one of its options does not fit this backbone.
+        """
 
     def owns(self, key: str, module: nn.Module) -> bool:
-        """Say whether the state-dict tensor `key`, held directly by `module`, is the task's own."""
+        """Return whether a tensor is private to the task. It is called after `attach`.
+
+        Args:
+            key: the tensor's state-dict name in the copy.
+            module: the module that holds the tensor directly.
+        """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MethodInfo:
-    """What is known of a method before it is attached."""
+    """The facts about a patch method that are known before it is attached."""
 
     kind: str
+    """"selection", "insertion" or "side"."""
     foldable: bool
+    """Whether `fold` can turn a patched model of this method into a plain network."""
     identity_at_start: bool
+    """Whether a fresh patch leaves the backbone's features as they are, in eval mode."""

@@ -1,18 +1,18 @@
-"""One wording for every name that is not known: backbones, methods, options, tasks."""
+"""The error message for an unknown name of a backbone, method, option or task."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 def unknown_name_message(kind: str, given: str, allowed: Iterable[str]) -> str:
-    """Say that `given` is no known `kind`, and name what is near it and what is allowed.
+    """Return a message that `given` is unknown, with similar names and all allowed ones.
 
     Args:
-        kind: what the name should have been, in the singular ("backbone", "option of patch method 'full'").
-        given: the name as it was written.
-        allowed: every name that would have been accepted, in the order to list them.
+        kind: the kind of thing that the name stands for, in the singular ("backbone", "option of patch method 'full'").
+        given: the unknown name, as it was written.
+        allowed: every allowed name, in the order in which the message lists them.
     Returns:
-        One line, for the caller's own error class.
+        One line. The caller raises its own error class with it.
     """
     names = list(allowed)
     near = get_close_matches(str(given), names, n=3, cutoff=0.6)

@@ -1,82 +1,86 @@
 """Side networks: a task's own network beside a frozen backbone, whose step outputs it reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from patches.backbone import Backbone
-from patches.errors import PatchError
 from patches.layers import draw_linear
 
 NAME = "side"
-"""Where the task's copy of the network holds its side network; the head stays in its own place."""
+"""Name under which the task's copy of the network holds its side network. The head stays in its usual place."""
 SIDE_SEEDS = 1 << 31
-"""Added to the seed for a side network, so that it and the head do not begin with the same draws. The CPU's generator
-looks at the lower 32 bits only."""
+"""Added to the seed when a side network is drawn, so that it does not begin with the same numbers as the head. The bit
+must be below 2 ** 32, because the CPU's generator uses the lower 32 bits of a seed only."""
 
 
 class SideNetwork(nn.Module):
-    """Features from the outputs of a frozen backbone's steps; what it holds is the task's own.
+    """A network that computes features from the step outputs of a frozen backbone. The task owns all its tensors.
 
-    The step after the last one read is where tasks part: the steps before it run without autograd and in eval mode,
-    once for all tasks (`patches.PatchBank`).
+    The steps up to the last one that is read run without autograd and in eval mode. `patches.PatchBank` runs them once
+    for all tasks.
     """
 
     reads: tuple[int, ...]
-    """Indices of the steps whose outputs on the frozen backbone it reads."""
+    """Indices of the steps whose outputs this network reads, in ascending order."""
     reads_images: ClassVar[bool] = False
-    """Whether it reads the images too."""
+    """Whether this network reads the images too."""
 
     def condense(self, outputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """What is needed of the outputs: what is worth storing for each image, and is made once for all tasks.
+        """Reduce the step outputs to what `forward` needs, and what is worth storing for each image.
 
-        It is told by the class and `reads` alone, none of the task's own tensors takes part. By default the outputs
-        themselves.
+        It runs once for all tasks that have the same class and the same `reads`. Therefore it must not use the task's
+        own tensors. By default it returns the outputs themselves.
 
         Args:
-            outputs: step index -> its output, for at least `reads`; as in `forward`.
+            outputs: step index -> output. It holds at least the steps in `reads`. See `forward`.
         """
         return outputs
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
-        """Features (batch, inputs of the head).
+        """Return the features (batch, inputs of the head).
 
         Args:
-            copy: the task's copy of the network, whose later steps a side network may run and change.
+            copy: the task's copy of the network. A side network may run and change its later steps.
             images: shape (batch, 3, height, width).
-            outputs: what `condense` gave; to be read in order, each once, since they may be made on the way, and to be
-                left as they are, other tasks read them too.
+            outputs: what `condense` returned. Read the outputs in ascending order and each one once, because they may
+                be computed when they are read. Do not change them in place, because other tasks read them too.
         """
         raise NotImplementedError
 
     def draw_head(self, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Weight (outputs, inputs) and bias (outputs,) of a fresh head."""
+        """Return the weight (outputs, inputs) and the bias (outputs,) of a fresh head, float32."""
         return draw_linear(inputs, outputs, generator)
 
 
 @dataclass
 class SideMethod:
-    """A patch method that puts a side network beside the backbone; it owns that and the head, and nothing else."""
+    """Base of the patch methods that put a side network beside the backbone. The task owns it and the head."""
 
     heads: frozenset[str] = field(init=False, default=frozenset())
+    """Paths of the heads, which `attach` finds."""
 
     kind: ClassVar[str] = "side"
     foldable: ClassVar[bool] = False
     identity_at_start: ClassVar[bool] = False
 
     def build(self, copy: Backbone) -> SideNetwork:
-        """Check the options, complete those left to the backbone, and make the side network from the CPU's generator.
+        """Check the options and make the side network. Its random values come from the CPU's global generator.
 
-        It may replace the head by one of another width.
+        It also writes a value into each option that was left to the backbone. It may replace the head by one with
+        another number of inputs.
+
+        Raises:
+            PatchError: the backbone or an option does not fit.
         """
         raise NotImplementedError
 
     def attach(self, copy: Backbone) -> None:
         side = self.build(copy)
-        # The floats take the backbone's dtype and device.
+        # `to` gives the side network the backbone's floating dtype and device.
         copy.network.add_module(NAME, side.to(next(copy.network.parameters())))
         self.heads = frozenset(copy.heads())
 
@@ -84,32 +88,6 @@ class SideMethod:
         return key.startswith(f"{NAME}.") or key.rpartition(".")[0] in self.heads
 
 
-SWITCH = (True, False)
-
-
-def side_of(network: nn.Module) -> SideNetwork | None:
-    """The side network of a task's copy of a network, if it has one."""
-    side = getattr(network, NAME, None)
-    return side if isinstance(side, SideNetwork) else None
-
-
-def check_whole(option: str, value: object, low: int, high: int | None) -> None:
-    """Refuse an option that is not a whole number from `low` to `high`, or from `low` on.
-
-    Raises:
-        PatchError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        allowed = f"of {low} or more" if high is None else f"from {low} to {high}"
-        raise PatchError(f"Option {option}={value!r}: use a whole number {allowed}.")
-
-
-def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> None:
-    """Refuse an option that is not one of `allowed`, words or switches.
-
-    Raises:
-        PatchError: it is not.
-    """
-    if not isinstance(value, type(allowed[0])) or value not in allowed:
-        *others, last = (str(choice).lower() for choice in allowed)
-        raise PatchError(f"Option {option}={value!r}: use {', '.join(others)} or {last}.")
+def side_of(network: nn.Module) -> SideNetwork:
+    """Return the side network that a side method added to a task's copy of the network."""
+    return cast(SideNetwork, network.get_submodule(NAME))

@@ -1,4 +1,4 @@
-"""Copying a network's structure with chosen tensors, drawing from a seed, and hashing tensors."""
+"""Copy a network's structure with other tensors, draw random numbers from a seed, and hash tensors."""
 
 import contextlib
 import copy
@@ -13,9 +13,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def copy_structure(network: Network, tensor_copy: Callable[[Tensor], Tensor]) -> Network:
-    """A deep copy of `network` in which every parameter and buffer t is `tensor_copy(t)`.
+    """Return a deep copy of `network` in which every parameter and buffer t is replaced by `tensor_copy(t)`.
 
-    A copied parameter is a Parameter object of its own with the original's `requires_grad`; gradients stay behind.
+    Each parameter of the copy is a new Parameter object with the original's `requires_grad`. Gradients are not copied.
     """
     memo: dict[int, object] = {}
     for parameter in network.parameters():
@@ -26,18 +26,18 @@ def copy_structure(network: Network, tensor_copy: Callable[[Tensor], Tensor]) ->
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """Another tensor object over the same storage."""
+    """Return a new tensor object over the same storage."""
     return tensor.detach()
 
 
 def meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype that holds no values."""
+    """Return a tensor of the same shape and dtype that holds no values."""
     return tensor.to("meta")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU's generator as it is after `seed`, and put it back."""
+    """Seed the CPU's global generator for the length of a block, and restore its state afterwards."""
     before = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)
@@ -47,13 +47,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values as bytes in contiguous order, whatever its strides and device."""
+    """Return the tensor's values as bytes in contiguous order. Its strides and device make no difference."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over the sorted names, and each tensor's dtype, shape and contiguous bytes."""
+    """Return the SHA-256 (hex) over the tensors in the order of their names: name, dtype, shape, contiguous bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -63,5 +63,5 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """For instance "float32"."""
+    """Return the name of the tensor's dtype without "torch.", for example "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

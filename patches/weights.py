@@ -1,4 +1,4 @@
-"""Reading weights, from a file or from torchvision, into a network they fit."""
+"""Read weights from a file or from torchvision, and load them into a network that they fit."""
 
 import os
 import pickle
@@ -16,20 +16,24 @@ from patches.names import unknown_name_message
 from patches.structure import dtype_name
 
 FILE_TYPES = (".safetensors", ".pth", ".pt")
+"""Endings of the weights files that can be read. Other names are torchvision's names of weights."""
 COUNTER = "num_batches_tracked"
+"""BatchNorm's count of batches. Checkpoints of torch before 0.4.1 have none."""
 
 
 def load_weights(
     network: nn.Module, name: str, weights: str | os.PathLike[str], heads: tuple[str, ...], auxiliary: str | None
 ) -> None:
-    """Copy weights into `network`; all is checked before anything is written.
+    """Copy weights into `network`. Names, shapes and dtypes are checked before a value is written.
+
+    The network takes the floating dtype of a weights file first, if the file has only one.
 
     Args:
         name: the backbone's name in torchvision.
-        weights: a file (.safetensors, .pth, .pt) that must fit exactly, or the name of torchvision weights, of which a
-            head of another size and an auxiliary branch the network lacks are left out.
+        weights: a file (.safetensors, .pth, .pt), which must fit exactly, or the name of torchvision weights. From
+            these, a head of another size and an auxiliary branch that the network does not have are left out.
         heads: paths of the network's heads.
-        auxiliary: path of the family's auxiliary branch.
+        auxiliary: path of the family's auxiliary branch, or None if the family has none.
     Raises:
         BackboneError: the weights do not exist, cannot be read or do not fit.
     """
@@ -91,7 +95,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(own: Mapping[str, Tensor], state: dict[str, Tensor], source: str, name: str) -> None:
-    """Name the first missing, unexpected and mis-shaped tensors; fill in the counters that old checkpoints lack."""
+    """Check that a state dict fits the network's own one, and add the counters that an old checkpoint does not have.
+
+    Raises:
+        BackboneError: it does not fit. The message names the first missing, unexpected and mis-shaped tensor.
+    """
     if not any(key.endswith(COUNTER) for key in state):
         state |= {key: value for key, value in own.items() if key.endswith(COUNTER)}
     missing = [key for key in own if key not in state]

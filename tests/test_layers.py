@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.imports import circle, modules
+
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "patches": {"multitask", "jobs", "ray", "mlflow", "pyarrow", "pydantic"},
@@ -35,6 +37,12 @@ def test_no_import_runs_upwards(package: str) -> None:
     for path in STORES & found.keys():
         found[path] -= {"pyarrow"}
     assert not {path: names for path, names in found.items() if names}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = modules()
+    assert "patches.method" in graph["patches.methods"]  # imports are found, in functions and under TYPE_CHECKING too
+    assert circle(graph) == []
 
 
 def test_importing_patches_loads_no_cluster_and_no_torchvision() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from multitask.data.storage import DataError
 from patches.errors import FeatureError
-from patches.features import FeatureFile, Layout, Rows, write_features
+from patches.features import FeatureFile, FeatureLayout, Rows, write_features
 from patches.files import remove_left_behind
 
 FILE_BYTES = 1 << 26
@@ -217,4 +217,4 @@ class FeatureCache:
 
 def _copy(feature: Tensor, chosen: Tensor) -> Tensor:
     """Some images of a batch, with its strides."""
-    return Layout.of(feature).empty(len(chosen)).copy_(feature.detach()[chosen.to(feature.device)])
+    return FeatureLayout.of(feature).empty(len(chosen)).copy_(feature.detach()[chosen.to(feature.device)])

@@ -1,7 +1,6 @@
-"""Every patch method by name. A new one is a file in this folder and a line here."""
+"""All patch methods by name. A new method is a file in this folder and a line in `METHODS`."""
 
-from typing import TYPE_CHECKING
-
+from patches.method import Patch
 from patches.methods.depthwise import Depthwise
 from patches.methods.dtl import DTL, DTLPlus, DTLPlusStar
 from patches.methods.full import Full
@@ -12,10 +11,7 @@ from patches.methods.parasite import Parasite
 from patches.methods.scale_bias import ScaleBias
 from patches.methods.shared import Shared
 
-if TYPE_CHECKING:
-    from patches.method import Patch
-
-METHODS: "dict[str, type[Patch]]" = {
+METHODS: dict[str, type[Patch]] = {
     "scale_bias": ScaleBias,
     "depthwise": Depthwise,
     "last_layer": LastLayer,
@@ -28,3 +24,4 @@ METHODS: "dict[str, type[Patch]]" = {
     "mist": Mist,
     "parasite": Parasite,
 }
+"""Name of the method -> its class. `patches.attach` takes these names."""

@@ -1,4 +1,4 @@
-"""Private depthwise kernels."""
+"""The method `depthwise`: each task has its own depthwise kernels."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,12 +11,13 @@ from patches.errors import PatchError
 
 @dataclass
 class Depthwise:
-    """Give each task its own depthwise convolution kernels; BatchNorm stays shared.
+    """Give each task its own depthwise convolution kernels. BatchNorm stays shared.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703.
     """
 
     paths: frozenset[str] = field(init=False, default=frozenset())
+    """Paths of the depthwise convolutions, which `attach` finds."""
 
     kind: ClassVar[str] = "selection"
     foldable: ClassVar[bool] = True

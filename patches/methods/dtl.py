@@ -1,4 +1,7 @@
-"""Disentangled transfer learning: a low-rank side network that writes back into the last blocks."""
+"""The methods `dtl`, `dtl_plus` and `dtl_plus_star`: disentangled transfer learning.
+
+A low-rank side network collects the inputs of blocks and adds the sum to the outputs of the last blocks.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,35 +16,40 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_truncated_linear, grid, recomputed
-from patches.side import SWITCH, SideMethod, SideNetwork, check_choice, check_whole
+from patches.options import SWITCH, check_choice, check_whole
+from patches.side import SideMethod, SideNetwork
 
 RANKS = {"vit_b_16": 2, "swin_b": 4}
-"""Default rank for each backbone that DTL is defined on."""
+"""The backbones that DTL is defined on, with the default rank for each."""
 
 
 @dataclass
 class DTL(SideMethod):
-    """Collect what blocks read through low-rank maps, and add the sum to what later blocks give.
+    """Collect the inputs of blocks through low-rank maps, and add the sum to the outputs of later blocks.
 
-    Before block i: h ← h + z'ᵢ aᵢ cᵢ, z'ᵢ what the block reads, aᵢ (d, r), cᵢ (r, d), h = 0 at the start of a stage.
-    From block M on, after the block: z'ᵢ₊₁ = zᵢ₊₁ + θ(h), θ(x) = x · sigmoid(βx). The blocks up to M read the same for
-    every task, so that gradients cross the blocks after M only. Collecting begins in the stage of block M: what came
-    before, the reset would discard. Swin's mergings are not adapted.
-
-    `first_block` is M, counted from 1; by default 5/8 of the blocks (7 of ViT-B/16's 12, 15 of Swin-B's 24, where
-    collecting thus begins at block 5). `rank` is r, by default 2 on ViT and 4 on Swin. `theta` False adds h itself, as
-    the paper's ablation. `readout`: "patch_mean", the mean of the patch tokens and then the last LayerNorm on ViT,
-    Swin's own LayerNorm and then the mean; or "class_token", torchvision's own on ViT.
+    Let z'ᵢ be the input of block i, with aᵢ of shape (d, r) and cᵢ of shape (r, d). Before block i: h ← h + z'ᵢ aᵢ cᵢ,
+    with h = 0 at the start of a stage. After block i, from block M on: z'ᵢ₊₁ = zᵢ₊₁ + θ(h), with
+    θ(x) = x · sigmoid(βx). The inputs of the blocks up to M are the same for every task, so gradients cross only the
+    blocks after M. Collecting begins in the stage of block M, because the reset of h at a stage discards everything
+    before. Swin's mergings are not adapted.
 
     Source: Fu, Zhu and Wu, "DTL: Disentangled Transfer Learning for Visual Recognition", AAAI 2024, arXiv:2312.07856.
         The defaults, M and the readout are those of its official code.
     """
 
     first_block: int | None = None
+    """M, counted from 1. The default is 5/8 of the blocks: 7 of ViT-B/16's 12, and 15 of Swin-B's 24, where collecting
+    therefore begins at block 5."""
     rank: int | None = None
+    """The rank r. The default is 2 on ViT and 4 on Swin."""
     beta: float = 100.0
+    """β in θ."""
     readout: Literal["patch_mean", "class_token"] = "patch_mean"
+    """How the last tokens become features. On ViT, "patch_mean" takes the mean of the patch tokens and then the last
+    LayerNorm, and "class_token" is torchvision's own readout. Swin's own readout, LayerNorm and then the mean, counts
+    as "patch_mean"."""
     theta: bool = True
+    """Whether θ is used. False adds h itself, as an ablation in the paper does."""
 
     identity_at_start: ClassVar[bool] = True
 
@@ -75,20 +83,22 @@ class DTL(SideMethod):
         )
 
     def _kernel_size(self) -> int | None:
+        """Return the size of the kernels of g, or None without g."""
         return None
 
 
 @dataclass
 class DTLPlus(DTL):
-    """DTL that adds g(θ(h)): g is a depthwise convolution on the patch grid, one for each stage.
+    """DTL that adds g(θ(h)) instead of θ(h). Here g is a depthwise convolution on the patch grid, one for each stage.
 
-    `kernel_size` k: zero padding keeps the grid's size, for an even k with the extra row and column at the bottom and
-    right. No bias. The class token's row of θ(h) is added as it is.
+    The convolution has no bias. Zero padding keeps the grid's size (see `PatchConvolution`). The class token has no
+    place on the grid, and its θ(h) is added without g.
 
-    Source: as DTL. The paper calls g separable; its official code and parameter counts have no pointwise part.
+    Source: the paper of `DTL`. It calls g separable, but its official code and parameter counts have no pointwise part.
     """
 
     kernel_size: int = 5
+    """Side of the kernel of g, in patches."""
 
     def _kernel_size(self) -> int:
         check_whole("kernel_size", self.kernel_size, 1, None)
@@ -97,16 +107,19 @@ class DTLPlus(DTL):
 
 @dataclass
 class DTLPlusStar(DTLPlus):
-    """DTL+ that writes back after every block: M = 1.
+    """DTL+ that adds to the output of every block: M = 1.
 
-    Source: as DTL.
+    Source: the paper of `DTL`.
     """
 
     first_block: int | None = 1
 
 
 class DTLNetwork(SideNetwork):
-    """The maps aᵢ, cᵢ for each collected block and g for each stage written to."""
+    """The side network of the DTL methods: aᵢ and cᵢ for each collected block, and g for each stage that is written to.
+
+    The formulas are in `DTL` and `DTLPlus`.
+    """
 
     def __init__(
         self,
@@ -121,11 +134,15 @@ class DTLNetwork(SideNetwork):
         readout: str,
     ) -> None:
         """Args:
-        widths: block -> the width that it reads and gives.
+        widths: block -> the width d of its input and output.
         stages: the first block of each stage.
-        beta: of θ, or None without θ.
-        kernel_size: of g, or None without g.
-        class_tokens: tokens before the patches; on a Swin, whose maps are grids (batch, height, width, width d), 0.
+        first_block: M.
+        rank: r.
+        beta: β of θ, or None without θ.
+        kernel_size: size of the kernels of g, or None without g.
+        class_tokens: number of tokens before the patch tokens. It is 0 on Swin, whose maps are grids
+            (batch, height, width, d).
+        readout: "patch_mean" or "class_token".
         """
         super().__init__()
         self.stages = stages
@@ -134,7 +151,7 @@ class DTLNetwork(SideNetwork):
         self.class_tokens = class_tokens
         self.readout = readout
         self.start = max(stage for stage in stages if stage <= first_block)
-        """The first block collected."""
+        """The first block whose input is collected."""
         self.reads = tuple(range(self.start - 1, first_block + 1))
         blocks = range(self.start, max(widths) + 1)
         self.blocks = nn.ModuleDict({str(block): LowRank(widths[block], rank) for block in blocks})
@@ -160,34 +177,35 @@ class DTLNetwork(SideNetwork):
         return draw_truncated_linear(inputs, outputs, generator)
 
     def _written(self, x: Tensor, collected: list[Tensor], block: int) -> Tensor:
-        """The output of a block and what is added to it.
+        """Return the output `x` of a block plus the side network's part: θ(h) or g(θ(h)).
 
         Args:
-            collected: x a of the stage's blocks so far, in order.
+            collected: z' a of the stage's blocks up to this one, in order.
         """
         first = block + 1 - len(collected)
         c = torch.cat([self.get_parameter(f"blocks.{number}.c") for number in range(first, block + 1)])
-        # h is as large as the output, what it is made of is small.
+        # h is as large as the output, but `collected` and `c` are small. Therefore only they are kept for the backward
+        # pass, which computes h again.
         branch = recomputed(
             partial(self._branch, block),
             torch.cat(collected, dim=-1),
             self._scale * c,
             parameters=self.convolutions.parameters(),
         )
-        # In train mode attention gives its output in another order of axes. Left so, the next block's map a would make
-        # a contiguous copy and keep it beside the one that the block keeps.
+        # In train mode attention's output is not contiguous. Without this copy, the next block's map a would make a
+        # contiguous one, and autograd would keep it in addition to the tensor that the block itself keeps.
         return torch.add(x.contiguous(), branch, alpha=1 / self._scale)
 
     def _branch(self, block: int, collected: Tensor, c: Tensor) -> Tensor:
-        """What is added to the output of a block, times β.
+        """Return the side network's part of a block's output, multiplied by β.
 
         Args:
-            collected: x a of the stage's blocks so far, side by side.
-            c: theirs, one below the other, times β.
+            collected: z' a of the stage's blocks up to this one, concatenated along the last axis.
+            c: c of the same blocks, concatenated along the first axis and multiplied by β.
         """
         x = collected @ c
         if self.beta is not None:
-            # silu(βh) = β · h · sigmoid(βh); where no gradient is needed, in the place of βh.
+            # silu(βh) = β · h · sigmoid(βh). Without autograd it overwrites βh to save memory.
             x = functional.silu(x, inplace=not torch.is_grad_enabled())
         if not self.convolutions:
             return x
@@ -199,27 +217,29 @@ class DTLNetwork(SideNetwork):
 
     @property
     def _scale(self) -> float:
+        """β, or 1 without θ."""
         return 1.0 if self.beta is None else self.beta
 
     def _stage(self, block: int) -> int:
+        """Return the first block of the stage that a block is in."""
         return max(stage for stage in self.stages if stage <= block)
 
 
 class LowRank(nn.Module):
-    """x a c, for a (d, r) and c (r, d); zero at the start. What it gives itself is x a."""
+    """The map x a c with a of shape (d, r) and c of shape (r, d). It starts at zero. `forward` returns only x a."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        # Kaiming-uniform with slope √5 comes to 1/√d.
+        # Kaiming-uniform initialisation with slope √5 has the bound 1/√d.
         self.a = nn.Parameter(torch.empty(width, rank).uniform_(-(width**-0.5), width**-0.5))
         self.c = nn.Parameter(torch.zeros(rank, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # With so few columns, reading a row by row takes two to three times as long as copying and reading its columns.
+        # `a` has very few columns. Copying its transpose first makes the product two to three times as fast.
         return functional.linear(x, self.a.T.contiguous())
 
 
 def _block_widths(copy: Backbone) -> dict[int, int]:
-    """Block -> the width of the tokens that it reads and gives, on ViT or Swin."""
+    """Return, for a ViT or Swin, the width of each block's input and output tokens: block -> d."""
     paths = {block: copy.paths(block, block + 1)[-1] for block in range(1, copy.num_blocks + 1)}
     return {block: copy.network.get_parameter(f"{path}.mlp.0.weight").shape[1] for block, path in paths.items()}

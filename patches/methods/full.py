@@ -1,4 +1,4 @@
-"""A private network."""
+"""The method `full`: each task has a whole network of its own."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,14 +10,14 @@ from patches.backbone import Backbone
 
 @dataclass
 class Full:
-    """Give the task every tensor: an independent network that starts from the backbone's values."""
+    """Give each task every tensor. The task's network is independent and starts from the backbone's values."""
 
     kind: ClassVar[str] = "selection"
     foldable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
 
     def attach(self, copy: Backbone) -> None:
-        """Nothing to change."""
+        """Change nothing."""
 
     def owns(self, key: str, module: nn.Module) -> bool:  # noqa: ARG002
         return True

@@ -1,4 +1,4 @@
-"""A private head."""
+"""The method `last_layer`: each task has its own head."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -10,12 +10,13 @@ from patches.backbone import Backbone
 
 @dataclass
 class LastLayer:
-    """Give each task its own head; InceptionV3's auxiliary classifier has a last layer too, and it is owned as well.
+    """Give each task its own head. On InceptionV3 this includes the last layer of the auxiliary branch.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703.
     """
 
     paths: frozenset[str] = field(init=False, default=frozenset())
+    """Paths of the heads, which `attach` finds."""
 
     kind: ClassVar[str] = "selection"
     foldable: ClassVar[bool] = True

@@ -1,7 +1,10 @@
-"""Minimal interaction separated tuning: one sum of a frozen ViT's token maps, and a small network at the edge."""
+"""The method `mist`: minimal interaction separated tuning.
+
+A small network reads one sum of a frozen ViT's token maps. It can run at the edge, on a device without the backbone.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, Literal
 
@@ -12,36 +15,43 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_linear, grid, recomputed
-from patches.side import SIDE_SEEDS, SWITCH, SideMethod, SideNetwork, check_choice, check_whole
+from patches.options import SWITCH, check_choice, check_whole, option_values
+from patches.side import SIDE_SEEDS, SideMethod, SideNetwork
 from patches.structure import seeded
 
 BLOCKS = ("attention", "mlp", "depthwise")
 READOUTS = ("class_token", "mean")
-EPSILON = 1e-6  # ViT's
+EPSILON = 1e-6
+"""The ε of LayerNorm, as in ViT."""
 
 
 @dataclass
 class Mist(SideMethod):
-    """Read the sum of a ViT's token maps z₀ + ... + z_k through a few residual blocks.
+    """Run a few residual blocks on z₀ + ... + z_k, the sum of a ViT's token maps.
 
-    z₀ is the embedding, zᵢ the output of block i. Every block is x + f(LN(x)), f = 0 at the start: "attention" with one
-    head of `rank` dimensions, "mlp" with 2 · rank hidden units and GELU, or "depthwise", a 3 x 3 convolution of the
-    patch grid that leaves the class token alone; none has a bias. A LayerNorm without parameters follows, then the
-    class token or the mean of the patch tokens (`readout`; by default the class token, and the mean for "depthwise").
+    z₀ is the embedding, and zᵢ the output of the backbone's block i. Each residual block computes x + f(LN(x)), with
+    f = 0 at the start and without biases. A LayerNorm without parameters and the readout follow.
 
-    `k` is the last map summed, by default N; choose it on validation data (`candidates`). `gather` False reads z_k
-    alone, as the paper's ablation.
-
-    Source: Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025, arXiv:2406.17559. Rank 32 and no biases
-        follow from its printed sizes; zeros at the start and the readout are ours, the paper states none.
+    Source: Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025, arXiv:2406.17559. Rank 32 and the
+        missing biases follow from its printed sizes. The paper states neither the values at the start nor the readout.
+        The zeros at the start and the readout are ours.
     """
 
     k: int | None = None
+    """Index of the last map in the sum. The default is the number of blocks. Choose it on validation data, for example
+    among `candidates`."""
     layers: int = 4
+    """Number of residual blocks."""
     rank: int = 32
+    """Width inside the residual blocks. See `block`."""
     block: Literal["attention", "mlp", "depthwise"] = "attention"
+    """The function f: "attention" with one head of `rank` dimensions; "mlp" with 2 · rank hidden units and GELU; or
+    "depthwise", a 3 x 3 convolution of the patch grid that does not change the class token."""
     readout: Literal["class_token", "mean"] | None = None
+    """The features: the class token, or the mean of the patch tokens. The default is the class token, and the mean if
+    `block` is "depthwise"."""
     gather: bool = True
+    """Whether the maps are summed. False reads z_k alone, as an ablation in the paper does."""
 
     identity_at_start: ClassVar[bool] = True
 
@@ -50,10 +60,12 @@ class Mist(SideMethod):
         return self.build_network(copy.options)
 
     def build_network(self, backbone_options: Mapping[str, Any]) -> "MistNetwork":
-        """Check and complete the options, and make the network from the CPU's generator.
+        """Check and complete the options, and make the side network. Only the ViT's options are needed, not the ViT.
 
         Args:
-            backbone_options: of the ViT, which need not be there itself.
+            backbone_options: the options that the ViT was built with.
+        Raises:
+            PatchError: an option does not fit.
         """
         if self.k is None:
             self.k = backbone_options["num_layers"]
@@ -82,7 +94,7 @@ class Mist(SideMethod):
 
 
 class MistNetwork(SideNetwork):
-    """The blocks between a gathered map and the head."""
+    """The side network of MIST: the residual blocks between a gathered map and the head."""
 
     def __init__(self, *, k: int, gather: bool, layers: int, rank: int, width: int, block: str, readout: str) -> None:
         super().__init__()
@@ -91,23 +103,26 @@ class MistNetwork(SideNetwork):
         self.blocks = nn.Sequential(*(Residual(width, rank, block) for _ in range(layers)))
 
     def condense(self, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The sum alone, under the number of its last map."""
+        """Return the sum of the maps alone, with the index of the last map as its key."""
         return {self.reads[-1]: reduce(torch.add, (outputs[step] for step in self.reads))}
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:  # noqa: ARG002
         return self.features(outputs[self.reads[-1]])
 
     def features(self, gathered: Tensor) -> Tensor:
-        """Features (batch, d) of a gathered map (batch, 1 + patches, d)."""
+        """Return the features (batch, d) of a gathered map (batch, 1 + patches, d)."""
         x = self.blocks(gathered)
-        # A copy of the one token: the backward pass would keep the whole map of a view.
+        # The clone lets go of the map. A view of one token would keep the whole map for the backward pass.
         x = x[:, 0].clone() if self.readout == "class_token" else x[:, 1:]
         x = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
         return x if self.readout == "class_token" else x.mean(1)
 
 
 class Residual(nn.Module):
-    """x + f(LN(x)) on tokens (batch, 1 + patches, d)."""
+    """A residual block x + f(LN(x)) on tokens (batch, 1 + patches, d).
+
+    Each f is split into a part `first`, which the backward pass computes again together with LayerNorm, and `forward`.
+    """
 
     def __init__(self, width: int, rank: int, block: str) -> None:
         super().__init__()
@@ -120,7 +135,7 @@ class Residual(nn.Module):
         self.function = functions[block]()
 
     def forward(self, x: Tensor) -> Tensor:
-        # What LayerNorm gives is as large as the map, and cheap to make again from it.
+        # LayerNorm's output is as large as the map and cheap to compute again, so it is not kept.
         return x + self.function(recomputed(self._first, x, parameters=self.parameters()))
 
     def _first(self, x: Tensor) -> Tensor:
@@ -128,7 +143,7 @@ class Residual(nn.Module):
 
 
 class LowRankAttention(nn.Module):
-    """Softmax(q kᵀ / √r) v with one head of r dimensions, after `first`."""
+    """Attention with one head of r dimensions: softmax(q kᵀ / √r) v. `first` computes q, k and v."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -145,6 +160,8 @@ class LowRankAttention(nn.Module):
 
 
 class LowRankMLP(nn.Module):
+    """A two-layer perceptron with GELU. `first` is its first layer."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.down = nn.Linear(width, hidden, bias=False)
@@ -159,6 +176,8 @@ class LowRankMLP(nn.Module):
 
 
 class Depthwise(nn.Module):
+    """A depthwise 3 x 3 convolution of the patch grid, in `first`. It adds zero to the class token."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.convolution = PatchConvolution(width, 3)
@@ -171,27 +190,34 @@ class Depthwise(nn.Module):
         return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
 
 
-# Server and edge apart
+# Training in two places: a server runs the backbone, and an edge device trains the side network and the head
 
 
 class Gather:
-    """The server's side: sums of a frozen ViT's token maps. It holds nothing of any task."""
+    """The server's part: it computes sums of a frozen ViT's token maps. It holds no tensors of a task."""
 
     def __init__(self, backbone: Backbone) -> None:
         """Raises:
-        PatchError: a backbone that is no ViT.
+        PatchError: the backbone is not a ViT.
         """
         _check_backbone(backbone.name)
         self._trunk = backbone.frozen()
 
     def __call__(self, images: Tensor, k: int | None = None) -> Tensor:
-        """z₀ + ... + z_k, shape (batch, 1 + patches, d), of images (batch, 3, height, width); k is N by default."""
+        """Return the sum z₀ + ... + z_k for a batch of images.
+
+        Args:
+            images: shape (batch, 3, height, width).
+            k: index of the last map, by default the number of blocks.
+        Returns:
+            Shape (batch, 1 + patches, d).
+        """
         k = self._trunk.num_blocks if k is None else k
         return self.candidates(images, [k])[k]
 
     @torch.no_grad()
     def candidates(self, images: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-        """k -> the sum up to z_k, for each of `ks`, from one pass that keeps one map beside them."""
+        """Return the sums for several k from one pass: k -> z₀ + ... + z_k. See `__call__` for the shapes."""
         for k in ks:
             check_whole("k", k, 0, self._trunk.num_blocks)
         sums: dict[int, Tensor] = {}
@@ -204,14 +230,14 @@ class Gather:
 
 
 class Edge(nn.Module):
-    """The edge's side: from gathered maps to logits, without a backbone in the process.
+    """The edge's part: it computes logits from gathered maps. The process needs no backbone.
 
-    It has the tensors that `attach(backbone, "mist", num_classes, seed=seed, **options)` makes, under the same names,
-    and `save_bundle` takes it: the bundle attaches to the full model with identical outputs.
+    It has the tensors that `attach(backbone, "mist", num_classes, seed=seed, **options)` makes, with the same names and
+    values. `save_bundle` takes it, and the model that `load_bundle` makes of the bundle gives identical outputs.
 
     Attributes:
-        backbone: `Backbone.identity()` of the backbone that the maps come from.
-        method, options, num_classes, head: as PatchedModel has them.
+        backbone: the `Backbone.identity()` of the backbone that computed the maps.
+        method, options, num_classes, head, fixed_head: as in PatchedModel.
     """
 
     method = "mist"
@@ -220,10 +246,12 @@ class Edge(nn.Module):
 
     def __init__(self, backbone: Mapping[str, Any], num_classes: int, *, seed: int = 0, **options: Any) -> None:
         """Args:
-            backbone: what `Backbone.identity()` said where the maps were made.
-            options: of `Mist`.
+            backbone: the `Backbone.identity()` of the backbone that computed the maps.
+            num_classes: number of outputs of the head.
+            seed: seed of the side network and the head.
+            options: options of `Mist`.
         Raises:
-            PatchError: a backbone that is no ViT, or options that `attach` refuses.
+            PatchError: the backbone is not a ViT, or `attach` would refuse an option.
         """
         super().__init__()
         _check_backbone(backbone["name"])
@@ -231,7 +259,7 @@ class Edge(nn.Module):
         with seeded(seed + SIDE_SEEDS):
             self.side = method.build_network(backbone["options"])
         self.backbone = dict(backbone)
-        self.options = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
+        self.options = option_values(method)
         self.num_classes = num_classes
         layer = nn.Linear(backbone["options"]["hidden_dim"], num_classes, device="meta")
         weight, bias = draw_linear(layer.in_features, num_classes, torch.Generator().manual_seed(seed))
@@ -239,18 +267,18 @@ class Edge(nn.Module):
         self.heads = nn.ModuleDict({"head": layer})
 
     def forward(self, gathered: Tensor) -> Tensor:
-        """Logits (batch, num_classes) of maps (batch, 1 + patches, d), of any float dtype."""
+        """Return the logits (batch, num_classes) of maps (batch, 1 + patches, d), which may have any float dtype."""
         return self.heads["head"](self.side.features(gathered.to(next(self.parameters()).dtype)))
 
     def private_state(self) -> dict[str, Tensor]:
-        """The live tensors by name: what a bundle carries."""
+        """Return the live tensors by name. A bundle carries these."""
         return self.state_dict(keep_vars=True)
 
 
 def candidates(num_blocks: int) -> tuple[int, ...]:
-    """The values of k to choose from on validation data: a third, two thirds and all of N blocks.
+    """Return values of k to choose from on validation data: a third, two thirds and all of the blocks.
 
-    Source: the paper tries three values, the largest N; which, its text does not say.
+    Source: the paper tries three values of k, and the largest is the number of blocks. It does not state the other two.
     """
     return tuple(sorted({max(1, round(num_blocks * part / 3)) for part in (1, 2, 3)}))
 

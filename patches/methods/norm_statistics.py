@@ -1,4 +1,4 @@
-"""Private running statistics."""
+"""The method `norm_statistics`: each task has its own running statistics of BatchNorm."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +13,10 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass
 class NormStatistics:
-    """Give each task its own running mean and variance of every BatchNorm layer; γ and β stay shared.
+    """Give each task its own running mean and variance of every BatchNorm layer. Scale γ and bias β stay shared.
 
-    In train mode the layers normalise with the batch's statistics, which move the running ones. With `last_layer` it
-    is the middle row of the paper's Table 6.
+    In train mode the layers normalise with the batch's statistics and update the running ones. Joined with
+    `last_layer`, this is the middle row of the paper's Table 6.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703.
     """

@@ -1,4 +1,4 @@
-"""Parasite networks: a narrow copy of a convolutional host that reads what the host's stages give."""
+"""The method `parasite`: a narrow copy of a convolutional host that also reads the outputs of the host's stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,40 +10,46 @@ from torch import Tensor, nn
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
-from patches.side import SWITCH, SideMethod, SideNetwork, check_choice
+from patches.options import SWITCH, check_choice
+from patches.side import SideMethod, SideNetwork
 from patches.structure import alias, copy_structure
 
 HOSTS = ("resnet18", "resnet50", "mobilenet_v2")
+"""The backbones that a parasite can read."""
 RATIOS = tuple(Decimal(hundredths) / 100 for hundredths in range(1, 101))
-"""What `target_percent` chooses from."""
+"""The ratios that `target_percent` chooses from."""
 
 
 @dataclass
 class Parasite(SideMethod):
-    """Run a narrow network of the host's kind on the same images and join the host's activations to it.
+    """Run a narrow network of the backbone's kind on the same images, and join the backbone's activations to it.
 
-    Every convolution has floor(`ratio` · c) of the host's c output channels. At the first block of each stage, and at
-    the pooled features, the parasite's channels are followed by the host's, all of them: the block's convolutions that
-    read its input are as much wider, and so is the head. The host never reads the parasite.
+    The backbone is called the host here, and the narrow network the parasite. If a convolution of the host has c output
+    channels, the parasite's has floor(`ratio` · c). The input of the first block of each stage, and the input of the
+    head, is the parasite's channels followed by all of the host's. The convolutions that read it are therefore wider by
+    the host's channels, and so is the head. The host never reads the parasite.
 
-    Give `ratio`, in (0, 1], or `target_percent`: the hundredth whose trained parameters, head included, come nearest to
-    so many percent of the whole host's with the same head. `init` "slice" takes every tensor from the host's own:
-    output channel i is the host's, and so are the weights from the parasite's channel j and from the host's channel j;
-    "random" draws convolutions anew. `join` "add" adds the host's first channels instead, as an ablation; the widths
-    then are those of the ratio alone. `zero_host` replaces the host's activations by zeros, the paper's control.
-
-    Without num_classes the head is the host's with zeros for the parasite's channels, so that the logits are the host's
-    at the start. ResNet-18's first block has no convolution in its shortcut and gets one that starts as the identity.
+    Without `num_classes` the head is the host's, with zero weights for the parasite's channels, so that the logits are
+    the host's at the start. ResNet-18's first block has no convolution in its shortcut and gets one that starts as the
+    identity.
 
     Source: Alini, Sturim, Brady and Khorrami, "Parasite Networks", MIT Lincoln Laboratory, 2024. The structure follows
-        from its printed sizes; slicing in detail, and what "add" adds, are ours.
+        from its printed sizes. The details of slicing, and the channels that "add" adds, are ours.
     """
 
     ratio: float | None = None
+    """Width of the parasite relative to the host, in (0, 1]. Give either this or `target_percent`."""
     target_percent: float | None = None
+    """Size of the patch in percent of the whole host with a head for the task's classes. It selects the ratio, in
+    hundredths, whose number of trained parameters, head included, comes nearest."""
     init: Literal["slice", "random"] = "slice"
+    """The start values. "slice" copies them from the host: output channel i of the parasite starts as the host's output
+    channel i, with the host's weights for the input channels that it reads. "random" draws the convolutions."""
     join: Literal["concatenate", "add"] = "concatenate"
+    """How the host's activations are joined. "add", an ablation, adds the host's first channels to the parasite's. The
+    convolutions and the head are then not wider."""
     zero_host: bool = False
+    """Whether the host's activations are replaced by zeros, as in the paper's control experiment."""
 
     def build(self, copy: Backbone) -> SideNetwork:
         if copy.name not in HOSTS:
@@ -66,12 +72,14 @@ class Parasite(SideMethod):
         return side
 
     def _checked(self, ratio: float) -> Decimal:
+        """Return the ratio as an exact decimal number."""
         if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise PatchError(f"Option ratio={ratio!r} of patch method 'parasite': use a number above 0 and up to 1.")
-        # As it is written: floor(0.29 * 100) is 28 in binary.
+        # Decimal keeps the digits as they were written. With a binary float, floor(0.29 * 100) would be 28.
         return Decimal(str(ratio))
 
     def _nearest_ratio(self, copy: Backbone) -> float:
+        """Return the ratio of `RATIOS` whose size comes nearest to `target_percent`."""
         target, classes = self.target_percent, copy.options["num_classes"]
         host = sum(parameter.numel() for name, parameter in copy.network.named_parameters() if not _in_head(copy, name))
         head = next(iter(copy.heads().values()))
@@ -98,13 +106,15 @@ class Parasite(SideMethod):
 
 
 class ParasiteNetwork(SideNetwork):
-    """The narrow network, read as the host's steps, and where the host's activations join it."""
+    """The parasite: a narrow network that runs step by step like the host, and that the host's activations join."""
 
     reads_images = True
 
     def __init__(self, copy: Backbone, ratio: Decimal, init: str, join: str, zero_host: bool) -> None:
-        """Raises:
-        PatchError: a ratio that leaves a convolution no channel.
+        """Build the parasite from the task's copy of the host.
+
+        Raises:
+            PatchError: the ratio leaves a convolution without channels.
         """
         super().__init__()
         if int(ratio * _narrowest(copy)) == 0:
@@ -127,12 +137,13 @@ class ParasiteNetwork(SideNetwork):
             for path in body.paths(step, step + 1):
                 module = body.network.get_submodule(path)
                 if step in copy.stages and join == "concatenate" and getattr(module, "downsample", nn) is None:
-                    module.downsample = _identity(width)  # ResNet-18's first block: its shortcut is to be narrowed too
+                    # ResNet-18's first block has a shortcut without a convolution, which could not be narrowed.
+                    module.downsample = _identity(width)
                 narrowed, channels, width = narrow(module, channels, width)
                 body.network.set_submodule(path, narrowed)
         self.body = body.network.requires_grad_(True)
         self.features = len(channels) + (width if join == "concatenate" else 0)
-        """Inputs of the head: the parasite's, then the host's."""
+        """Number of inputs of the head: the parasite's channels and then the host's."""
 
     def forward(self, copy: Backbone, images: Tensor, outputs: Mapping[int, Tensor]) -> Tensor:
         body = Backbone(copy.name, copy.options, self.body)
@@ -142,24 +153,27 @@ class ParasiteNetwork(SideNetwork):
         return self._joined(x, outputs[copy.num_blocks + 1])
 
     def _joined(self, x: Tensor, host: Tensor) -> Tensor:
+        """Join the host's activations to the parasite's activations `x`."""
         host = torch.zeros_like(host) if self.zero_host else host
         return torch.cat([x, host], dim=1) if self.join == "concatenate" else x + host[:, : x.shape[1]]
 
 
 class _Narrow:
-    """Makes a host's modules narrow; channels are told by the host's channel that each stands for."""
+    """Makes the host's modules narrow. It names each channel of the parasite by the host's channel it stands for."""
 
     def __init__(self, ratio: Decimal, sliced: bool) -> None:
         self.ratio = ratio
         self.sliced = sliced
 
     def __call__(self, module: nn.Module, channels: Tensor, width: int) -> tuple[nn.Module, Tensor, int]:
-        """Args:
-            module: of a copy of the host; its children are replaced in place.
-            channels: for each channel that the narrow module reads, the index of the host's.
-            width: channels that the host's module reads.
+        """Return a narrow version of a module.
+
+        Args:
+            module: a module of a copy of the host. Its children are replaced in place.
+            channels: for each input channel of the narrow module, the index of the host's channel that it stands for.
+            width: number of input channels of the host's module.
         Returns:
-            The narrow module, and `channels` and `width` of what it gives.
+            The narrow module, and `channels` and `width` for its output.
         """
         if isinstance(module, nn.Conv2d):
             return self._convolution(module, channels)
@@ -167,7 +181,7 @@ class _Narrow:
             return self._norm(module, channels), channels, width
         entered = channels, width
         for name, child in list(module.named_children()):
-            # A ResNet block's shortcut reads what the block reads, and gives what it gives.
+            # A ResNet block's shortcut has the input of the block, not the output of the child before it.
             source = entered if name == "downsample" else (channels, width)
             narrowed, channels, width = self(child, *source)
             setattr(module, name, narrowed)
@@ -202,14 +216,14 @@ class _Narrow:
 
 
 def _identity(width: int) -> nn.Conv2d:
-    """A shortcut as a convolution."""
+    """Return a shortcut as a 1 x 1 convolution that computes the identity."""
     shortcut = nn.Conv2d(width, width, 1, bias=False)
     shortcut.weight = nn.Parameter(torch.eye(width)[:, :, None, None])
     return shortcut
 
 
 def _replace_head(copy: Backbone, side: ParasiteNetwork) -> None:
-    """Give the head the parasite's features before the host's, with zeros as their weights."""
+    """Widen the head: the parasite's features come before the host's, with zero weights."""
     path, old = next(iter(copy.heads().items()))
     head = nn.Linear(side.features, old.out_features, device="meta")
     weight = old.weight.detach()
@@ -220,8 +234,10 @@ def _replace_head(copy: Backbone, side: ParasiteNetwork) -> None:
 
 
 def _narrowest(copy: Backbone) -> int:
+    """Return the smallest number of output channels of the host's convolutions."""
     return min(layer.out_channels for layer in copy.network.modules() if isinstance(layer, nn.Conv2d))
 
 
 def _in_head(copy: Backbone, name: str) -> bool:
+    """Return whether the parameter `name` belongs to a head."""
     return name.rpartition(".")[0] in copy.heads()

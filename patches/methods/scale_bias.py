@@ -1,4 +1,4 @@
-"""Private normalisation layers."""
+"""The method `scale_bias`: each task has its own normalisation layers."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,14 +13,14 @@ from patches.errors import PatchError
 class ScaleBias:
     """Give each task its own normalisation layers: scale γ, bias β, and BatchNorm's running mean and variance.
 
-    `statistics` says what BatchNorm normalises with while training: "batch", the batch's own mean and variance, which
-    also move the running ones (the paper's way), or "source", the backbone's running ones, which then never move.
-
-    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703. LayerNorm and GroupNorm (weight and
-        bias, no statistics) and the "source" mode are ours.
+    Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703. The paper has no LayerNorm and no
+        GroupNorm (weight and bias, no statistics) and no "source" mode; these are ours.
     """
 
     statistics: Literal["batch", "source"] = "batch"
+    """The statistics that BatchNorm normalises with in training. "batch" takes the batch's mean and variance, which
+    also update the running ones, as in the paper. "source" takes the backbone's running ones, which then never
+    change."""
 
     kind: ClassVar[str] = "selection"
     foldable: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""No private tensors."""
+"""The method `shared`: a task has no private tensors."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,9 +10,9 @@ from patches.backbone import Backbone
 
 @dataclass
 class Shared:
-    """Give the task nothing of its own: it is the backbone as it stands, for the comparison with methods that own some.
+    """Give the task no tensors of its own. It is the backbone itself, as a reference for the other methods.
 
-    So two tasks with the backbone's own head never come apart, by design.
+    Two such tasks that use the backbone's own head therefore always give the same logits.
     """
 
     kind: ClassVar[str] = "selection"
@@ -20,7 +20,7 @@ class Shared:
     identity_at_start: ClassVar[bool] = True
 
     def attach(self, copy: Backbone) -> None:
-        """Nothing to change."""
+        """Change nothing."""
 
     def owns(self, key: str, module: nn.Module) -> bool:  # noqa: ARG002
         return False

@@ -1,4 +1,4 @@
-"""Small networks whose every tensor matters, and what several tests do with them."""
+"""Small networks in which every tensor has an effect, and functions that several tests use on them."""
 
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ SMALL = {
     "last_channel": 32,
     "inverted_residual_setting": [[1, 8, 1, 1], [4, 16, 2, 2], [4, 24, 1, 1]],
 }
-# name -> (options, image size in pixels), the smallest that the network takes
+# name -> (options, image size in pixels). The size is the smallest one that the network takes.
 NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "mobilenet_v2": ({}, 32),
     "inception_v3": ({}, 75),
@@ -37,14 +37,14 @@ SMALL_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def small_backbone(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Backbone:
-    """A MobileNetV2 of about 10,000 parameters for 16 px images and 5 classes."""
+    """Return a MobileNetV2 of about 10,000 parameters for 16 px images and 5 classes."""
     backbone = patches.load_backbone("mobilenet_v2", num_classes=5, seed=seed, **{**SMALL, **options})
     return randomised(backbone, seed).to(dtype)
 
 
 @cache
 def network(name: str) -> Backbone:
-    """One of NETWORKS or SMALL_TRANSFORMERS, made once: leave its values alone."""
+    """Return one of NETWORKS or SMALL_TRANSFORMERS. All tests share it, so do not change its values."""
     if name in SMALL_TRANSFORMERS:
         return small_transformer(name)
     options, _ = NETWORKS[name]
@@ -52,13 +52,13 @@ def network(name: str) -> Backbone:
 
 
 def small_transformer(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Backbone:
-    """A new one of SMALL_TRANSFORMERS."""
+    """Return a new network that is described in SMALL_TRANSFORMERS."""
     family, small = SMALL_TRANSFORMERS[name]
     return randomised(patches.load_backbone(family, num_classes=5, **{**small, **options})).to(dtype)
 
 
 def randomise_side(model: PatchedModel, seed: int = 1) -> PatchedModel:
-    """Give every tensor of a side network a value, those that start as zeros too."""
+    """Give every parameter of a side network random values, because some of them start as zeros."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.private_state().items():
         if name.startswith("side.") and isinstance(tensor, nn.Parameter):
@@ -67,7 +67,7 @@ def randomise_side(model: PatchedModel, seed: int = 1) -> PatchedModel:
 
 
 def randomised(backbone: Backbone, seed: int = 0) -> Backbone:
-    """Give norm layers and heads values that no constructor gives: ones, zeros and equal rows hide mistakes."""
+    """Give normalisation layers and heads random values, because ones, zeros and equal rows hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
@@ -91,7 +91,7 @@ def images(count: int, size: int, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    """The bytes of each tensor, which tell NaN from NaN and -0.0 from 0.0."""
+    """Return the bytes of each tensor. Comparing them distinguishes one NaN from another, and -0.0 from 0.0."""
     return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}
 
 
@@ -101,7 +101,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
 
 
 def train(model: PatchedModel, steps: int = 2, size: int = 16, count: int = 8) -> None:
-    """A few steps with a large rate, in train mode, on whatever takes gradients."""
+    """Train all parameters that take gradients for a few steps with a large learning rate, in train mode."""
     model.train()
     torch.manual_seed(0)  # dropout
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

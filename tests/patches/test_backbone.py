@@ -1,4 +1,4 @@
-"""Backbones as sequences, their parts, their hash."""
+"""Backbones: how they run as sequences, their parts, and their hash."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ from torch import nn
 
 import patches
 from patches import BackboneError
+from patches.families import FAMILIES
 from tests.patches.helpers import (
     NETWORKS,
     SMALL,
@@ -131,7 +132,9 @@ def test_inception_has_a_second_head_and_taps_mixed_6e() -> None:
     for module in backbone.network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    backbone.network.training = True  # the branch runs, and BatchNorm keeps its running statistics
+    backbone.network.training = (
+        True  # so that the branch runs. The layers stay in eval mode, so BatchNorm's statistics do not move.
+    )
     after_6e = backbone.steps.index("block8") + 1
     with torch.no_grad():
         logits, aux_logits = backbone.network(x)
@@ -154,7 +157,8 @@ def test_inception_keeps_its_input_transform() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_belongs_to_one_step(name: str) -> None:
     backbone = network(name)
-    owners = {key: [step.name for step in backbone._steps if step.owns(key)] for key in backbone.network.state_dict()}
+    steps = FAMILIES[backbone.name].steps(backbone.network)
+    owners = {key: [step.name for step in steps if step.owns(key)] for key in backbone.network.state_dict()}
     assert all(len(steps) == 1 for steps in owners.values()), owners
 
 

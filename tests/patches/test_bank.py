@@ -1,4 +1,4 @@
-"""Many tasks over one backbone: the same bits as alone, the shared steps once."""
+"""Many tasks over one backbone: each gives the same bits as its model alone, and the shared steps run once."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def backbone_named(name: str) -> Backbone:
 
 
 def bank_of(backbone: Backbone, name: str) -> tuple[PatchBank, dict[str, PatchedModel]]:
-    """A bank with a task for each of TASKS, and their models."""
+    """Return a bank with a task for each entry of TASKS, and the tasks' models."""
     bank, models = PatchBank(backbone), {}
     for number, (method, options) in enumerate(TASKS[name]):
         model = randomise_side(patches.attach(backbone, method, 3 + number, seed=number, **options), number)
@@ -100,14 +100,14 @@ def test_shared_steps_run_once_and_a_rest_once_for_each_task(name: str, first_pr
 
             module.register_forward_pre_hook(note)
 
-    count("shared", bank._trunk)
+    count("shared", bank.trunk)
     for number, (method, options) in enumerate(first_private):
         model = patches.attach(backbone, method, 3, **options)
         bank.add(f"task{number}", model)
-        count(f"task{number} ", model._copy())
+        count(f"task{number} ", model.as_backbone())
     bank.all_tasks(images(2, 32))
     if name == "small_vit":
-        # M = 2 of 4 blocks; MIST has no rest in the backbone.
+        # DTL's M is 2 of 4 blocks. MIST runs no block of its own after the shared ones.
         assert calls == {"shared1": 1, "shared2": 1, "task0 3": 1, "task0 4": 1, "task1 3": 1, "task1 4": 1}
     else:
         assert calls == {f"shared{block}": 1 for block in range(1, 9)}

@@ -1,4 +1,4 @@
-"""Bundles: exact round trips, and nothing loads that is not whole and not for this backbone."""
+"""Bundles: round trips are exact, and a file that is damaged or made for another backbone is refused."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import patches
 from patches import BundleError, PatchedModel
-from patches import bundle as bundle_file
+from patches.bundle import UNSEALED, seal
 from tests.patches.helpers import SMALL, bits, images, small_backbone, train
 
 BACKBONE = small_backbone()
@@ -64,7 +64,7 @@ def test_a_round_trip_is_bit_exact(tmp_path: Path, method: str, options: dict) -
 @QUICK
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8), st.sampled_from([torch.float32, torch.float64]))
 def test_any_bit_pattern_survives(tmp_path: Path, patterns: list[int], dtype: torch.dtype) -> None:
-    """NaN payloads, infinities, subnormals and -0.0."""
+    """Any bit pattern includes NaNs with every payload, infinities, subnormals and -0.0."""
     backbone = BACKBONE if dtype == torch.float32 else small_backbone(dtype)
     model = patches.attach(backbone, "scale_bias+last_layer", 3)
     words = torch.tensor(patterns, dtype=torch.int64).to(torch.int32)
@@ -127,11 +127,11 @@ def test_verifying_gives_the_manifest(tmp_path: Path) -> None:
     assert patches.verify_bundle(path, small_backbone()) == patches.inspect_bundle(path)
 
 
-# Refused
+# Files that are refused
 
 
 def refused(path: Path, data: bytes, backbone: patches.Backbone = BACKBONE) -> str:
-    """The error; neither the backbone nor a model on it has changed."""
+    """Return the message of the error, after checking that neither the backbone nor a model on it has changed."""
     path.write_bytes(data)
     before = backbone.content_hash()
     for read in (patches.load_bundle, patches.verify_bundle):
@@ -208,15 +208,14 @@ def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path, whole: bytes
 
 
 def rewritten(whole: bytes, change: Callable[[dict], object], tensors: dict | None = None) -> bytes:
-    """The bundle with another manifest or tensors, and a hash that is right for them."""
+    """Return the bundle with another manifest or other tensors, and with the hash that fits them."""
     header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
     manifest = json.loads(header["__metadata__"]["manifest"])
-    manifest["payload_sha256"] = bundle_file._ZEROS
+    manifest["payload_sha256"] = UNSEALED
     change(manifest)
     text = json.dumps(manifest, separators=(",", ":"))
-    data = safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text})
-    start = data.find(bundle_file._HASH_START) + len(bundle_file._HASH_START)
-    return data[:start] + bundle_file._hash_but(data, start).encode() + data[start + 64 :]
+    sealed, _ = seal(safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text}))
+    return sealed
 
 
 def test_a_rewritten_bundle_is_as_good_as_new(tmp_path: Path, whole: bytes) -> None:

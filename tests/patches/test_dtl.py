@@ -1,4 +1,4 @@
-"""DTL, DTL+ and DTL+*: exact counts, the recursion as the paper writes it, what is shared."""
+"""DTL, DTL+ and DTL+*: exact counts, the paper's recursion, and the steps that tasks share."""
 
 import copy
 from typing import Any
@@ -75,7 +75,7 @@ def test_a_fresh_patch_has_the_papers_values() -> None:
     assert not torch.equal(a, state["side.blocks.2.a"])
 
 
-# The formulas, written anew
+# The paper's formulas, written independently of the code
 
 
 def theta(x: Tensor, beta: float) -> Tensor:
@@ -83,7 +83,7 @@ def theta(x: Tensor, beta: float) -> Tensor:
 
 
 def depthwise_same(grid: Tensor, weight: Tensor) -> Tensor:
-    """Sum over the kernel's offsets of the zero-padded grid (batch, height, width, d), weight (d, 1, k, k)."""
+    """Convolve a grid (batch, height, width, d) with weight (d, 1, k, k), as a sum over the kernel's offsets."""
     size = weight.shape[-1]
     before = (size - 1) // 2
     batch, height, width, d = grid.shape
@@ -160,12 +160,12 @@ def test_the_recursion_is_the_papers(name: str, method: str, options: dict[str, 
     with torch.no_grad():
         expected = by_hand(model, x)
         fresh = patches.attach(backbone, method, 3, **options)
-        assert (by_hand(fresh, x) - expected).abs().max() > 1e-2  # the side network has a say
+        assert (by_hand(fresh, x) - expected).abs().max() > 1e-2  # the side network has an effect
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_gradient_is_that_of_the_paper_without_a_border() -> None:
-    """Cutting the graph below block M changes no gradient of the task's own tensors."""
+    """Check that cutting the graph below block M changes no gradient of the task's own tensors."""
     backbone = small_transformer("small_vit", torch.float64)
     model = randomise_side(patches.attach(backbone, "dtl_plus", 3, kernel_size=4))
     x = images(2, 32, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Arrow files of features, and MIST's edge network trained from one in a process of its own."""
+"""Feature files, and MIST's edge network, which is trained from one in a separate process."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def read(file: FeatureFile, name: str, places: list[int]) -> Tensor:
 
 
 def maps_file(folder: Path, dtype: torch.dtype = torch.float32, count: int = 20) -> tuple[FeatureFile, Tensor]:
-    """Maps of a small ViT and the images they were made of."""
+    """Return maps of a small ViT, and the images that they were computed from."""
     backbone = small_transformer("small_vit")
     x = images(count, 32)
     about = {"backbone": backbone.identity(), "k": 3, "classes": CLASSES, "preprocessing": {"resolution": 32}}
@@ -101,7 +101,7 @@ def test_a_writer_that_fails_leaves_no_file(tmp_path: Path) -> None:
 def test_the_message_of_vit_b_16_is_as_large_as_the_paper_says(
     tmp_path: Path, dtype: torch.dtype, row_bytes: int
 ) -> None:
-    """Measured on the Arrow table's buffers."""
+    """Check the size on the Arrow table's buffers."""
     write_features(tmp_path / "a.arrow", {}, [rows(0, {"maps": torch.zeros(3, 197, 768, dtype=dtype)})])
 
     column = pa.ipc.open_file(tmp_path / "a.arrow").read_all()["maps"]

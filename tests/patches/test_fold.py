@@ -1,4 +1,4 @@
-"""Folding: a plain torchvision network with the same outputs."""
+"""Folding: the plain torchvision network gives the same outputs."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_method_that_cannot_be_folded_says_so(monkeypatch: pytest.MonkeyPatch)
         patches.fold(model)
 
 
-# The paper's toy on what a bias alone can do (its section 3): biases fold the input space more or fewer times.
+# The toy example of the paper's section 3: biases alone decide how many times a network folds its input space.
 
 
 def _tent_layer(bias: float) -> nn.Module:
@@ -102,7 +102,7 @@ def _tent_layer(bias: float) -> nn.Module:
 
 
 def _components(bias: float, slack: float = 1e-9) -> int:
-    """Connected parts of {x: 0.2 <= F(x) <= 0.4} on a grid that holds the fold at x = 0.5."""
+    """Count the connected parts of {x: 0.2 <= F(x) <= 0.4} on a grid that contains the fold at x = 0.5."""
     network = nn.Sequential(_tent_layer(bias), _tent_layer(0.0)).double()
     network[0][0].bias.data[0] = bias  # not through float32
     x = torch.arange(-4_000, 12_001, dtype=torch.float64) / 8_000

@@ -1,4 +1,4 @@
-"""What every patch method keeps, on every small network it fits."""
+"""Promises that every patch method keeps, tested on every small network that it fits."""
 
 import copy
 from pathlib import Path
@@ -40,7 +40,7 @@ def attach(backbone: Backbone, method: str, num_classes: int | None = None, *, s
 
 
 def frozen_features(backbone: Backbone, method: str, x: Tensor) -> Tensor:
-    """What the head reads of the frozen backbone alone, by the method's readout."""
+    """Return the features that the method's readout makes of the frozen backbone alone."""
     if method == "mist":
         tokens = sum(backbone.run(x, 0, step + 1) for step in range(backbone.num_blocks + 1))
         return nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)[:, 0]
@@ -79,7 +79,7 @@ def test_a_fresh_patch_changes_no_feature(name: str, method: str) -> None:
     with torch.no_grad():
         expected = frozen_features(backbone, method, x)
         features = model.run(x, 0, -1)
-        assert torch.equal(features[:, -expected.shape[1] :], expected)  # a parasite's own stand before the host's
+        assert torch.equal(features[:, -expected.shape[1] :], expected)  # a parasite's own features come first
         assert (features.shape == expected.shape) == identity
         assert model(x).shape == (2, 3)
         assert torch.equal(model(x), model.run(x))
@@ -87,7 +87,7 @@ def test_a_fresh_patch_changes_no_feature(name: str, method: str) -> None:
         logits = backbone.run(expected, len(backbone.steps) - 1)
         if identity:
             assert torch.equal(with_own_head, logits)
-        else:  # zeros for the parasite's features make the head's sums longer
+        else:  # the zero weights for the parasite's features make the head's sums longer, so the rounding differs
             torch.testing.assert_close(with_own_head, logits)
 
 
@@ -100,7 +100,7 @@ def test_training_moves_owned_tensors_and_no_other(name: str, method: str) -> No
     assert changed(base, state_bits(backbone.network)) == set()
     moved = changed(own, state_bits(model.network))
     assert moved <= set(model.private_names)
-    # Not every tensor can move: a β before a 1x1 convolution and BatchNorm has no gradient. Every kind does.
+    # Not every tensor can change: a β before a 1x1 convolution and a BatchNorm has no gradient. Every kind changes.
     assert {key.rpartition(".")[2] for key in moved} == {key.rpartition(".")[2] for key in model.private_names}
     assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.network.parameters())
 
@@ -157,7 +157,7 @@ def test_methods_say_what_they_are() -> None:
     assert facts["parasite"] == ("side", False, False)
 
 
-# The three last-layer rows of the paper's Table 6 must not drift into one another.
+# The three rows with a last layer in the paper's Table 6 must stay different from each other.
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_source_statistics_stay_while_scale_and_bias_train() -> None:
     with torch.no_grad():
         assert torch.equal(model.train().run(x, 0, head), model.eval().run(x, 0, head))
     before = state_bits(model.network)
-    model.set_shared_trainable(True)  # and back: this must not wake the private layers
+    model.set_shared_trainable(True)  # and back again: this must not unfreeze the private layers
     model.set_shared_trainable(False)
     train(model)
     moved = changed(before, state_bits(model.network))

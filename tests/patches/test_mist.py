@@ -1,4 +1,4 @@
-"""MIST: exact counts, the blocks as the paper writes them, server and edge apart."""
+"""MIST: exact counts, the paper's formulas of the blocks, and training in two places, server and edge."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def test_candidates_end_with_all_blocks(blocks: int, expected: tuple) -> None:
     assert candidates(blocks) == expected
 
 
-# The formulas, written anew
+# The paper's formulas, written independently of the code
 
 
 def layer_norm(x: Tensor, weight: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
@@ -118,7 +118,7 @@ def test_fresh_blocks_change_no_bit_of_what_was_gathered(block: str) -> None:
         assert not torch.equal(randomise_side(model).network.side.blocks(gathered), gathered)
 
 
-# Server and edge apart
+# Training in two places, server and edge
 
 
 def test_gathered_maps_are_sums_of_the_frozen_backbones_outputs() -> None:

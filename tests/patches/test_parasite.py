@@ -1,4 +1,4 @@
-"""Parasite: exact counts, slices of the host, what joins it, and the host itself at ratio 1."""
+"""Parasite: exact counts, slices of the host, the activations that join it, and ratio 1, which is the host itself."""
 
 import copy
 
@@ -30,7 +30,7 @@ BODIES = {
     0.9: 22_106_922,
     1.0: 26_969_152,
 }
-"""Of the paper's 18 models on ResNet-50."""
+"""Values of the paper's 18 models on ResNet-50."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_counts_of_the_ablations(hollow: Backbone) -> None:
 
 @pytest.mark.parametrize(("percent", "ratio"), [(2.61, 0.09), (7.44, 0.2)])
 def test_a_target_percent_finds_the_papers_ratio(hollow: Backbone, percent: float, ratio: float) -> None:
-    # The paper's percentages are of six data sets with 50 1/3 classes on average.
+    # The paper's percentages are means over six data sets, which have 50 1/3 classes on average.
     model = patches.attach(hollow, "parasite", 50, target_percent=percent)
     assert model.options["ratio"] == ratio
     assert model.options["target_percent"] is None
@@ -83,7 +83,8 @@ def test_a_fresh_parasite_is_a_slice_of_its_host() -> None:
     assert torch.equal(own["conv1.weight"], host["conv1.weight"][:19])
     for kind in ("weight", "bias", "running_mean", "running_var"):
         assert torch.equal(own[f"bn1.{kind}"], host[f"bn1.{kind}"][:19])
-    # Inside a stage the parasite reads itself alone; at its first block, itself and then all of the host.
+    # The first block of a stage reads the parasite's channels and then all of the host's. Other blocks read the
+    # parasite's channels only.
     assert torch.equal(own["layer2.1.conv1.weight"], host["layer2.1.conv1.weight"][:38, :38])
     for path in ("layer2.0.conv1", "layer2.0.downsample.0"):
         weight = host[f"{path}.weight"]
@@ -102,7 +103,7 @@ def test_a_fresh_parasite_is_a_slice_of_its_host() -> None:
 def test_a_depthwise_convolution_keeps_the_channels_it_reads() -> None:
     backbone = small_backbone()
     host, own = backbone.network.state_dict(), state(patches.attach(backbone, "parasite", 3, ratio=0.25))
-    # Block 1 of MobileNetV2 begins with one, over the parasite's 8 channels and the host's 32.
+    # Block 1 of MobileNetV2 begins with a depthwise convolution, over the parasite's 8 channels and the host's 32.
     weight = host["features.1.conv.0.0.weight"]
     assert torch.equal(own["features.1.conv.0.0.weight"], torch.cat([weight[:8], weight]))
     projection = host["features.1.conv.1.weight"]
@@ -110,7 +111,7 @@ def test_a_depthwise_convolution_keeps_the_channels_it_reads() -> None:
 
 
 def without_host(backbone: Backbone) -> PatchedModel:
-    """The parasite of ratio 1, with zeros wherever it would read the host."""
+    """Return the parasite of ratio 1, with zero weights for all channels of the host."""
     model = patches.attach(backbone, "parasite", ratio=1.0)
     host = backbone.network.state_dict()
     widened = 0
@@ -123,13 +124,14 @@ def without_host(backbone: Backbone) -> PatchedModel:
     return model
 
 
-def in_two_sums(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A convolution whose sums over the zeroed host stand apart: a longer sum is rounded in another order."""
+def in_two_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Convolve with the sum over the zeroed host kept separate, because one longer sum would be rounded differently."""
 
     def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return nn.functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
+    weight = layer.weight
     used = weight.transpose(0, 1).flatten(1).any(1).nonzero().max().item() + 1
     if layer.groups > 1 or used == weight.shape[1]:
         return convolve(x, weight)
@@ -147,7 +149,7 @@ def test_at_ratio_1_without_the_host_it_is_the_host(name: str, monkeypatch: pyte
         assert expected.std() > 1e-3
         tolerance = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(model.run(x, 0, -1)[:, :width], expected, rtol=0, atol=tolerance)
-        monkeypatch.setattr(nn.Conv2d, "_conv_forward", in_two_sums)
+        monkeypatch.setattr(nn.Conv2d, "forward", in_two_sums)
         assert torch.equal(model.run(x, 0, -1)[:, :width], backbone.run(x, 0, -1))
 
 
@@ -189,7 +191,7 @@ def test_added_channels_are_the_hosts_first() -> None:
         assert features.shape == (2, 153)
         shifted = {**outputs, 9: outputs[9] + torch.arange(512)}
         assert torch.allclose(
-            model.network.side(model._copy(), x, shifted), features + torch.arange(153), rtol=1e-5, atol=1e-4
+            model.network.side(model.as_backbone(), x, shifted), features + torch.arange(153), rtol=1e-5, atol=1e-4
         )
 
 

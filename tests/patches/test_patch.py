@@ -1,4 +1,4 @@
-"""What a patched model promises whatever its method: aliasing, freezing, heads, counts, refusals."""
+"""Promises of a patched model with any method: aliasing, freezing, heads, counts, refusals."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def test_a_tensor_can_be_pointed_at_a_view_of_a_flat_buffer() -> None:
         assert not model(x).any()
 
 
-# Frozen
+# Frozen and joint training
 
 
 def _whole(model: PatchedModel) -> list[nn.Module]:
@@ -120,7 +120,7 @@ def test_a_frozen_backbone_stays_bit_identical(
     for _ in range(2):
         for module in callees(model):
             module.train()
-        assert model.network.classifier[0].training  # dropout follows
+        assert model.network.classifier[0].training  # dropout follows `train()`
         model(images(8, 16)).square().sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -189,7 +189,7 @@ def test_a_fixed_head_is_random_frozen_and_outside_the_state() -> None:
 @pytest.mark.parametrize("method", ["scale_bias", "last_layer"])
 def test_inception_gets_two_fresh_heads(method: str) -> None:
     model = patches.attach(network("inception_v3"), method, 7)
-    heads = model._copy().heads()
+    heads = model.as_backbone().heads()
     assert {path: tuple(layer.weight.shape) for path, layer in heads.items()} == {
         "fc": (7, 2048),
         "AuxLogits.fc": (7, 768),

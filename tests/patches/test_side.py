@@ -1,4 +1,4 @@
-"""What a side network keeps whatever its method: the host as it was, no gradient in it, the shared steps shared."""
+"""Promises of every side method: the host does not change, no gradient crosses it, and the shared steps are shared."""
 
 import copy
 import pickle
@@ -32,7 +32,7 @@ SIZE = {"mobilenet_v2": 16}
 
 
 def fresh(name: str) -> Backbone:
-    """With everything random that train mode has: dropout, stochastic depth, and BatchNorm's statistics."""
+    """Return a backbone with everything that train mode changes: dropout, stochastic depth, BatchNorm's statistics."""
     if name == "mobilenet_v2":
         return small_backbone(dropout=0.5)
     if name == "small_swin":
@@ -45,7 +45,7 @@ def fresh(name: str) -> Backbone:
 
 
 def nodes(output: Tensor) -> Iterator[Any]:
-    """Every node of the autograd graph behind a tensor."""
+    """Yield every node of the autograd graph of a tensor."""
     seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -56,7 +56,7 @@ def nodes(output: Tensor) -> Iterator[Any]:
 
 
 def recorded(backbone: Backbone, model: PatchedModel, x: Tensor) -> dict[int, Tensor]:
-    """Step -> the output of its last module in one forward pass of the model."""
+    """Run the model once and return the output of each step's last module: step -> output."""
     found: dict[int, Tensor] = {}
     hooks = []
     for step in range(len(backbone.steps) - 1):
@@ -136,9 +136,9 @@ def test_shared_steps_give_the_same_bits_to_every_task_in_train_mode(
 def test_no_activation_of_a_shared_step_requires_grad(name: str, method: str, options: dict) -> None:
     backbone, x = fresh(name), images(2, 32)
     model = randomise_side(patches.attach(backbone, method, 3, **options)).train()
-    # Modules of the tail are run on other tokens, or not at all.
+    # The tail is left out, because some side networks run its modules on other tokens, or not at all.
     outputs = {s: y for s, y in recorded(backbone, model, x).items() if 0 < s <= backbone.num_blocks}
-    # The first blocks run once: a block at or below the border that ran again with gradients would have been noted.
+    # A shared block that ran a second time, with gradients, would show here too.
     needs = {step: output.requires_grad for step, output in outputs.items()}
     assert needs == {step: step >= model.first_private_block for step in needs}
     assert needs
@@ -152,13 +152,13 @@ def test_the_autograd_graph_ends_at_the_tasks_own_tensors(name: str, method: str
     leaves = {node.variable.data_ptr() for node in graph if hasattr(node, "variable")}
     private = {t.data_ptr() for t in model.private_state().values() if isinstance(t, nn.Parameter)}
     assert leaves == private
-    # A layer of the host in the graph would be one more of its kind.
+    # Count the layers in the graph by type. A shared layer of the host in the graph would make the count too high.
     if method.startswith("dtl"):
         norms = 2 * (backbone.num_blocks - first + 1) + 1  # of the blocks after M, and the last one
         mergings = len([stage for stage in backbone.stages if stage >= first and stage > 1])
         assert sum("LayerNorm" in node.name() for node in graph) == norms + mergings
     if method == "mist":
-        # The last one; those of the side network are in what the backward pass computes anew.
+        # The last LayerNorm. The backward pass computes the side network's other ones again, outside this graph.
         assert sum("LayerNorm" in node.name() for node in graph) == 1
         assert sum("_Recomputed" in node.name() for node in graph) == model.options["layers"]
     if method == "parasite":
@@ -181,7 +181,7 @@ def test_shared_outputs_are_let_go_on_the_way(method: str, options: dict) -> Non
         model.network.get_submodule(backbone.paths(block, block + 1)[-1]).register_forward_pre_hook(note)
     with torch.no_grad():
         model(images(2, 32))
-    # Beside what a block reads, MIST's sum begins as z0.
+    # Only MIST holds an earlier output: its sum starts as z0, which is still alive when the next block runs.
     assert alive == [0, 1 if method == "mist" else 0, 0, 0]
 
 
@@ -192,7 +192,7 @@ def test_shared_steps_run_without_autograd(name: str, method: str, options: dict
     model = randomise_side(patches.attach(fresh(name), method, 3, **options))
     assert not any(output.requires_grad for output in model.shared_part(x).values())
     model(x).sum().backward()
-    assert (x.grad is None) == (method != "parasite")  # which reads the images itself
+    assert (x.grad is None) == (method != "parasite")  # the parasite reads the images itself
 
 
 def test_joint_training_is_refused() -> None:
@@ -225,7 +225,7 @@ def test_a_side_network_comes_from_its_seed_and_leaves_the_random_state_alone() 
     states = [bits(patches.attach(backbone, "dtl", 3, seed=seed).private_state()) for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert states[0] == states[1] != states[2]
-    # A head of as many inputs, drawn alike, begins with other numbers.
+    # A head with the same number of inputs and the same distribution begins with other numbers.
     first = patches.attach(backbone, "mist", 3, seed=1, block="mlp").private_state()
     assert not torch.allclose(first["side.blocks.0.function.down.weight"][0], first["heads.head.weight"][0])
 

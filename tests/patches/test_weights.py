@@ -125,7 +125,7 @@ def test_unknown_torchvision_weights() -> None:
 
 @pytest.fixture
 def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """What torchvision would fetch: a 1000-class MobileNetV2."""
+    """Replace torchvision's download by a MobileNetV2 with 1000 classes, and return its state dict."""
     state = patches.load_backbone("mobilenet_v2", seed=9).network.state_dict()
 
     def get_state_dict(weights: WeightsEnum, **options: bool) -> dict[str, torch.Tensor]:
