@@ -46,7 +46,7 @@ def put_off_torch_compile() -> None:
 
 
 def _leave_as_it_is(fn: Callable[..., Any] | None = None, recursive: bool = True, **_: Any) -> Callable[..., Any]:  # noqa: ARG001
-    """Return the function unchanged; without a function, return this decorator. Stands in for `torch._dynamo.disable`."""
+    """Return the function unchanged, or without a function a decorator that does so, like `torch._dynamo.disable`."""
     return _leave_as_it_is if fn is None else fn
 
 

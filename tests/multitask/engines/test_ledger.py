@@ -19,11 +19,12 @@ def test_a_report_that_is_asked_for_again_is_the_same_and_the_next_one_has_what_
     async def ask() -> list[tuple[list[int], list[str]]]:
         ledger = LedgerActor()
         await ledger.begin(job, store_of(job))
+        incarnation = await ledger.begin_group()
         found = []
         for step, number in enumerate((1, 1, 2)):
             await ledger.lose(f"loss {step}")
-            for worker in job.workers:
-                ledger._server.push(Push(worker, step, step, loss=1.0, images=8, seconds=0.1), {})
+            pushes = [Push(worker, step, step, loss=1.0, images=8, seconds=0.1) for worker in job.workers]
+            await asyncio.gather(*(ledger.push(incarnation, push) for push in pushes))
             report = await ledger.report(600.0, number)
             found.append(([record.step for record in report.news[0]], report.lost))
         return found
@@ -45,9 +46,9 @@ def test_after_a_loss_all_ranks_are_missing_until_they_join_the_next_group(make_
             found.append((set(report.processes), await ledger.starting(), report.lost))
 
         for loses in (True, False):
-            group = await ledger.begin_group()
+            incarnation = await ledger.begin_group()
             for process, worker in enumerate(job.workers):
-                await ledger.join(group, worker, process, None)
+                await ledger.join(incarnation, worker, process, None)
             await look()
             if loses:
                 await ledger.lose("rank 1: gone")
