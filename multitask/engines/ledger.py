@@ -55,7 +55,7 @@ class GroupState:
         job: at the checkpoint that the group starts from.
         """
         self.incarnation = time.time_ns()
-        """Identifies this start; the ledger rejects calls from the ranks of another one."""
+        """Identifies this start of the group: the ledger rejects calls from the ranks of an earlier one."""
         self.job = job
         self.ledger = Ledger(job.workers)
         self.server = job.make_server(self.ledger, on_record=ServerMetrics(job).note)
@@ -119,7 +119,10 @@ class LedgerActor:
         self._last_status = LastAnswer()
 
     async def begin(self, job: Job, store: CheckpointStore) -> None:
-        """Set the job to work on. This is not done in the constructor for the same reason as in `ServerActor`."""
+        """Set the job, and the store with the checkpoint to start from.
+
+        The constructor does not do this, because Ray would repeat its arguments when it restarts the process.
+        """
         self._job, self._store = job, store
         self._restart()
 
@@ -228,7 +231,7 @@ class LedgerActor:
         return group.ledger.read(worker), group.all_rest()
 
     async def fail(self, worker: str, message: str) -> None:
-        """Note that a worker raised an exception, which ends the run. Only the first counts: the others follow from it."""
+        """Note that a worker raised an exception, which ends the run. Only the first counts: others follow from it."""
         self._failure = self._failure or (worker, message)
 
     # Calls of the driver and of Ray Train's controller.
@@ -275,7 +278,7 @@ class LedgerActor:
         """Return whether a group is starting: not all of its ranks have joined."""
         return self._starting
 
-    # How it is done.
+    # Internals.
 
     def _group_of(self, incarnation: int) -> GroupState:
         """Return the present start of the group.
@@ -288,7 +291,7 @@ class LedgerActor:
         return self._group
 
     async def _answer(self, group: GroupState, worker: str) -> tuple[Reply, list[Operation]]:
-        """Wait until the worker need not wait for others; return its reply and the operations that it has not read."""
+        """Return the reply to a worker and the operations that it has not read, as soon as it can go on."""
         group.notify()
         while (reply := group.server.reply(worker)) is None:
             await self._change(group)

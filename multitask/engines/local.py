@@ -86,8 +86,8 @@ def run(job: Job, driver: Driver) -> Outcome:
                 server.drop_snapshot(version)
 
         loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
-        # Each worker makes one push per turn, until all loops have ended. All end in the same turn, unless a task joined
-        # the run late.
+        # Each worker makes one push per turn, until all loops have ended. They end in the same turn, unless a task
+        # joined the run late.
         while loops:
             try:
                 loops = {worker: loop for worker, loop in loops.items() if _goes_on(worker, loop)}

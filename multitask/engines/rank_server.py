@@ -60,7 +60,7 @@ def answer_of(handle: Handle) -> Any:
 
 
 def contribution(worker: str, contributors: Sequence[str], weights: Mapping[str, float]) -> float | None:
-    """Return the factor of a worker's gradients in a weighted sum over contributors; None if it is none of them.
+    """Return the factor of a worker's gradients in a weighted sum over contributors; None if it is not among them.
 
     Args:
         contributors: workers whose gradients are summed.
@@ -78,9 +78,12 @@ class RankServer:
     All ranks carry out the same operations in the same order on the groups that they hold, so their values stay equal
     bit for bit.
 
-    The gradients of a step go this way: `Reduction.arm` runs before the last backward pass, during which buckets start
-    as their gradients become final; `push` starts the remaining buckets; `wait` waits for the sums and for the ledger's
-    answer, which says how to apply them.
+    The gradients of a step take this way:
+
+    1. `_arm` runs before the last backward pass, which then starts each bucket when its gradients are final.
+    2. `push` reports the step to the ledger and starts the remaining buckets.
+    3. `wait` waits for the sums, and for the ledger's answer, which says how to apply them.
+    4. `_apply` applies them to the groups that this rank holds.
     """
 
     def __init__(
@@ -200,7 +203,7 @@ class RankServer:
                     self.replica.drop_snapshot(version)
 
     def _arm(self) -> None:
-        """Let this step's gradients enter the sums with their factors, assuming that no push is rejected."""
+        """Let this step's gradients enter the sums; their factors are right if no push of the round is rejected."""
         self._reduction.arm(
             {name: contribution(self._worker, self._expected(name), self._weights) for name in self._users}
         )

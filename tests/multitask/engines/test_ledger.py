@@ -4,9 +4,11 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
+import pytest
+
 from multitask.engines.ledger import LedgerActor
 from multitask.job.job import Job
-from multitask.server.messages import Push
+from multitask.server.messages import Push, PushRejectedError
 from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
 
@@ -61,3 +63,27 @@ def test_after_a_loss_all_ranks_are_missing_until_they_join_the_next_group(make_
         (set(), True, ["rank 1: gone"]),
         (everyone, False, []),
     ]
+
+
+def test_ranks_of_an_earlier_group_are_rejected_also_while_they_wait(make_spec: Callable[..., JobSpec]) -> None:
+    job = Job(make_spec(engine={"name": "allreduce"}))
+
+    async def start_twice() -> None:
+        ledger = LedgerActor()
+        with pytest.raises(PushRejectedError):
+            await ledger.report_alive(0, "pets/0")
+        await ledger.begin(job, store_of(job))
+        first = await ledger.begin_group()
+        waits = asyncio.ensure_future(ledger.push(first, Push("pets/0", 0, 0, loss=1.0, images=8, seconds=0.1)))
+        await asyncio.sleep(0)
+        assert not waits.done(), "the round waits for the other worker"
+
+        second = await ledger.begin_group()
+
+        with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
+            await waits
+        with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
+            await ledger.finish(first, "pets/0")
+        await ledger.finish(second, "pets/0")
+
+    asyncio.run(start_twice())

@@ -1,4 +1,4 @@
-"""What ranks of engine `allreduce` do after their last step, without processes."""
+"""Ranks of engine `allreduce` after their last step, without processes."""
 
 import asyncio
 import itertools
@@ -29,7 +29,7 @@ def job(make_spec: MakeSpec) -> Job:
 
 
 def server_of(job: Job, worker: TaskWorker, connection: LedgerConnection) -> RankServer:
-    """The server of a rank that takes part in no more sums."""
+    """Return the server of a rank after the last step of all workers."""
     return RankServer(job, worker, connection, Reduction([], {}, {}), dict.fromkeys(job.workers, 0), [])
 
 
@@ -137,14 +137,14 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the clock forward by seconds."""
+    """Set the clock forward by a number of seconds."""
     now, ahead_s = time.monotonic, [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now() + sum(ahead_s))
     return ahead_s.append
 
 
 async def resting(job: Job, *names: str) -> tuple[LedgerActor, int]:
-    """A ledger that all workers have joined, and some have finished and rest; with the incarnation of their group."""
+    """Return a ledger that all workers have joined, where the named ones rest, and the incarnation of the group."""
     mine = LedgerActor()
     await mine.begin(job, store_of(job))
     incarnation = await mine.begin_group()
@@ -157,7 +157,7 @@ async def resting(job: Job, *names: str) -> tuple[LedgerActor, int]:
 
 
 async def rest(mine: LedgerActor, incarnation: int, name: str) -> list[Operation]:
-    """What a rank that rests reads now; none if it would wait for news."""
+    """Return the operations that a rank which rests reads now; none if it would have to wait for some."""
     call = asyncio.ensure_future(mine.rest(incarnation, name))
     await asyncio.sleep(0)
     if not call.done():
@@ -173,7 +173,7 @@ Silent = Callable[..., Any]
 @pytest.fixture
 def silent(pass_time: Callable[[float], None]) -> Silent:
     async def silent(mine: LedgerActor, incarnation: int, *alive: str) -> list[str]:
-        """Who hangs, after nothing was heard for long of anybody else."""
+        """Return the workers that count as hung when only those in `alive` have given a sign of life for long."""
         pass_time(1000)
         for worker in alive:
             await mine.report_alive(incarnation, worker)
