@@ -76,7 +76,7 @@ class TaskWorker:
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called in each step before the backward pass that completes its gradients; never where they are clipped."""
         self._learned_step, self._learned_position = start.step, start.position
-        """Steps that the private tensors have learned from: their answers have arrived. And the position after them."""
+        """Steps that the private tensors have learned from, and the position of the data stream after them."""
         self._incarnation = start.incarnation
         self._version = 0
         self._rejected_in_a_row = 0
