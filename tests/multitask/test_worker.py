@@ -30,12 +30,12 @@ def worker_of(spec: JobSpec) -> tuple[Job, TaskWorker]:
 
 
 def gradients_of(_push: Push, gradients: Gradients, private: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Group -> what one step found, shape (layout.pushed,): gradients, then batch statistics."""
+    """Return group -> gradients, then batch statistics, of one step: shape (layout.pushed,)."""
     return {group: as_tensor(gradient.copy()) for group, gradient in gradients.items()} | private
 
 
 def train(spec: JobSpec) -> tuple[list[StepRecord], dict[str, Tensor], float]:
-    """Records, final values of all groups, last validation top-1."""
+    """Return the records, the final values of all groups and the last validation top-1."""
     ran = run_engine(Job(spec))
     values = {name: as_tensor(group.values) for name, group in ran.outcome.versions["last"].groups.items()}
     return ran.records, values, ran.evaluations[-1].mean_top1
@@ -73,7 +73,7 @@ def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(mak
 
 
 def test_dropout_draws_the_same_in_a_step_whoever_makes_it(make_spec: MakeSpec) -> None:
-    """So a step made again, or in another process, is the same step."""
+    """So a step that is redone, or made by another process, gives the same gradients."""
     changes = {"backbone": {"options": {"dropout": 0.5}}}
     spec = make_spec({"pets": {}}, **changes)
     job, first = worker_of(spec)
@@ -141,7 +141,7 @@ def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(
 
 @pytest.mark.parametrize("problem", [None, "it holds a gradient that is not finite in group 'private:pets'"])
 def test_private_tensors_never_learn_from_a_push_with_a_problem(make_spec: MakeSpec, problem: str | None) -> None:
-    """Although the answer says nothing of it: where a step is made again, or an answer was lost."""
+    """Also if the reply does not mention the problem, because the step was redone or its first answer was lost."""
     job, worker = worker_of(make_spec({"pets": {}}))
     reply, values = DirectServer(job.make_server()).pull("pets/0")
     push, _, private = worker.compute()
