@@ -31,7 +31,8 @@ from benchmarks._turns import LAPS, TIMEOUT_S, WARM_UP, Mark, Turns, Variant, ou
 from multitask.cluster.session import ray_session
 from multitask.data import prefetch, write_table
 from multitask.engines.ledger import LedgerActor
-from multitask.engines.ranks import RankServer, make_reduction, process_groups
+from multitask.engines.rank_server import LedgerConnection, RankServer
+from multitask.engines.ranks import join, make_reduction, process_groups
 from multitask.engines.server_actors import ServerActor
 from multitask.engines.workers import WorkerActor
 from multitask.job.checkpoint import CheckpointStore
@@ -211,13 +212,13 @@ class TimedRank:
         )
         self._job, self._name = job, list(job.workers)[number]
 
-    def prepare(self, ledger: Any, group: int) -> None:
+    def prepare(self, ledger: LedgerConnection) -> None:
         job, name = self._job, self._name
-        server = RankServer(job, name, ledger, group)
         worker = job.make_worker(name, prefetch(job.make_batches(name)))
         reduction = make_reduction(job, worker, process_groups(job, name))
-        server.join()
-        server.meet(worker, reduction, dict.fromkeys(job.workers, job.spec.steps))
+        _, operations = join(ledger, name)
+        steps_left = dict.fromkeys(job.workers, job.spec.steps)
+        server = RankServer(job, worker, ledger, reduction, steps_left, operations)
         self._clock = BlockedTime(server)
         self._loop: Iterator[None] = train_steps(worker, self._clock, job.spec.steps, 0)
 
@@ -236,8 +237,8 @@ class AllreduceEngine:
         actor: Any = ray.remote(TimedRank).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
         self._ranks = [actor.remote(shared_job, number, backend, meeting) for number in range(len(job.workers))]
         self.actors: list[Any] = [ledger, *self._ranks]
-        group = ray.get(ledger.begin_group.remote(), timeout=TIMEOUT_S)
-        ray.get([rank.prepare.remote(ledger, group) for rank in self._ranks], timeout=TIMEOUT_S)
+        connection = LedgerConnection(ledger, ray.get(ledger.begin_group.remote(), timeout=TIMEOUT_S))
+        ray.get([rank.prepare.remote(connection) for rank in self._ranks], timeout=TIMEOUT_S)
 
     def turn(self, steps: int) -> list[list[Mark]]:
         return ray.get([rank.run.remote(steps) for rank in self._ranks], timeout=TIMEOUT_S)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the worker, its task and the step."""
+    """Training cannot go on. The message names the worker, its task and the step where one worker is to blame."""
 
     def __init__(self, message: str, about: Mapping[str, object] | None = None) -> None:
         """Args:
@@ -15,10 +15,11 @@ class TrainingError(RuntimeError):
 
 
 def failure(worker: str, task: str, steps: int, why: object) -> TrainingError:
-    """The error of a worker that raised.
+    """Make the error for a worker that raised an exception.
 
     Args:
-        steps: that it has made.
+        steps: number of steps that the worker has made.
+        why: the exception, or its text.
     """
     about = {"task": task, "worker": worker, "step": steps}
     made = f"{steps} step{'' if steps == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Accuracy on held-out images, and running statistics measured anew."""
+"""Measure a model: its accuracy on held-out images, and the running statistics of its normalisation layers."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,11 @@ from multitask.server.layout import training_norms
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Compute with this many threads: a fixed number for fixed bits, and few where other processes compute too."""
+    """Let torch use this many threads inside the block.
+
+    Results are equal bit for bit only with equal numbers of threads, and processes that compute side by side slow each
+    other down if each of them uses all cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -29,11 +33,12 @@ def evaluate(
     device: torch.device | None = None,
     keep: Callable[[Batch, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Top-1, top-5 (percent) and mean cross-entropy over batches; leaves the model in eval mode.
+    """Return top-1 and top-5 accuracy (percent) and the mean cross-entropy over batches; leave the model in eval mode.
 
     Args:
         model: images (B, 3, R, R) -> logits (B, C).
-        batches: read once; a label has to lie below C.
+        batches: read once; every label must be below C.
+        device: holds the model; None for the CPU.
         keep: called with each batch and its logits.
     """
     model.eval()
@@ -54,9 +59,10 @@ def evaluate(
 
 @torch.no_grad()
 def reestimate_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Measure running means and variances anew as the plain average over batches; no parameter changes.
+    """Replace running means and variances by their plain average over batches; no parameter changes.
 
-    Only layers whose statistics move in train mode are measured: attach `norm_statistics` to make them private.
+    Only layers whose statistics change in train mode are measured. The patch method `norm_statistics` makes the
+    statistics private to the task, so that measuring them leaves other tasks alone.
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, Table 6, middle row.
     """
     norms = list(training_norms(model.train()).values())
@@ -64,7 +70,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for the cumulative average
+        norm.momentum = None  # With None, torch computes the cumulative average.
         norm.training = True
     for batch in batches:
         model(batch.images().contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""The server's side of MIST: a task's images as gathered maps, for an edge that never holds the backbone."""
+"""The server's side of the method MIST: feature maps of a task's images, for an edge device without the backbone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +21,20 @@ Dtype = Literal["float32", "float16"]
 def gather(
     spec: JobSpec, task: str, folder: Path, *, k: int | None = None, dtype: Dtype = "float32"
 ) -> dict[str, FeatureFile]:
-    """Write the maps z_0 + ... + z_k of a task's training and validation images.
+    """Write the sums of maps z_0 + ... + z_k of a task's training and validation images.
 
-    The message of an image is its map: 605,184 bytes of ViT-B/16 at 224 px in float32, half of that in float16.
+    The edge device receives one map per image: 605,184 bytes for ViT-B/16 at 224 px in float32, and half of that in
+    float16.
 
     Args:
-        spec: gives the backbone and its weights; the task's method plays no part.
-        folder: gets `train.arrow` and `validation.arrow`, each whole or not at all.
-        k: last map of the sum, by default the backbone's last.
+        spec: names the backbone, its weights and the task's data; the task's patch method is not used.
+        folder: receives `train.arrow` and `validation.arrow`; each file is complete or does not exist.
+        k: index of the last map in the sum; by default the backbone's last map.
     Returns:
         Split -> its file.
     Raises:
-        SpecError: no such task.
-        PatchError: a backbone that is no ViT, or a k that it does not have.
+        SpecError: the spec has no such task.
+        PatchError: the backbone is not a ViT, or it has no map k.
     """
     found = [one for one in spec.tasks if one.name == task]
     if not found:
@@ -61,6 +62,7 @@ def gather(
 
 
 def _maps(server: Gather, table: ImageTable, task: TaskSpec, k: int, dtype: Dtype) -> Iterator[Rows]:
+    """Yield the maps of a table's images, batch by batch."""
     for batch in table_batches(table, task):
         maps = server(batch.images(), k).to(getattr(torch, dtype))
         assert batch.rows is not None

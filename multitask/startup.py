@@ -1,7 +1,8 @@
-"""Processes that a run starts do without the machinery of torch.compile, which none of them uses.
+"""Start the processes of a run without the machinery of torch.compile, which none of them uses.
 
-They get the environment variable `RUN_PROCESS`, on which `import multitask` calls `put_off_torch_compile`; the command
-line calls it too. A user's own process, which may compile what it likes, keeps its `sys.modules` as they are.
+A run sets the environment variable `RUN_PROCESS` for the processes that it starts, and `import multitask` then calls
+`put_off_torch_compile`. The command line calls it too. In a user's own process, which may use torch.compile, nothing in
+`sys.modules` changes.
 """
 
 import importlib
@@ -13,27 +14,27 @@ from typing import Any
 DYNAMO = "torch._dynamo"
 UTILS = f"{DYNAMO}.utils"
 RUN_PROCESS = "MULTITASK_RUN_PROCESS"
-"""Environment variable of the processes that a run starts."""
+"""Environment variable that marks the processes that a run starts."""
 
 
 class _StandIn(ModuleType):
-    """Gives its place to the real module as soon as something is asked that it does not have."""
+    """Stands in for a module, and is replaced by the real one as soon as an attribute is read that it does not have."""
 
     def __getattr__(self, name: str) -> Any:
-        # Python asks a package for its path when one of its modules is imported. Of other such names those ask who
-        # walk through all modules.
+        # Python reads a package's `__path__` when it imports one of its modules. Code that walks through all modules
+        # reads other names of this kind, and must not cause the import.
         if name.startswith("__") and (self.__name__, name) != (DYNAMO, "__path__"):
             raise AttributeError(name)
         return getattr(_real(self.__name__), name)
 
 
 def put_off_torch_compile() -> None:
-    """Let `torch._dynamo` be imported when something is compiled, or asks for anything else of it.
+    """Delay the import of `torch._dynamo` until something is compiled or uses it in another way.
 
-    It takes almost as long to import as torch itself. torchvision (0.29) and torch's optimisers (2.15) import it to
-    mark functions which torch.compile is to leave alone, process groups to clear a cache of it; where nothing is
-    compiled, that has no effect. Call it before torchvision is imported. Where `torch._dynamo` is imported already,
-    nothing changes.
+    The import takes almost as long as the import of torch itself. torchvision (0.29) and torch's optimisers (2.15)
+    import `torch._dynamo` only to mark functions that torch.compile must not touch, and process groups import it to
+    clear one of its caches. In a process that compiles nothing, neither has an effect. Call this function before
+    torchvision is imported. If `torch._dynamo` is already imported, nothing changes.
     """
     if DYNAMO in sys.modules:
         return
@@ -45,11 +46,12 @@ def put_off_torch_compile() -> None:
 
 
 def _leave_as_it_is(fn: Callable[..., Any] | None = None, recursive: bool = True, **_: Any) -> Callable[..., Any]:  # noqa: ARG001
-    """Mark a function, or make what marks one."""
+    """Return the function unchanged, or without a function a decorator that does so, like `torch._dynamo.disable`."""
     return _leave_as_it_is if fn is None else fn
 
 
 def _real(name: str) -> ModuleType:
+    """Remove the stand-ins and import the real module."""
     for stood_in in (DYNAMO, UTILS):
         if isinstance(sys.modules.get(stood_in), _StandIn):
             del sys.modules[stood_in]

@@ -1,270 +1,307 @@
-"""Engine `allreduce`: the ledger, which decides as a parameter server does, and holds no values."""
+"""Engine `allreduce`: the ledger, which decides as a parameter server does and holds no values."""
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import ray
 
 from multitask.engines.loss import Actor, LastAnswer, begun
 from multitask.engines.metrics import ServerMetrics
+from multitask.engines.operations import Ledger, Operation
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
-from multitask.server.messages import Gradients, Key, Push, PushRejectedError, Reply, SnapshotRequest, StepRecord
+from multitask.server.messages import GroupValues, Push, PushRejectedError, Reply, SnapshotRequest, StepRecord
 from multitask.server.parameter_server import CompleteSnapshot, ParameterServer
 from multitask.server.progress import Progress
-from multitask.server.shard import Shard, Update
 
 WAIT = timedelta(days=1)
-"""How long a collective waits for others, who may be evaluating: Train and the ledger notice who is lost or hangs."""
+"""Timeout of a collective. Other ranks may be evaluating for long; lost and silent ranks are found by other means."""
 
 
-@dataclass(frozen=True)
-class Apply:
-    """A round's update, empty where all pushes were rejected."""
+def busy_workers(
+    *, starting: bool, joined: Collection[str], resting: Collection[str], rounds_behind: Mapping[str, int]
+) -> set[str]:
+    """Return the workers that wait for no other worker; only a busy worker can be silent because it hangs.
 
-    update: Update
+    A collective of several ranks waits for its slowest rank. A rank that rests and evaluates a snapshot delays the
+    ranks that train, and the resting ranks that have read of more rounds than it has. The resting rank that is
+    furthest behind waits for nobody: all rounds that it will read of have ended, so the training ranks have pushed for
+    them, and the other resting ranks have read of them too and carry them out before they evaluate again.
+
+    A worker that hangs elsewhere is found later: those behind it catch up or are ended, and no further round can end
+    without all workers that train.
+
+    Args:
+        starting: not all ranks of the group have joined; those that have joined wait for the others.
+        joined: workers that have joined and were not found silent.
+        resting: workers that have made their last step, or pause.
+        rounds_behind: resting worker with open snapshot requests -> number of ended rounds that it has not read of.
+    """
+    if starting:
+        return set()
+    furthest = max(rounds_behind.values(), default=0)
+    behind = {worker for worker, rounds in rounds_behind.items() if rounds == furthest}
+    return behind or set(joined) - set(resting)
 
 
-@dataclass(frozen=True)
-class TakeSnapshot:
-    """Put the values aside as they stand."""
+class GroupState:
+    """What the ledger holds for one start of the worker group."""
 
-    version: int
-    slots: bool
+    def __init__(self, job: Job) -> None:
+        """Args:
+        job: at the checkpoint that the group starts from.
+        """
+        self.incarnation = time.time_ns()
+        """Identifies this start of the group: the ledger rejects calls from the ranks of an earlier one."""
+        self.job = job
+        self.ledger = Ledger(job.workers)
+        self.server = job.make_server(self.ledger, on_record=ServerMetrics(job).note)
+        self.resting: set[str] = set()
+        """Workers that have made their last step, or pause."""
+        self._changed = asyncio.Event()
 
+    def all_rest(self) -> bool:
+        return self.resting == set(self.job.workers)
 
-@dataclass(frozen=True)
-class DropSnapshot:
-    version: int
+    def rounds_behind(self) -> dict[str, int]:
+        """Return, for each resting worker with open snapshot requests, the ended rounds that it has not read of."""
+        asked = self.resting.intersection(self.server.workers_with_requests())
+        return {worker: self.ledger.rounds_behind(worker) for worker in asked}
 
+    async def change(self) -> None:
+        """Wait for the next `notify`."""
+        await self._changed.wait()
 
-Operation = Apply | TakeSnapshot | DropSnapshot
-
-
-class Ledger(Shard):
-    """A shard without values: it writes down what the server would have it do, for the ranks that hold them."""
-
-    def __init__(self, workers: Iterable[str]) -> None:
-        super().__init__({})
-        self._unread: dict[str, list[Operation]] = {worker: [] for worker in workers}
-
-    def read(self, worker: str) -> list[Operation]:
-        """What happened since this worker read last."""
-        unread, self._unread[worker] = self._unread[worker], []
-        return unread
-
-    def news(self, worker: str) -> bool:
-        return bool(self._unread[worker])
-
-    def rounds_behind(self, worker: str) -> int:
-        """How many rounds have ended of which this worker has not read."""
-        return sum(isinstance(operation, Apply) for operation in self._unread[worker])
-
-    def stash(self, key: Key, gradients: Gradients, names: Iterable[str]) -> str | None:  # noqa: ARG002
-        return None
-
-    def apply(self, update: Update, done: Iterable[Key]) -> None:  # noqa: ARG002
-        self._write(Apply(update))
-
-    def take_snapshot(self, version: int, slots: bool) -> None:
-        self._write(TakeSnapshot(version, slots))
-
-    def drop_snapshot(self, version: int) -> None:
-        self._write(DropSnapshot(version))
-
-    def _write(self, operation: Operation) -> None:
-        for unread in self._unread.values():
-            unread.append(operation)
+    def notify(self) -> None:
+        """Wake up all calls that wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """What the driver hears of a worker group now and then."""
+    """What the driver learns when it asks for the worker group's status."""
 
     news: tuple[list[StepRecord], dict[int, CompleteSnapshot], Progress]
-    """What `ParameterServer.drain` returned."""
+    """The result of `ParameterServer.drain`."""
     processes: dict[str, int]
-    """Worker -> process id, of those that have joined the present group."""
+    """Worker -> process id, for the workers that have joined the present start of the group."""
     silent: list[str]
+    """Workers whose processes were ended because they hung."""
     lost: list[str]
-    """What was lost since the last report."""
+    """Messages about losses since the last status."""
     failure: tuple[str, str] | None
-    """Which worker raised, and what: the run cannot go on."""
+    """The worker that raised an exception, and its text: the run cannot go on."""
     ended: bool
-    """The work of all ranks is done, and `news` has the last of it."""
+    """All ranks have done all their work, and `news` is the last."""
 
 
 class LedgerActor:
-    """The server of engine `allreduce`: it counts and decides as any other, and holds no values.
+    """The parameter server of engine `allreduce`: it counts and decides like any other, and holds no values.
 
-    Ray starts it again when it is lost, and the driver lets it begin; the ranks notice, and Train starts new ones.
+    Ray restarts this process when it is lost, and the driver calls `begin` again. The ranks notice the loss and end,
+    and Ray Train starts new ones.
     """
 
     def __init__(self) -> None:
+        self._group: GroupState | None = None
+        self._starting = True
+        self._actors: dict[str, Actor] = {}
+        """Workers that have joined the present start of the group and were not found silent."""
+        self._processes: dict[str, int] = {}
+        """Worker -> process id, for all workers that have joined."""
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: tuple[str, str] | None = None
-        self._reported = LastAnswer()
-        self._held: ParameterServer | None = None
-        self._group = 0
-        self._starting = True
+        self._last_status = LastAnswer()
 
     async def begin(self, job: Job, store: CheckpointStore) -> None:
-        """Take what the groups of ranks are to work on. Not in the constructor, as in `ServerActor`."""
+        """Set the job, and the store with the checkpoint to start from.
+
+        The constructor does not do this, because Ray would repeat its arguments when it restarts the process.
+        """
         self._job, self._store = job, store
         self._restart()
 
     @property
-    def _server(self) -> ParameterServer:
-        return begun(self._held)
+    def server(self) -> ParameterServer:
+        """The parameter server of the present start of the group.
+
+        Raises:
+            NotBegunError: `begin` was not called.
+        """
+        return begun(self._group).server
 
     def _restart(self) -> None:
-        self._restored = job = self._job.restored(self._store.latest())
-        self._ledger = Ledger(job.workers)
-        self._held = job.make_server(self._ledger, on_record=ServerMetrics(job).note)
+        self._group = GroupState(self._job.restored(self._store.latest()))
         if self._pause_wanted:
-            self._server.pause()
-        self._group = time.time_ns()
-        """Names the group of ranks: those of an earlier one are answered no more."""
-        self._actors: dict[str, Actor] = {}
-        self._processes: dict[str, int] = {}
-        self._resting: set[str] = set()
-        self._changed = asyncio.Event()
+            self._group.server.pause()
+        self._actors, self._processes = {}, {}
 
-    # What ranks call.
+    # Calls of the ranks.
 
     async def begin_group(self) -> int:
-        """A new group of ranks starts, at the latest checkpoint; returns its number."""
-        begun(self._held)
-        self._notify()
+        """Start a new group of ranks at the latest checkpoint; return its incarnation."""
+        begun(self._group).notify()
         self._restart()
-        return self._group
+        return begun(self._group).incarnation
 
-    async def job(self, group: int) -> Job:
-        """The job at the checkpoint that the group starts from: one reading of it for all ranks."""
-        self._check(group)
-        return self._restored
+    async def job(self, incarnation: int) -> Job:
+        """Return the job at the checkpoint that the group starts from: all ranks must start from the same one."""
+        return self._group_of(incarnation).job
 
-    async def join(self, group: int, worker: str, process: int, actor: Actor) -> tuple[Reply, list[Operation]]:
-        """A worker begins, at the step where the server stands."""
-        self._check(group)
-        self._server.join(worker, 0, None)
+    async def join(self, incarnation: int, worker: str, process: int, actor: Actor) -> tuple[Reply, list[Operation]]:
+        """Let a worker join the group; the reply names the step at which it begins."""
+        group = self._group_of(incarnation)
+        group.server.join(worker, 0, None)
         self._actors[worker], self._processes[worker] = actor, process
-        self._starting = len(self._processes) < len(self._job.workers)
+        self._starting = len(self._processes) < len(group.job.workers)
         return await self._answer(group, worker)
 
-    async def pull(self, group: int, worker: str) -> tuple[Reply, list[Operation]]:
-        return await self._answer(group, worker)
+    async def pull(self, incarnation: int, worker: str) -> tuple[Reply, list[Operation]]:
+        return await self._answer(self._group_of(incarnation), worker)
 
-    async def push(self, group: int, push: Push) -> tuple[Reply, list[Operation]]:
-        self._check(group)
-        self._server.push(push, {})
+    async def push(self, incarnation: int, push: Push) -> tuple[Reply, list[Operation]]:
+        group = self._group_of(incarnation)
+        group.server.push(push, {})
         return await self._answer(group, push.worker)
 
-    async def call(self, group: int, method: str, *arguments: Any) -> Any:
-        self._check(group)
-        answer = getattr(self._server, method)(*arguments)
-        self._notify()
-        return answer
+    async def snapshot_requests(
+        self, incarnation: int, worker: str
+    ) -> tuple[tuple[SnapshotRequest, ...], list[Operation]]:
+        """Return a worker's open snapshot requests together with the operations that take these snapshots.
 
-    async def snapshot_requests(self, group: int, worker: str) -> tuple[tuple[SnapshotRequest, ...], list[Operation]]:
-        """What is asked of a worker, with the operations that put it aside: others may push at any moment."""
-        self._check(group)
-        return self._server.snapshot_requests(worker), self._ledger.read(worker)
+        Both come from one moment: other workers may push between two calls.
+        """
+        group = self._group_of(incarnation)
+        return group.server.snapshot_requests(worker), group.ledger.read(worker)
 
-    async def rest(self, group: int, worker: str) -> tuple[list[Operation], bool]:
-        """A worker has made its steps, or pauses: what the others do meanwhile, and whether all of them rest."""
-        self._check(group)
-        if worker not in self._resting:
-            self._resting.add(worker)
-            if self._all_rest() and self._pause_wanted:
-                self._server.snapshot_for_checkpoint()
-            self._notify()
-        while not (self._ledger.news(worker) or self._all_rest()):
+    async def report_state(
+        self,
+        incarnation: int,
+        request: SnapshotRequest,
+        worker: str,
+        step: int,
+        position: int,
+        held: dict[str, GroupValues],
+    ) -> None:
+        group = self._group_of(incarnation)
+        group.server.report_state(request, worker, step, position, held)
+        group.notify()
+
+    async def report_evaluation(
+        self,
+        incarnation: int,
+        request: SnapshotRequest,
+        task: str,
+        metrics: dict[str, float],
+        held: dict[str, GroupValues],
+    ) -> None:
+        group = self._group_of(incarnation)
+        group.server.report_evaluation(request, task, metrics, held)
+        group.notify()
+
+    async def report_alive(self, incarnation: int, worker: str) -> None:
+        group = self._group_of(incarnation)
+        group.server.report_alive(worker)
+        group.notify()
+
+    async def finish(self, incarnation: int, worker: str) -> None:
+        group = self._group_of(incarnation)
+        group.server.finish(worker)
+        group.notify()
+
+    async def rest(self, incarnation: int, worker: str) -> tuple[list[Operation], bool]:
+        """Let a worker that has made its last step, or pauses, wait until there are operations or all workers rest.
+
+        Returns:
+            The operations that the worker has not read, and whether all workers rest.
+        """
+        group = self._group_of(incarnation)
+        if worker not in group.resting:
+            group.resting.add(worker)
+            if group.all_rest() and self._pause_wanted:
+                group.server.snapshot_for_checkpoint()
+            group.notify()
+        while not (group.ledger.has_unread(worker) or group.all_rest()):
             await self._change(group)
-        return self._ledger.read(worker), self._all_rest()
+        return group.ledger.read(worker), group.all_rest()
 
     async def fail(self, worker: str, message: str) -> None:
-        """A worker raised: the run ends. The first message counts, what follows from it does not."""
+        """Note that a worker raised an exception, which ends the run. Only the first counts: others follow from it."""
         self._failure = self._failure or (worker, message)
 
-    # What the driver and Train's controller call.
+    # Calls of the driver and of Ray Train's controller.
 
     async def report(self, silent_s: float, number: int) -> GroupStatus:
-        """Args:
-        silent_s: a worker of which nothing was heard for so long, though it waits for nobody, is ended; Train does the
-            rest.
-        number: counts the reports; under that of the last call, the same report once more.
-        """
-        return self._reported.to(number, lambda: self._report(silent_s))
+        """Return the status of the group, and end the processes of workers that hang; Ray Train does the rest.
 
-    def _report(self, silent_s: float) -> GroupStatus:
-        silent = [worker for worker in self._server.silent_workers(silent_s, self._working()) if worker in self._actors]
+        Args:
+            silent_s: a worker hangs if it waits for no other worker and gave no sign of life for this many seconds.
+            number: counts the calls. A second call with the number of the last one returns the same status again.
+        """
+        return self._last_status.to(number, lambda: self._status(silent_s))
+
+    def _status(self, silent_s: float) -> GroupStatus:
+        group = begun(self._group)
+        busy = busy_workers(
+            starting=self._starting,
+            joined=self._actors.keys(),
+            resting=group.resting,
+            rounds_behind=group.rounds_behind(),
+        )
+        silent = [worker for worker in group.server.silent_workers(silent_s, busy) if worker in self._actors]
         for worker in silent:
             ray.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
-        news, ended = self._server.drain(), self._server.has_ended()
+        news, ended = group.server.drain(), group.server.has_ended()
         return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)
 
     async def drop_snapshot(self, versions: Sequence[int]) -> None:
         for version in versions:
-            self._server.drop_snapshot(version)
+            self.server.drop_snapshot(version)
 
     async def pause(self) -> None:
         self._pause_wanted = True
-        self._server.pause()
+        self.server.pause()
 
     async def lose(self, message: str) -> None:
-        """Ranks are gone, or Train itself, and a new group starts: those who do not join it are missing."""
+        """Note that ranks were lost, or Ray Train itself: all workers are missing until they join the next group."""
         self._lost.append(message)
         self._starting = True
         self._actors, self._processes = {}, {}
 
     async def starting(self) -> bool:
-        """Whether a group is on its way: not all of its ranks have joined."""
+        """Return whether a group is starting: not all of its ranks have joined."""
         return self._starting
 
-    # How it is done.
+    # Internals.
 
-    def _check(self, group: int) -> None:
-        if group != self._group:
-            raise PushRejectedError("This worker group's place was taken by a newer one; its processes have to end.")
+    def _group_of(self, incarnation: int) -> GroupState:
+        """Return the present start of the group.
 
-    async def _answer(self, group: int, worker: str) -> tuple[Reply, list[Operation]]:
-        self._check(group)
-        self._notify()
-        while (reply := self._server.reply(worker)) is None:
-            await self._change(group)
-        return reply, self._ledger.read(worker)
-
-    def _working(self) -> Collection[str]:
-        """Workers that wait for nobody's part in a sum.
-
-        While one that rests evaluates, others may wait for it: those that train, and those that rest and have read of
-        more rounds. Whoever is furthest behind waits for nobody: those that train have pushed all that it reads of, and
-        those that rest have read of it too and follow it before they evaluate again. One that hangs elsewhere is found
-        later: those behind it catch up or are ended, and no round that could ask for more ends without all that train.
-        While a group starts, those that have joined wait for the others.
+        Raises:
+            PushRejectedError: the caller is a rank of an earlier start.
         """
-        if self._starting:
-            return ()
-        workers_with_requests = self._resting.intersection(self._server.workers_with_requests())
-        furthest = max(map(self._ledger.rounds_behind, workers_with_requests), default=0)
-        behind = {worker for worker in workers_with_requests if self._ledger.rounds_behind(worker) == furthest}
-        return behind or self._actors.keys() - self._resting
+        if self._group is None or incarnation != self._group.incarnation:
+            raise PushRejectedError("This worker group's place was taken by a newer one; its processes have to end.")
+        return self._group
 
-    def _all_rest(self) -> bool:
-        return self._resting == set(self._job.workers)
+    async def _answer(self, group: GroupState, worker: str) -> tuple[Reply, list[Operation]]:
+        """Return the reply to a worker and the operations that it has not read, as soon as it can go on."""
+        group.notify()
+        while (reply := group.server.reply(worker)) is None:
+            await self._change(group)
+        return reply, group.ledger.read(worker)
 
-    async def _change(self, group: int) -> None:
-        await self._changed.wait()
-        self._check(group)
+    async def _change(self, group: GroupState) -> None:
+        """Wait for a change of the group.
 
-    def _notify(self) -> None:
-        """Let those who wait look again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        Raises:
+            PushRejectedError: the change is that a newer group started.
+        """
+        await group.change()
+        self._group_of(group.incarnation)

@@ -1,4 +1,4 @@
-"""Engine `local`: all workers in one process, by turns or by rounds."""
+"""Engine `local`: all workers in one process. Pushes are applied one by one, or together at the end of a round."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,17 +16,18 @@ Answer = tuple[Reply, Values]
 
 
 class DirectServer:
-    """The server as a worker in the same process sees it."""
+    """The server of a worker in the same process."""
 
     def __init__(self, server: ParameterServer, delay: int = 0) -> None:
         """Args:
-        delay: pushes that a worker leaves unanswered: then an answer keeps the values of its moment.
+        delay: pushes that a worker leaves unanswered. If there are any, an answer holds copies of the values, because
+            the worker reads them when the server's values have changed.
         """
         self._server, self._delay = server, delay
 
     def pull(self, worker: str) -> Answer:
         reply = self._server.reply(worker)
-        assert reply is not None, "a worker was asked to go on before its round was complete"
+        assert reply is not None, "the worker's round is not complete, so it cannot go on"
         groups = self._server.shard.groups
         return reply, {name: [groups[name].view()] for name in self._server.groups_of(worker)}
 
@@ -75,14 +76,18 @@ def run(job: Job, driver: Driver) -> Outcome:
         direct = DirectServer(server, delay)
         workers = make_workers(job)
 
+        def kept(version: int) -> Values:
+            return {name: [group] for name, group in (server.shard.snapshot(version) or {}).items()}
+
         def poll() -> None:
             news = server.drain()
-            take(job, driver, outcome, news, lambda v: {n: [g] for n, g in (server.shard.snapshot(v) or {}).items()})
+            take(job, driver, outcome, news, kept)
             for version in news[1]:
                 server.drop_snapshot(version)
 
         loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
-        # One push of each worker in turn, until the loops end: all in the same turn, unless a task joined the run late.
+        # Each worker makes one push per turn, until all loops have ended. They end in the same turn, unless a task
+        # joined the run late.
         while loops:
             try:
                 loops = {worker: loop for worker, loop in loops.items() if _goes_on(worker, loop)}
@@ -90,7 +95,7 @@ def run(job: Job, driver: Driver) -> Outcome:
                     if worker not in loops:
                         worker.answer_requests(direct)
             finally:
-                poll()  # when a worker fails, too: what led there is worth knowing, and a checkpoint may be complete
+                poll()  # Also when a worker fails: its records are worth keeping, and a checkpoint may be complete.
             if driver.wants_pause():
                 server.pause()
         outcome.paused = any(worker.step < job.spec.steps for worker in workers)
@@ -103,7 +108,7 @@ def run(job: Job, driver: Driver) -> Outcome:
 
 
 def make_workers(job: Job) -> list[TaskWorker]:
-    """All workers of a job in this process; those that read the same rows share their decode."""
+    """Build all workers of a job in this process; workers that read the same rows decode each image once."""
     batches = {}
     for names in job.sharing(job.workers):
         stream = job.make_stream(names)
@@ -113,6 +118,7 @@ def make_workers(job: Job) -> list[TaskWorker]:
 
 
 def _goes_on(worker: TaskWorker, loop: Iterator[None]) -> bool:
+    """Run a worker's loop up to its next push; return whether the loop has not ended."""
     try:
         return next(loop, "ended") != "ended"
     except Exception as error:

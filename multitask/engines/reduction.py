@@ -1,6 +1,6 @@
-"""Gradients that meet by all_reduce, in buckets, while the backward pass is still running.
+"""Sum gradients by all_reduce, in buckets, while the backward pass is still running.
 
-Knows torch.distributed and flat buffers; nothing of Ray, tasks or rounds.
+This file knows torch.distributed and flat buffers, and nothing of Ray, tasks or rounds.
 Source: Li et al., "PyTorch Distributed", VLDB 2020, arXiv:2006.15704: buckets in a fixed order, started by hooks.
 """
 
@@ -26,7 +26,7 @@ class PeerLostError(RuntimeError):
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """What torch.distributed raises in the block becomes a PeerLostError."""
+    """Turn errors of torch.distributed in the block into PeerLostError."""
     try:
         yield
     except RuntimeError as error:
@@ -35,27 +35,27 @@ def peers() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A contiguous range of a group's flat buffer that is reduced at once."""
+    """A contiguous range of a group's flat buffer that is summed by one all_reduce."""
 
     group: str
     start: int
     stop: int
     tensors: tuple[str, ...]
-    """The trained tensors in it."""
+    """Names of the trained tensors in this range."""
     last: bool = False
-    """It holds the group's statistics, which are there only when the backward pass is over."""
+    """The range includes the group's batch statistics, which are complete only after the backward pass."""
 
 
 def plan_buckets(layouts: Mapping[str, Layout], size_mb: float) -> list[Bucket]:
-    """Cut groups into buckets, in the one order in which every process reduces those it has a part in.
+    """Cut groups into buckets, and return them in the order in which every process starts them.
 
-    The backward pass reaches the tensors of a network from its end, so each group's weights go from back to front, and
-    several groups take turns by how far they are; scales, shifts and statistics, of which the first layer has some,
-    come last.
+    The backward pass computes gradients from the network's last layer to its first. So the buckets of each group's
+    weights are ordered from back to front, and buckets of several groups are interleaved by their relative distance
+    from the end. Scales, shifts and statistics come last, because the first layer already has some of them.
 
     Args:
         layouts: group -> its layout.
-        size_mb: a bucket closes when it holds so many MB (2 ** 20 bytes of float32); no tensor is cut.
+        size_mb: a bucket is full when it holds this many MB (2 ** 20 bytes) of float32; tensors are never cut.
     """
     ordered: list[tuple[float, Bucket]] = []
     for group, layout in layouts.items():
@@ -74,9 +74,12 @@ def plan_buckets(layouts: Mapping[str, Layout], size_mb: float) -> list[Bucket]:
 
 
 class Reduction:
-    """One process's part in the sums over all processes that use a group.
+    """One process's part in the sums of gradients over all processes that use a group.
 
-    The sums lie in buffers of their own: where a gradient turns out not to be finite, the others' are summed again.
+    In each step: `arm`, then the backward pass, during which hooks start the buckets, then `flush` and `finish`.
+
+    The sums have buffers of their own, so that the gradients are still there when one process's gradient is not finite
+    and the others must be summed `again`.
     """
 
     def __init__(
@@ -87,21 +90,24 @@ class Reduction:
         device: torch.device | None = None,
     ) -> None:
         """Args:
-        plan: what `plan_buckets` returned, the same in every process.
-        gradients: group -> flat gradients and statistics, shape (layout.pushed,), that backward passes fill.
-        members: group -> the processes that use it; groups that this process uses alone are left out.
-        device: where the sums lie; beside the gradients by default.
+        plan: the result of `plan_buckets`, equal in every process.
+        gradients: group -> flat gradients and batch statistics, shape (layout.pushed,), filled by backward passes.
+        members: group -> the processes that use it; without groups that only this process uses.
+        device: holds the sums; by default the device of the gradients.
         """
         self._plan = [bucket for bucket in plan if bucket.group in members]
         self._gradients, self._members = gradients, members
         self._sums = {name: torch.empty_like(gradients[name], device=device) for name in members}
         self._factors: dict[str, float | None] | None = None
+        """The step's factors; None before `arm` and after `finish`."""
         self._missing: list[int] = []
+        """For each bucket: gradients, and statistics, that are not complete yet."""
         self._next = 0
+        """Index of the first bucket that has not started."""
         self._works: list[dist.Work] = []
 
     def watch(self, parameters: Mapping[str, Tensor]) -> None:
-        """Start buckets from the backward pass, as soon as all gradients in them are there.
+        """Let backward passes start each bucket as soon as all its gradients are complete.
 
         Args:
             parameters: name -> trained parameter whose gradient is a view of the flat buffers.
@@ -111,10 +117,10 @@ class Reduction:
                 parameters[name].register_post_accumulate_grad_hook(partial(self._ready, index))
 
     def arm(self, factors: Mapping[str, float | None]) -> None:
-        """The next backward pass is the step's last: its gradients may leave.
+        """Prepare for the step's last backward pass, whose gradients are final.
 
         Args:
-            factors: group -> what this process's gradients are multiplied by; None for no part in the sum.
+            factors: group -> factor of this process's gradients in the sum; None if they do not enter it.
         """
         self._factors = dict(factors)
         self._missing = [len(bucket.tensors) + bucket.last for bucket in self._plan]
@@ -123,13 +129,14 @@ class Reduction:
 
     @property
     def armed(self) -> bool:
+        """Whether `arm` was called for this step."""
         return self._factors is not None
 
     def finish(self) -> dict[str, Tensor]:
-        """Start what is left and wait for all.
+        """Start the remaining buckets and wait for all sums.
 
         Returns:
-            Group -> sum over the processes that use it, shape (layout.pushed,); valid until the next step.
+            Group -> sum over the processes that use it, shape (layout.pushed,); overwritten in the next step.
         """
         self.flush()
         with peers():
@@ -139,12 +146,12 @@ class Reduction:
         return self._sums
 
     def flush(self) -> None:
-        """Start every bucket that has not started: the step's gradients and statistics are all there."""
+        """Start all buckets that have not started, when the step's gradients and statistics are complete."""
         while self._next < len(self._plan):
             self._start_next()
 
     def again(self, group: str, factor: float | None) -> Tensor:
-        """Sum one group once more, with other factors."""
+        """Sum one group once more, with another factor; all processes that use the group must call this."""
         piece = self._sums[group]
         self._contribute(piece, self._gradients[group], factor)
         with peers():
@@ -152,15 +159,16 @@ class Reduction:
         return piece
 
     def _ready(self, index: int, _parameter: Tensor) -> None:
+        """Count a complete gradient of a bucket, and start the buckets that can start."""
         if self._factors is None:
             return
         self._missing[index] -= 1
-        # In order, or two processes could wait for each other's buckets.
+        # All processes start buckets in the same order; otherwise two could wait for each other's buckets for ever.
         while self._next < len(self._plan) and self._missing[self._next] == 0:
             self._start_next()
 
     def _start_next(self) -> None:
-        assert self._factors is not None, "a step's buckets start after `arm`"
+        assert self._factors is not None, "`arm` must be called before a step's buckets start"
         bucket = self._plan[self._next]
         self._next += 1
         where = slice(bucket.start, bucket.stop)
@@ -173,6 +181,7 @@ class Reduction:
 
     @staticmethod
     def _contribute(piece: Tensor, gradient: Tensor, factor: float | None) -> None:
+        """Write this process's contribution to a sum into the buffer of the sum."""
         if factor is None:
             piece.fill_(NEUTRAL)
             return

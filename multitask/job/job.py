@@ -31,7 +31,7 @@ from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.shard import Shard
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
-from multitask.worker import TaskWorker, task_loss
+from multitask.worker import StepSettings, TaskWorker, WorkerStart, task_loss
 
 
 @dataclass(frozen=True)
@@ -210,19 +210,27 @@ class Job:
     def make_worker(
         self, name: str, batches: Iterator[Batch], start: tuple[int, int] | None = None, incarnation: int = 0
     ) -> TaskWorker:
-        """A worker with the values of this job's groups.
+        """Build a worker with the values of this job's groups.
 
         Args:
-            batches: from its position on.
-            start: its first step and position; by default as `start_of` has them.
-            incarnation: counts the processes of this worker.
+            batches: the worker's training stream, from its start position on.
+            start: the worker's first step and position; `start_of(name)` by default.
+            incarnation: number of earlier processes that this worker has had.
         """
         keep_freed_memory()
         step, position = start or self.start_of(name)
-        spec, task, rank = self.spec, self.task(self.workers[name]), rank_of(name)
-        # The structure alone: values come from the groups, so no worker reads a weights file.
+        spec, task = self.spec, self.task(self.workers[name])
+        # Only the structure: the values come from the groups, so no worker reads a weights file.
         backbone = load_backbone(spec, weights=None)
         groups = self.groups_of(task.name)
+        settings = StepSettings(
+            accumulate=task.accumulate,
+            precision=torch.bfloat16 if task.precision == "bfloat16" else torch.float32,
+            clip_norm=spec.clip_norm,
+            loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
+            device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
+            seed=spec.seed,
+        )
         return TaskWorker(
             name,
             task.name,
@@ -231,17 +239,10 @@ class Job:
             initial={group.name: (group.values, group.counters) for group in groups.values()},
             private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server and g.layout.pushed},
             batches=batches,
-            accumulate=task.accumulate,
-            precision=torch.bfloat16 if task.precision == "bfloat16" else torch.float32,
-            clip_norm=spec.clip_norm,
-            loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
-            validation=self._validation_batches(task) if rank == 0 else None,
-            device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
-            seed=spec.seed,
+            settings=settings,
+            validation=self._validation_batches(task) if rank_of(name) == 0 else None,
             cache=self.cache(task.name) if task.name in writers(self.caches) else None,
-            step=step,
-            position=position,
-            incarnation=incarnation,
+            start=WorkerStart(step, position, incarnation),
         )
 
     def checkpoint(self, progress: Progress, states: Mapping[str, GroupValues]) -> Checkpoint:

@@ -19,7 +19,8 @@ from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.local import DirectServer, make_workers
-from multitask.engines.ranks import RankServer, make_reduction, process_groups
+from multitask.engines.rank_server import LedgerConnection, RankServer
+from multitask.engines.ranks import join, make_reduction, process_groups
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
@@ -207,21 +208,20 @@ class Rank:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
         self._job, self._name = job, list(job.workers)[number]
 
-    def train(self, ledger: object, group: int) -> list[bytes]:
+    def train(self, ledger: LedgerConnection) -> list[bytes]:
         """Returns what the rank holds after each step, with the optimisers' slots."""
         job, name = self._job, self._name
-        server = RankServer(job, name, ledger, group)
         worker = job.make_worker(name, job.make_batches(name))
-        members = process_groups(job, name)
-        server.join()
-        server.meet(worker, make_reduction(job, worker, members), dict.fromkeys(job.workers, STEPS))
+        reduction = make_reduction(job, worker, process_groups(job, name))
+        _, operations = join(ledger, name)
+        server = RankServer(job, worker, ledger, reduction, dict.fromkeys(job.workers, STEPS), operations)
         worker.receive(*server.pull(name))
         held = []
         for step in range(STEPS):
             push, gradients, private = worker.compute()
             spoil(worker, step)
             worker.absorb(push, private, *server.wait(server.push(push, gradients)))
-            held.append(state(server._replica.groups))
+            held.append(state(server.replica.groups))
         return held
 
 
@@ -252,8 +252,8 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
     ranks = [ray.remote(Rank).options(num_cpus=0).remote(job, number, tmp_path) for number in range(2)]
     try:
         ray.get(ledger.begin.remote(job, store_of(job)))
-        group = ray.get(ledger.begin_group.remote())
-        found = ray.get([rank.train.remote(ledger, group) for rank in ranks], timeout=300)
+        connection = LedgerConnection(ledger, ray.get(ledger.begin_group.remote()))
+        found = ray.get([rank.train.remote(connection) for rank in ranks], timeout=300)
         rejected = {
             (record.step, record.worker): record.rejected
             for record in ray.get(ledger.report.remote(600.0, 1)).news[0]

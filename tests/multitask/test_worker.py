@@ -16,7 +16,7 @@ from multitask.server.layout import Role
 from multitask.server.messages import Gradients, Push, StepRecord, as_tensor
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
-from multitask.worker import TaskWorker, give
+from multitask.worker import TaskWorker
 from tests.conftest import run_engine
 
 MakeSpec = Callable[..., JobSpec]
@@ -30,12 +30,12 @@ def worker_of(spec: JobSpec) -> tuple[Job, TaskWorker]:
 
 
 def gradients_of(_push: Push, gradients: Gradients, private: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Group -> what one step found, shape (layout.pushed,): gradients, then batch statistics."""
+    """Return group -> gradients, then batch statistics, of one step: shape (layout.pushed,)."""
     return {group: as_tensor(gradient.copy()) for group, gradient in gradients.items()} | private
 
 
 def train(spec: JobSpec) -> tuple[list[StepRecord], dict[str, Tensor], float]:
-    """Records, final values of all groups, last validation top-1."""
+    """Return the records, the final values of all groups and the last validation top-1."""
     ran = run_engine(Job(spec))
     values = {name: as_tensor(group.values) for name, group in ran.outcome.versions["last"].groups.items()}
     return ran.records, values, ran.evaluations[-1].mean_top1
@@ -73,7 +73,7 @@ def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(mak
 
 
 def test_dropout_draws_the_same_in_a_step_whoever_makes_it(make_spec: MakeSpec) -> None:
-    """So a step made again, or in another process, is the same step."""
+    """So a step that is redone, or made by another process, gives the same gradients."""
     changes = {"backbone": {"options": {"dropout": 0.5}}}
     spec = make_spec({"pets": {}}, **changes)
     job, first = worker_of(spec)
@@ -128,9 +128,11 @@ def test_clipping_shortens_shared_and_private_gradients_together(make_spec: Make
         assert torch.equal(untouched[group], gradient)
 
 
-def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(make_spec: MakeSpec) -> None:
+def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multitask.job.job.task_loss", lambda outputs, _labels, **_: 1e30 * outputs.sum())
     _, worker = worker_of(make_spec({"pets": {}}, clip_norm=1.0))
-    worker._loss = lambda outputs, _labels: 1e30 * outputs.sum()
 
     push, _, _ = worker.compute()
 
@@ -139,15 +141,15 @@ def test_a_gradient_too_long_to_clip_makes_a_push_that_is_refused(make_spec: Mak
 
 @pytest.mark.parametrize("problem", [None, "it holds a gradient that is not finite in group 'private:pets'"])
 def test_private_tensors_never_learn_from_a_push_with_a_problem(make_spec: MakeSpec, problem: str | None) -> None:
-    """Although the answer says nothing of it: where a step is made again, or an answer was lost."""
+    """Also if the reply does not mention the problem, because the step was redone or its first answer was lost."""
     job, worker = worker_of(make_spec({"pets": {}}))
     reply, values = DirectServer(job.make_server()).pull("pets/0")
     push, _, private = worker.compute()
-    before = worker._private["private:pets"].values.clone()
+    before = worker.private["private:pets"].values.clone()
 
     worker.absorb(replace(push, problem=problem), private, replace(reply, rate=0.1), values)
 
-    assert torch.equal(worker._private["private:pets"].values, before) == (problem is not None)
+    assert torch.equal(worker.private["private:pets"].values, before) == (problem is not None)
 
 
 def test_what_was_put_aside_on_a_lost_server_is_not_taken_for_the_restored_ones_same_version(
@@ -162,7 +164,7 @@ def test_what_was_put_aside_on_a_lost_server_is_not_taken_for_the_restored_ones_
     (held,) = worker.absorb(push, private, *DirectServer(lost).pull("pets/0"))
     assert (held.request.version, held.request.evaluate, held.request.save) == (1, True, True)
 
-    give(worker, DirectServer(restored), held)
+    worker.report(DirectServer(restored), held)
 
     assert restored.workers_with_requests() == ["pets/0"]
     worker.answer_requests(DirectServer(restored))

@@ -68,9 +68,9 @@ class FakeCrew:
             requests, _ = await ledger.snapshot_requests(group, name)
             for request in requests:
                 if request.save:
-                    await ledger.call(group, "report_state", request, name, step, 0, {})
+                    await ledger.report_state(group, request, name, step, 0, {})
                 if request.evaluate:
-                    await ledger.call(group, "report_evaluation", request, self._job.workers[name], {"top1": 50.0}, {})
+                    await ledger.report_evaluation(group, request, self._job.workers[name], {"top1": 50.0}, {})
 
         async def ask_for_a_pause() -> None:
             if step == self.pause_at:
@@ -83,7 +83,7 @@ class FakeCrew:
             await answer_requests()
             await ask_for_a_pause()
         if step == STEPS:
-            await ledger.call(group, "finish", name)
+            await ledger.finish(group, name)
         ended = False
         while not ended:
             _, ended = await ledger.rest(group, name)

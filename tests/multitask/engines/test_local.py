@@ -38,9 +38,13 @@ def train_batches(spec: JobSpec, index: int) -> TrainBatches:
     )
 
 
-def plain_model(spec: JobSpec) -> torch.nn.Module:
+def plain_backbone(spec: JobSpec) -> patches.Backbone:
     backbone = spec.backbone
-    return patches.load_backbone(backbone.name, None, backbone.num_classes, seed=spec.seed, **backbone.options).network
+    return patches.load_backbone(backbone.name, None, backbone.num_classes, seed=spec.seed, **backbone.options)
+
+
+def plain_model(spec: JobSpec) -> torch.nn.Module:
+    return plain_backbone(spec).network
 
 
 @pytest.mark.parametrize("method", ["full", "last_layer"])
@@ -122,7 +126,7 @@ def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec
 
     step(pets)
     step(cars)
-    group = cars._private["private:cars"]
+    group = cars.private["private:cars"]
     tensors = {name: tensor.clone() for name, tensor in cars.model.private_state().items()}
     state, shared_before = pickle.dumps(group.state(slots=True)), shared()
 
@@ -159,7 +163,7 @@ def test_private_statistics_never_reach_the_shared_group(make_spec: MakeSpec) ->
     private = [slot.name for slot in job.groups["private:pets"].layout.slots]
 
     assert not any("running" in name for name in shared)
-    assert sum("running_mean" in name for name in private) == len(Job(make_spec())._backbone.batch_norms())
+    assert sum("running_mean" in name for name in private) == len(plain_backbone(make_spec()).batch_norms())
     assert not set(shared) & set(private)
 
 
@@ -180,7 +184,7 @@ def test_groups_follow_the_sets_of_tasks_that_share_tensors(make_spec: MakeSpec)
     assert "features.0.0.weight" in names["shared:pets+pets_large+cars"]
     assert "classifier.1.weight" in names["private:cars"]
     assert len(names) == 5
-    all_names = set(job._backbone.network.state_dict())
+    all_names = set(plain_model(spec).state_dict())
     for task in ("pets", "pets_large", "cars"):
         held = [name for group in job.groups_of(task) for name in names[group]]
         assert sorted(held) == sorted(all_names)
@@ -259,7 +263,7 @@ def test_evaluations_belong_to_one_version_whoever_made_the_last_push(make_spec:
             reply, values = direct.wait(direct.push(push, gradients))
             for held in worker.absorb(push, private, reply, values):
                 due[held.request.version, worker.task] = held.private[f"private:{worker.task}"].values
-            history[reply.version, worker.task] = worker._private[f"private:{worker.task}"].values.numpy().copy()
+            history[reply.version, worker.task] = worker.private[f"private:{worker.task}"].values.numpy().copy()
 
     # Versions 2 and 4 were made by pushes of pets; cars had pushed last at versions 1 and 3.
     pushed = job.groups["private:pets"].layout.pushed

@@ -1,4 +1,4 @@
-"""Sums over processes: what a bucket is, and four gloo processes against a mean in one."""
+"""Buckets, and the sums of four gloo processes against a mean that one process computes."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def layout_of(net: nn.Module) -> Layout:
 
 
 class Part:
-    """One worker's network in float64, its tensors views of flat buffers, with data of its own."""
+    """One worker's network in float64 with its own data; the network's tensors are views of flat buffers."""
 
     def __init__(self, number: int) -> None:
         self.layout = layout_of(network())
@@ -75,9 +75,9 @@ def rank(number: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_four_processes_drift_from_the_mean_of_sync_by_less_than_a_millionth(tmp_path: Path) -> None:
-    """In float64, by SGD, with four weights: what is summed in another order differs in the last bits alone.
+    """In float64, by SGD, with four weights: sums in another order differ only in the last bits.
 
-    The trainer's own buffers are float32, where these bits grow with every step; so this is about the sums.
+    The trainer's own buffers are float32, where these differences grow with every step. This test is about the sums.
     """
     parts = [Part(number) for number in range(4)]
     start = parts[0].values.clone()

@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_changes_no_byte_and_several_in_a_row_end_
         worker.absorb(push, private, *direct.wait(direct.push(push, gradients)))
 
     def state() -> bytes:
-        groups = (*server.shard.groups.values(), *worker._private.values())
+        groups = (*server.shard.groups.values(), *worker.private.values())
         return b"".join(group.values.numpy().tobytes() + str(group.state(slots=True)).encode() for group in groups)
 
     step(poison=False)
