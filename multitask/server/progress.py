@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, Self
 
 RENAMED = {"refused": "rejected", "turned_away": "rejected_calls"}
-"""Name in the checkpoints of version 0.1 -> name now."""
+"""Name of a counter in the files of version 0.1 -> its name now."""
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        content = _in_todays_words(content)
+        content = with_current_names(content)
         best = content["best_top1"]
         changed = {
             "rounds": Fraction(content["rounds"]),
             "workers": {
-                name: WorkerProgress(**_in_todays_words(worker)) for name, worker in content["workers"].items()
+                name: WorkerProgress(**with_current_names(worker)) for name, worker in content["workers"].items()
             },
             "best_top1": -math.inf if best is None else best,
         }
@@ -78,6 +78,6 @@ class Progress:
         )
 
 
-def _in_todays_words(counters: Mapping[str, Any]) -> dict[str, Any]:
-    """Counters of a checkpoint under the names that they have now; version 0.1 had other ones."""
+def with_current_names(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counters of a checkpoint or a status under their current names; version 0.1 used other names."""
     return {RENAMED.get(name, name): value for name, value in counters.items()}
