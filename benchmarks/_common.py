@@ -1,4 +1,4 @@
-"""What every benchmark needs: the argument, the environment, the goals, the table and the JSON file."""
+"""What every benchmark needs: its arguments, the environment, the goals, the tables and the JSON file."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Made pictures: JPEGs of 500 x 375 pixels and 100 to 120 kB, about the mean of ImageNet, and small noisy PNGs."""
+"""Generated pictures: JPEGs of 500 x 375 pixels and 100 to 120 kB, the mean of ImageNet, and small noisy PNGs."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Processes of Ray actors, for those who kill them. Linux only."""
+"""Find the processes of Ray actors, for benchmarks that kill them. Linux only."""
 
 import contextlib
 import os

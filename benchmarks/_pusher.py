@@ -1,4 +1,4 @@
-"""A worker that computes nothing: pushes a fixed gradient, pulls the values, and counts. Imports numpy and no torch."""
+"""A worker that computes nothing: it pushes a fixed gradient, pulls the values, and counts. It imports no torch."""
 
 import sys
 import time

@@ -1,5 +1,5 @@
 """Training without this project's engines: a plain loop, torch's DistributedDataParallel, and the parameter server of
-Ray's documentation. All train torchvision's network on the batches that this project's workers read.
+Ray's documentation. All of them train torchvision's network on the batches that this project's workers read.
 """
 
 import time

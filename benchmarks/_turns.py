@@ -1,4 +1,4 @@
-"""Ways to train that take turns on one machine: what a turn takes, and what other processes compute meanwhile.
+"""Ways to train that take turns on one machine: how long a turn takes, and how much other processes compute meanwhile.
 
 Processor time and memory are read from /proc: Linux only.
 """

@@ -1,8 +1,9 @@
 """Does a run end well whatever dies, and how soon is it back? Random kills of workers, servers, drivers and nodes.
 
 A job of two tasks and three workers trains on a simulated Ray cluster (two nodes beside the head, all on this machine)
-while its processes and nodes are killed at random moments. Every run has to end, with every step applied once,
-rejected, or counted as lost with the server; under `sync` with the bits of a run that nobody disturbed. Linux only.
+while its processes and nodes are killed at random moments. Every run has to end, and every step has to be applied once,
+rejected, or counted as lost with the server. Under `sync` the run also has to end with the bits of an undisturbed run.
+Linux only.
 """
 
 import contextlib

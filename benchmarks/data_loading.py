@@ -1,10 +1,10 @@
 """How many images per second does one core load, against torchvision, WebDataset and the bare decoder?
 
-All read the same made JPEGs (500 x 375 pixels, 110 kB) and end with shuffled uint8 batches of 64. Each competitor is a
-process of its own with one torch thread; all are pinned to the same core and take turns batch by batch (the others are
-stopped, their threads too), so that a ratio compares neighbours in time. Rates are images per second of processor time,
-the time of background threads and of the system included: on a core that other programs use too, the clock would
-measure them as well (it is in the tables).
+All competitors read the same generated JPEGs (500 x 375 pixels, 110 kB) and end with shuffled uint8 batches of 64. Each
+competitor is a process of its own with one torch thread. All are pinned to the same core and take turns batch by batch,
+while the others are stopped with their threads, so that a ratio compares measurements that are close in time. Rates are
+images per second of processor time, which includes background threads and the system's work: on a core that other
+programs use too, the clock would measure those programs as well (the clock's time is also in the tables).
 """
 
 import io

@@ -1,10 +1,11 @@
 """Does it matter for accuracy how gradients meet? Engines `async` and `sync` on the demo's task, at equal steps.
 
-Both train the demo's first way (three tasks, private scale-and-bias, everything else learned together) with their real
-actors. Each engine's rate is the best of a grid by validation top-1 with seed 0; then both train with three seeds at
-their own rate, and the best version of each run is evaluated on the test tables. At equal steps both compute the same
-gradients, of which `async` makes three updates where `sync` makes one of their mean. `--equal-updates` adds `sync` with
-so many steps that it makes as many updates of the shared tensors as `async`, which takes three times the images.
+Both engines train the demo's first way (three tasks, private scale-and-bias, everything else learned together) with
+real actors. Each engine's rate is the best of a grid by validation top-1 with seed 0. Then both train with three seeds
+at their own rate, and the best version of each run is evaluated on the test tables. At equal steps both compute the
+same number of gradients; `async` makes three updates from them where `sync` makes one from their mean.
+`--equal-updates` adds `sync` with as many updates of the shared tensors as `async` makes, which takes three times the
+images.
 """
 
 import tempfile

@@ -2,11 +2,11 @@
 DistributedDataParallel and the parameter server of Ray's documentation.
 
 Two workers with one thread each train one network (MobileNetV2 at 96 px or ResNet-50 at 64 px) on generated images,
-batch 32, SGD with momentum. In every row that shares, all tensors of the network are common to both workers (one task
-with two workers, method `full`), and all rows read the same table in the same way, so that only the way in which
-gradients meet differs. The base is this project's own worker; a plain loop that shares nothing, too, shows what that
-worker costs by itself. A row and the base take short turns, so that a ratio compares neighbours in time. With
-`--device cuda` the workers compute on the GPU, on one of them together where there is only one.
+with batch 32 and SGD with momentum. In every row that shares, all tensors of the network are shared by both workers
+(one task with two workers, method `full`), and all rows read the same table in the same way, so that only the way in
+which gradients meet differs. The base is this project's own worker. A plain loop that shares nothing shows what this
+worker costs by itself. A row and the base take short turns, so that a ratio compares measurements that are close in
+time. With `--device cuda` the workers compute on the GPU; if there is only one, they share it.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What does a training step on the CPU gain when its process keeps the memory that it frees?
 
 Two processes train one network on the same generated images, one with glibc's defaults, the other after
-`multitask.cluster.memory.keep_freed_memory`. They take turns of a few steps, of which the first counts for nothing.
+`multitask.cluster.memory.keep_freed_memory`. They take turns of a few steps; the first step of a turn is not counted.
 """
 
 import contextlib

@@ -1,15 +1,15 @@
 """How long do K tasks on the same images take when what they share is computed once?
 
-`PatchBank.all_tasks` against K separate passes, which K fine-tuned networks would take, and against the K patched
-models one after another: DTL (M = 7) and MIST on ViT-B/16, parasites of ratio 0.09 on ResNet-50, 224 px, float32, for
-one image and for sixteen. Separate passes run through one network again and again, since its weights are larger than
-any cache; nineteen networks would only take their memory too. For MIST and parasite the bank is also compared with one
-pass of the backbone and K side networks, each measured alone.
+`PatchBank.all_tasks` is compared with K separate passes, which K fine-tuned networks would take, and with the K patched
+models one after another: DTL (M = 7) and MIST on ViT-B/16 and parasites of ratio 0.09 on ResNet-50, at 224 px in
+float32, for one image and for sixteen. The separate passes run through one network again and again, since its weights
+are larger than any cache; nineteen networks would only take more memory. For MIST and parasites the bank is also
+compared with one pass of the backbone and K side networks, each measured alone.
 
-A machine's speed drifts within the minutes that nineteen passes take: half of the passes run before all_tasks, half
-after it, and K of them count K times their mean. Of the patched models, which take equally long, every third runs. MIST
-is compared with the separate passes timed beside DTL. Ratios are within a turn; the tables have their medians. With
-`--device cuda` come batches of four, and images/s of one task as in DTL's table.
+A machine's speed drifts within the minutes that nineteen passes take. Therefore half of the passes run before all_tasks
+and half after it, and K of them count as K times their mean. The patched models take equally long, so only every third
+of them runs. MIST is compared with the separate passes that are timed beside DTL. Ratios are computed within a turn;
+the tables have their medians. `--device cuda` adds batches of four, and the images/s of one task as in DTL's table.
 """
 
 import os

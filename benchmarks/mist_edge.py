@@ -1,7 +1,7 @@
 """What does learning a task from MIST's maps take at the edge: bytes per image, resident memory, time?
 
-A random ViT-B/16 gathers maps of random images. Processes of their own, which hold no backbone, train on them in
-batches of 32. `added` is the peak of resident memory above what is resident after the imports.
+A random ViT-B/16 gathers maps of random images. Separate processes, which hold no backbone, train on the maps in
+batches of 32. `added` is the peak of resident memory minus the resident memory after the imports.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Does `multitask plan` foretell what two workers do? Its images/s against those of the engines themselves.
+"""Does `multitask plan` predict the speed of two workers? Its images/s against those of the engines themselves.
 
 Two workers with one thread each on this machine train MobileNetV2 at 96 px, ResNet-50 and ResNet-18 at 64 px, batch 32,
-all tensors shared, as in `benchmarks.engines`. The plan times its steps and its copy here, as the command does, and has
-the server's costs from `benchmarks.server_throughput`: pushes of MobileNetV2's and of ResNet-50's bytes by 1 and by 16
-workers that train nothing. No number of two workers, of training or of ResNet-18 went into it. The plan and the engines
-take turns, because a machine of this kind changes its speed from one ten seconds to the next.
+with all tensors shared, as in `benchmarks.engines`. The plan times its steps and its copy here, as the command does. It
+takes the server's costs from `benchmarks.server_throughput`, which measured pushes of MobileNetV2's and ResNet-50's
+bytes by 1 and by 16 workers that train nothing. The plan contains no measurement of two workers, of training with a
+server or of ResNet-18. The plan and the engines take turns, because the speed of such a machine changes within ten
+seconds.
 """
 
 import os

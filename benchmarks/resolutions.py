@@ -1,15 +1,17 @@
 """What do private scales and biases give the resolutions of one data set? Fashion-MNIST at 10, 14, 20 and 28 px.
 
-One small MobileNetV2 learns all four by turns in one process, three ways: each resolution owns its scales, biases and
-running statistics and shares the rest, last layer included; all is shared; or all is private. The fair baseline is a
-fourth: all shared, then each resolution's running statistics measured anew on its own training images, so that what it
-lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1 with the first seed; the fair
-baseline has its own. As many runs train at a time as there are cores. Top-1 is on test images, of the version that is
-best on validation images, or of the last one where statistics are measured anew.
+One small MobileNetV2 learns all four resolutions by turns in one process, in three ways: each resolution owns its
+scales, biases and running statistics and shares the rest, including the last layer; everything is shared; or everything
+is private. A fourth way is the fair baseline: everything is shared, and then each resolution's running statistics are
+measured anew on its own training images, so that it lacks nothing but private γ and β. The rate of each way, also of
+the fair baseline, is the best of a grid by validation top-1 with the first seed. As many runs train at a time as there
+are cores. Top-1 is measured on test images, with the version that is best on validation images, or with the last
+version where statistics are measured anew.
 
-The first way's models then make a cascade, fitted on half of the validation images: what it answers on the test images
-and costs in MACs beside the model that was best on that half, which is its reference, and beside the cheapest model
-about as accurate on the test images; and its seconds beside the reference's, in turns, decoding left out.
+The models of the first way then make a cascade, which is fitted on half of the validation images. The benchmark
+compares its test accuracy and its cost in MACs with two single models: the best one on that half, which is the
+cascade's reference, and the cheapest one that is about as accurate on the test images. It also compares its seconds
+with those of the reference, in turns and without decoding.
 """
 
 import os

@@ -1,17 +1,17 @@
 """How much can the parameter server move, and where does it saturate? Pushes and pulls of real actors, against a copy
 from memory to memory.
 
-The server is the project's: ServerActor and ShardActor as they are, over the one group that all tensors of MobileNetV2
-(3.5M parameters) or ResNet-50 (25.6M) make, with SGD and momentum, one update per push. Its workers are actors that
-import numpy and no torch, push a fixed gradient as fast as they are answered, and copy the values into a buffer of
-their own. The project's modules import torch, so none of its classes crosses the border here: shells hold the server's
-actors, the server builds the Push from numbers, and Reply and GroupValues travel as tuples. Every array is copied as
-in training.
+The server is the project's: unchanged ServerActor and ShardActor over the one group that all tensors of MobileNetV2
+(3.5M parameters) or ResNet-50 (25.6M) make, with SGD and momentum, one update per push. The workers are actors that
+import numpy and no torch, push a fixed gradient as soon as they are answered, and copy the values into a buffer of
+their own. The project's modules import torch, so none of its classes may reach these workers: wrappers hold the
+server's actors, the server builds the Push from numbers, and Reply and GroupValues travel as tuples. Every array is
+copied as in training.
 
-Every session starts a server and lets the workers grow from 1 to 16, so that none is idle beside a smaller number. The
-copy is timed in the first worker while it is alone. GB/s counts the bytes of gradients and of
-values; `busy` is the share of time in which the first shard checks, updates or publishes; `cores` are those that all of
-this uses, `others` what other processes do.
+Every session starts a server and increases the number of workers from 1 to 16, so that no worker is idle beside a
+smaller number. The copy is timed in the first worker while it is alone. GB/s counts the bytes of gradients and of
+values. `busy` is the share of time in which the first shard checks, updates or publishes. `cores` is the number of
+cores that all of this uses, and `others` the number that other processes use.
 """
 
 import os

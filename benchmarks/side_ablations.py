@@ -1,11 +1,11 @@
 """Which parts of the side networks matter, and do they beat a linear probe on the same frozen features?
 
-A small ViT and a ResNet-18 are trained here on Fashion-MNIST and digits together; the task is animals, which they have
+A small ViT and a ResNet-18 are trained here on Fashion-MNIST and digits together. The task is animals, which they have
 not seen, with 2,000 training images that the seed draws. Every variant of the papers' ablations trains from the frozen
-backbone's outputs, computed once, with its method's rate: the best of three for the method's first variant, by the
-validation images with the first seed. The linear probe is logistic regression, to convergence, with the weight decay
-and, on the ViT, the readout (class token or mean of the patches) that are best on the validation images. Test
-accuracies in %.
+backbone's outputs, which are computed once. It uses the rate of its method, which is the best of three for the method's
+first variant, by the validation images with the first seed. The linear probe is logistic regression, trained to
+convergence, with the weight decay and, on the ViT, the readout (class token or mean of the patches) that are best on
+the validation images. Test accuracies are in %.
 """
 
 import os

@@ -1,14 +1,14 @@
 """How much memory does a training step of a side network take, against full fine-tuning?
 
-ViT-B/16 and ResNet-50 at 224 px, float32, AdamW. Every row is one process of its own. Saved tensors are the most that
-autograd holds at one time for the backward pass, which holds again what it recomputes: each storage once, parameters
-and buffers left out. The training peak is the sum of weights, gradients, AdamW's two moments and saved tensors, as the
-papers' figures are mostly made of. Resident is what the process really grew by, at its highest in two steps, beyond
-what it took after its imports.
+The networks are ViT-B/16 and ResNet-50 at 224 px in float32, with AdamW. Every row is measured in a process of its own.
+`Saved tensors` is the most memory that autograd holds at one time for the backward pass, including what it recomputes:
+each storage counts once, parameters and buffers do not count. The training peak is the sum of weights, gradients,
+AdamW's two moments and saved tensors, which is how most figures of the papers are computed. `Resident` is the highest
+growth of the process in two steps beyond its memory after the imports.
 
-MIST stands there three times: in one process, and its two sides apart; the server's side trains nothing. With
-`--device cuda` come the highest allocated memory of a training step and of a test pass, and milliseconds per image of
-both, as in the papers' tables.
+MIST has three rows: one for one process, and one for each of its two sides; the server's side trains nothing. `--device
+cuda` adds the highest allocated memory of a training step and of a test pass, and the milliseconds per image of both,
+as in the papers' tables.
 """
 
 import gc

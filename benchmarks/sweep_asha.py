@@ -1,9 +1,10 @@
 """Does asynchronous successive halving find the grid's setting with half of its rounds?
 
-The shipped sweep runs from one source backbone: every trial at full length (the grid), then under ASHA, for several
-orders of the trials. Whether ASHA stops a trial depends on which came to that milestone before it. So they run one at a
-time, where an order has one result; two at a time, each run would be one draw of who came first. ASHA's choice counts
-with the accuracy that its setting has in the grid: the same job at full length, with the same seed.
+The shipped sweep runs from one source backbone: first every trial at full length (the grid), then under ASHA, for
+several orders of the trials. Whether ASHA stops a trial depends on which trials came to that milestone before it.
+Therefore the trials run one at a time, so that an order has one result; with two at a time, each run would depend on
+which came first. The accuracy of ASHA's choice is the accuracy that its setting has in the grid: the same job at full
+length, with the same seed.
 """
 
 import tempfile

@@ -1,9 +1,9 @@
 """What does a trial of a sweep cost beyond its training?
 
-The trials of a sweep are equal but for their seed, and run one at a time. A trial's seconds are those from the end of
-the trial before it to its own end; of them, the seconds of `multitask.train` with the same job in a process that has
-made one before are the training, and the rest is what the sweep costs: Tune, a process where none is used again, and
-MLflow's nesting. Medians, the first trial and the first training left out.
+The trials of a sweep are equal except for their seed, and run one at a time. A trial's time runs from the end of the
+trial before it to its own end. Its training time is that of `multitask.train` with the same job in a process that has
+trained once before. The rest is the cost of the sweep: Tune, a new process where none is used again, and MLflow's
+nested runs. The tables have medians, without the first trial and the first training.
 """
 
 import os
