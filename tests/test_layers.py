@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.imports import PACKAGES, ROOT, circle, drawing, floors, imported, modules, rooms
+from tests.imports import PACKAGES, ROOT, Graph, circle, drawing, floors, imported, modules, rooms
 from tests.privates import all_reaches, reaches
 
 FORBIDDEN = {
@@ -20,6 +20,12 @@ STORES = {"patches/features.py"}
 FILE_LINES, FUNCTION_LINES = 450, 60
 PRIVATE_REACHES = 30
 PAGE = ROOT / "docs" / "architecture.md"
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """Module -> the project's modules that it imports."""
+    return modules()
 
 
 def sources() -> list[Path]:
@@ -48,19 +54,19 @@ def test_importing_patches_loads_no_cluster_and_no_torchvision() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_rooms_import_each_other_in_no_circle() -> None:
-    graph = rooms(modules())
-    assert {"patches", "engines", "server", "run", "jobs"} <= graph.keys()
-    assert not circle(graph)
+def test_rooms_import_each_other_in_no_circle(graph: Graph) -> None:
+    found = rooms(graph)
+    assert {"patches", "engines", "server", "run", "jobs"} <= found.keys()
+    assert not circle(found)
 
 
-def test_no_room_imports_a_room_that_the_page_draws_above_it() -> None:
+def test_no_room_imports_a_room_that_the_page_draws_above_it(graph: Graph) -> None:
     """The floors are those of the page, so that an arrow upwards is found before anybody draws it anew."""
     lines = [line.split() for line in PAGE.read_text(encoding="utf-8").splitlines()]
     floor = {line[1]: int(line[0]) for line in lines if len(line) > 1 and line[0].isdigit()}
-    graph = rooms(modules())
-    assert graph.keys() <= floor.keys()
-    upwards = [f"{room} -> {other}" for room in graph for other in graph[room] if floor[other] >= floor[room]]
+    found = rooms(graph)
+    assert found.keys() <= floor.keys()
+    upwards = [f"{room} -> {other}" for room in found for other in found[room] if floor[other] >= floor[room]]
     assert not upwards
 
 
@@ -71,9 +77,9 @@ def test_the_page_shows_the_drawing_of_today() -> None:
     )
 
 
-def test_only_jobs_imports_from_multitask_itself() -> None:
+def test_only_jobs_imports_from_multitask_itself(graph: Graph) -> None:
     """`multitask` hands out names of many rooms: an import from it would hide an arrow."""
-    assert [name for name, others in modules().items() if "multitask" in others and not name.startswith("jobs")] == []
+    assert [name for name, others in graph.items() if "multitask" in others and not name.startswith("jobs")] == []
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
