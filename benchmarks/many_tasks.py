@@ -33,9 +33,9 @@ TURNS = {1: 5, 4: 5, 16: 1}
 """Batch -> turns in a round."""
 SEPARATE, ONE_BY_ONE, TOGETHER, PARTS = "separate", "task by task", "all_tasks", "parts alone"
 BACKBONE, SIDE = "backbone alone", "side network alone"
-"""What PARTS are made of."""
+"""The two parts that PARTS is the sum of."""
 TIMED = 20
-"""Passes of which the median is taken for images/s, on a GPU only."""
+"""Number of passes for the median of images/s, on a GPU only."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ CASES = (
 TITLES = [case.title for case in CASES]
 THROUGHPUT = (Case("vit_b_16", "full", "full"), DTL, Case("vit_b_16", "DTL+", "dtl_plus"), *CASES[1:])
 LESS_TIME, WITHIN = 0.52, 1.25
-"""What was promised for DTL over separate passes, and for the others over their parts; both with 19 tasks."""
+"""Promised ratios with 19 tasks: DTL to separate passes, and the others to the sum of their parts."""
 Seconds = dict[str, list[float]]
 """Way -> seconds for each of COUNTS."""
 
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 class Bench:
-    """One case with its tasks, and the ways to answer them."""
+    """One case with its tasks, and the ways to compute their answers."""
 
     def __init__(self, case: Case, device: str, counts: tuple[int, ...]) -> None:
         self.case = case
@@ -131,10 +131,10 @@ class Bench:
 
     @torch.no_grad()
     def take_turn(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
-        """Every way once; which begins depends on the turn's number.
+        """Time every way once; the turn's number decides which one begins.
 
         Args:
-            separate: seconds of the separate passes, where they are known.
+            separate: seconds of the separate passes, if they are known.
         """
         images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
         images = images.to(self._device)
@@ -158,7 +158,7 @@ class Bench:
         return seconds
 
     def _passes(self, images: Tensor) -> dict[str, list[Callable[[], object]]]:
-        """Way -> its passes; of the backbone alone one for each half."""
+        """Return way -> its passes; the backbone alone has one for each half."""
         network = partial(self._backbone.network, images)
         passes: dict[str, list[Callable[[], object]]] = {
             ONE_BY_ONE: [partial(model, images) for model in self._models[::3]],

@@ -131,7 +131,7 @@ def write(path: Path, backbone: patches.Backbone, maps: torch.Tensor) -> None:
 
 
 def message_bytes(path: Path, images: int) -> float:
-    """Of one image, on the table's buffers."""
+    """Return the bytes of one image, from the table's buffers."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()[MAPS].nbytes / images
 
@@ -145,7 +145,7 @@ def child(folder: Path, way: str, dtype: str, chunk: int, epochs: int) -> dict[s
 
 
 def same_logits(folder: Path, backbone: patches.Backbone, x: torch.Tensor, dtype: str) -> Goal:
-    """The bundle on the full model against the edge network on the stored maps of the same images."""
+    """Compare the bundle on the full model with the edge network on the stored maps of the same images."""
     model = patches.load_bundle(folder / f"{dtype}.patch", backbone)
     info = patches.inspect_bundle(folder / f"{dtype}.patch")
     edge = Edge(info.backbone, info.num_classes, **info.options)

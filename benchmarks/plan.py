@@ -31,7 +31,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 WITHIN = 0.25
 NETWORK_GBIT = 10.0
-"""Of no account on one machine."""
+"""Has no effect on one machine."""
 Round = dict[str, float]
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def compare(setting: Setting, rounds: int, steps: int) -> dict[str, list[Round]]:
-    """Engine -> what was planned and what was measured in each round."""
+    """Return engine -> planned and measured images/s of each round."""
     specs = {name: setting.spec(shared=True, engine=engine) for name, engine in ENGINES.items()}
     found: dict[str, list[Round]] = {name: [] for name in specs}
     with ExitStack() as alive:
@@ -105,7 +105,7 @@ def row(model: str, engine: str, found: Sequence[Round]) -> dict[str, Any]:
 
 
 def error(found: Sequence[Round]) -> float:
-    """By how much the plan is too high, as a share of what was measured."""
+    """Return how much the plan is too high, as a share of the measured value."""
     planned, measured = (median(one[key] for one in found) for key in ("planned images/s", "images/s"))
     return planned / measured - 1
 

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def start(code: str) -> tuple[float, float]:
-    """CPU and wall seconds of a new process that runs this."""
+    """Return CPU and wall seconds of a new process that runs this code."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {RUN_PROCESS: "1"})
     _, status, usage = os.wait4(process.pid, 0)

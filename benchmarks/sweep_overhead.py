@@ -28,7 +28,7 @@ from multitask.sweep import run_sweep
 
 CLASSES, SIZE = 10, 16
 OTHER_TRIALS = 3
-"""Of a sweep with an engine that starts processes for each trial, which takes most of a minute with allreduce."""
+"""Number of trials with engines that start processes for each trial (with allreduce most of a minute)."""
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def measure(folder: Path, engine: str, trials: int, steps: int) -> dict[str, Any
             "job": job,
             "space": {"seed": {"grid": list(range(trials))}},
             "concurrent": 1,
-            "retries": 0,  # a second try would count as one long trial
+            "retries": 0,  # two tries would count as one long trial
             "directory": str(folder / f"{engine}_sweep"),
         },
         console=quiet,
