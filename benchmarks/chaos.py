@@ -215,7 +215,7 @@ def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
 def updates_uncounted(spec: JobSpec) -> float:
     """Return how far a shared tensor's optimiser is from the server's count of updates, in the last checkpoint.
 
-    The server counts what it decides, an optimiser what it does. They differ if a push was applied twice or never.
+    The server counts what it decides, an optimiser what it does. They differ if a push was lost or applied twice.
     """
     checkpoint = CheckpointStore(spec.checkpoint_folder, 1).latest()
     assert checkpoint is not None
