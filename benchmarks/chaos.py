@@ -162,7 +162,7 @@ class Chaos:
         return time.time() - start
 
     def _is_back(self, killed_at: float, before: Mapping[str, int]) -> bool:
-        """Return whether each lost process has a successor that makes steps, and the driver has recorded steps since."""
+        """Return whether each lost process has a successor that makes steps, and the driver has recorded them."""
         status = self._status()
         if status is None or status["updated"] < killed_at + 1.0 or status["state"] != "running":
             return False
