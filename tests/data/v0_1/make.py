@@ -4,8 +4,9 @@ The files were made on commit 1c22242eb30f1a180ac533f154ed91fc891ecab7, the last
 This script runs on that commit only; no test runs it:
 
     cd CHECKOUT_OF_1c22242 && export PYTHONPATH=$PWD
-    python -P THIS_FILE EMPTY_FOLDER runs     # all but the sweep, with engine `local`
-    python -P THIS_FILE THE_FOLDER sweep      # the sweep, on a Ray of its own
+    python -P THIS_FILE EMPTY_FOLDER
+
+All runs use engine `local`, and no Ray is started.
 
 After the runs, the script edits three things. Paths in the files become relative to the folder. `status.json` names the
 machine "host" and no MLflow run, because MLflow's database stays out of the fixture. One worker of the stopped run gets
@@ -45,7 +46,10 @@ from multitask.checkpoint import CheckpointStore
 from multitask.data import open_table, write_table
 from multitask.data.transforms import decode
 from multitask.runs import evaluate_models, open_export
-from multitask.sweep import run_sweep
+from multitask.sweep.outcomes import choose, read_outcome
+from multitask.sweep.plan import plan_trials
+from multitask.sweep.run import _text
+from multitask.sweep.spec import load_sweep
 from multitask.trainer import Stopped, Trial, resume, train
 from tests.conftest import png
 
@@ -151,29 +155,28 @@ def make_stopped_run() -> None:
 
 
 def make_sweep() -> dict[str, Any]:
-    """Run a sweep of two trials and keep the files that say how its trials ended."""
+    """Train the two trials of a sweep, and keep the files that say how they ended.
+
+    The trials train here one after the other, with the same plans and files as under Ray Tune.
+    """
     job = {key: value for key, value in spec("job").items() if key not in ("name", "directory", "checkpoints")}
-    job |= {
-        "steps": 2,
-        "evaluate_every": 2,
-        "tasks": [{"name": "pets_8", "resolution": 8, "data": str(Path("table").resolve())}],
-    }
-    space = {"optimizer.rate": {"grid": [0.01, 0.03]}}
-    content = {"name": "sweep", "directory": "sweep", "job": job, "space": space, "concurrent": 1}
-    result = run_sweep(content)
-    shutil.rmtree("sweep/tune")
-    for path in sorted(Path("sweep").rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path.name not in ("sweep.yaml", "sweep.json", "spec.yaml", "status.json", "result.json"):
-            path.unlink()
-    assert result.choice is not None
+    job |= {"steps": 4, "evaluate_every": 2, "tasks": [{"name": "pets_8", "resolution": 8}]}
+    space = {"optimizer.rate": {"grid": [0.001, 0.03]}}
+    sweep = load_sweep({"name": "sweep", "directory": "sweep", "job": job, "space": space})
+    plans = plan_trials(sweep)
+    for plan in plans:
+        train(plan.spec)
+        for name in ("best.safetensors", "last.safetensors", "log.jsonl"):
+            (plan.directory / name).unlink()
+    Path("sweep/sweep.yaml").write_bytes(_text(sweep))
+    outcomes = [read_outcome(plan) for plan in plans]
+    choice = choose(outcomes)
+    assert choice is not None
     return {
-        "states": [outcome.state for outcome in result.outcomes],
-        "top1": [outcome.top1 for outcome in result.outcomes],
-        "trained_parameters": [outcome.trained_parameters for outcome in result.outcomes],
-        "choice": result.choice.trial.number,
+        "states": [outcome.state for outcome in outcomes],
+        "top1": [outcome.top1 for outcome in outcomes],
+        "trained_parameters": [outcome.trained_parameters for outcome in outcomes],
+        "choice": choice.trial.number,
     }
 
 
@@ -186,18 +189,15 @@ def edit_status(path: Path, counters: bool) -> None:
     path.write_text(json.dumps(status, indent=2) + "\n")
 
 
-def main(folder: Path, part: str) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
-    answers = Path("expected/answers.json")
-    if part == "runs":
-        answers.parent.mkdir()
-        make_table()
-        expected = make_finished_run()
-        make_stopped_run()
-    else:
-        expected = {**json.loads(answers.read_text()), "sweep": make_sweep()}
-    answers.write_text(json.dumps(expected, indent=1) + "\n")
+    Path("expected").mkdir()
+    make_table()
+    expected = make_finished_run()
+    make_stopped_run()
+    expected["sweep"] = make_sweep()
+    Path("expected/answers.json").write_text(json.dumps(expected, indent=1) + "\n")
     for path in Path().rglob("status.json"):
         edit_status(path, counters=path.parent.name == "stopped")
     for path in (*Path().rglob("*.yaml"), *Path().rglob("*.json")):
@@ -207,4 +207,4 @@ def main(folder: Path, part: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
