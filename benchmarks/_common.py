@@ -1,4 +1,4 @@
-"""What every benchmark needs: the argument, the environment, the goals, the table and the JSON file."""
+"""What every benchmark needs: its arguments, the environment, the goals, the tables and the JSON file."""
 
 import argparse
 import json
@@ -21,15 +21,15 @@ PACKAGES = ("torch", "torchvision", "ray")
 
 @dataclass(frozen=True)
 class Goal:
-    """A promised number and what was measured."""
+    """A promised number and the number that was measured."""
 
     name: str
-    """Says what `value` is, and whether it should be at most or at least `goal`."""
+    """What `value` measures, and whether it should be at most or at least `goal`."""
     value: float
     goal: float
     holds: bool
     stretch: float | None = None
-    """A number beyond the goal that is aimed at; reported, and no part of `holds`."""
+    """An ambitious number beyond the goal; it is reported and does not count for `holds`."""
 
 
 def at_most(name: str, value: float, goal: float, stretch: float | None = None) -> Goal:
@@ -41,14 +41,14 @@ def at_least(name: str, value: float, goal: float, stretch: float | None = None)
 
 
 def make_parser(question: str | None) -> argparse.ArgumentParser:
-    """A parser with --out; a benchmark adds its own options."""
+    """Return a parser with the option --out, to which a benchmark adds its own options."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     return parser
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what the numbers were measured; taken before a run, so that the load is that of others."""
+    """Return the machine, versions and load. Call it before a run, so that the load is that of other programs."""
     load = os.getloadavg()[0]
     return {
         "python": platform.python_version(),
@@ -69,16 +69,16 @@ def finish(
     goals: Sequence[Goal],
     settings: Mapping[str, Any],
 ) -> None:
-    """Print tables and goals and write all of it as JSON; a row there names its table.
+    """Print tables and goals and write both as JSON, where each row names its table.
 
     Args:
-        tables: title -> rows of plain values by column, None where there is none; the rows of one table have the same
+        tables: title -> rows of plain values by column, None for a missing value; all rows of a table have the same
             columns.
-        goals: one for each promised number, the missed ones included.
-        settings: what the run was asked to do.
+        goals: one for each promised number, also for those that were missed.
+        settings: the options of the run.
     """
     assert goals, "a benchmark without a goal answers no question"
-    console = Console(width=120)  # the same table in a pipe as on a screen
+    console = Console(width=120)  # a table looks the same in a pipe and on a screen
     for title, rows in tables.items():
         console.print(_table(title, rows))
     console.print(_table("Goals", [asdict(goal) for goal in goals]))
@@ -123,7 +123,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Short hash of the code that runs; ends in -dirty when tracked files were changed."""
+    """Return the short hash of the checked-out commit, with -dirty at its end when tracked files were changed."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Made pictures: JPEGs of 500 x 375 pixels and 100 to 120 kB, about the mean of ImageNet, and small noisy PNGs."""
+"""Generated pictures: JPEGs of 500 x 375 pixels and 100 to 120 kB, the mean of ImageNet, and small noisy PNGs."""
 
 import io
 
@@ -11,9 +11,9 @@ from torch.nn.functional import interpolate
 HEIGHT, WIDTH = 375, 500
 LEAST_BYTES, MOST_BYTES = 100_000, 120_000
 OCTAVES = (4, 8, 16, 32, 64, 128)
-"""Cells of noise across the picture; as in nature, each octave has half the contrast of the one before it."""
+"""Cells of noise across the picture, by octave. As in nature, each octave has half the contrast of the one before."""
 CONTRAST, COLOUR = 45.0, 0.3
-"""Standard deviation of the first octave, of 255, and the share of it that differs from channel to channel."""
+"""Standard deviation of the first octave (of 255), and the share of it that differs between channels."""
 GRAIN = (10, 18)
 """Range of the standard deviation of the noise of single pixels: fine texture and the noise of the camera."""
 SHAPES = 6
@@ -21,12 +21,12 @@ QUALITY = (75, 99)
 
 
 def make_jpegs(count: int, seed: int = 0) -> list[bytes]:
-    """The same pictures for the same seed, whatever their count."""
+    """Return generated JPEGs. A seed gives the same pictures whatever their number."""
     return [jpeg(picture(np.random.default_rng([seed, number]))) for number in range(count)]
 
 
 def picture(random: np.random.Generator) -> NDArray[np.uint8]:
-    """Clouds of several octaves, weakly coloured, with a few flat shapes before them: shape (375, 500, 3)."""
+    """Return a picture of weakly coloured clouds with a few flat shapes in front: shape (375, 500, 3)."""
 
     def noise(*shape: int) -> NDArray[np.float32]:
         return random.standard_normal(shape, dtype=np.float32)
@@ -47,7 +47,7 @@ def picture(random: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def jpeg(image_hwc: NDArray[np.uint8]) -> bytes:
-    """The picture at a quality that brings its size into the range."""
+    """Encode the picture at a quality that brings its size into the range."""
     image = Image.fromarray(image_hwc)
     low, high = QUALITY
     while low < high:
@@ -61,7 +61,7 @@ def jpeg(image_hwc: NDArray[np.uint8]) -> bytes:
 
 
 def noise_png(random: np.random.Generator, size: int = 32) -> bytes:
-    """Noise of size x size pixels: reading it costs a step little, as with a table that is in memory."""
+    """Return a PNG of size x size pixels of noise, which takes a step little time to read."""
     file = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(file, "png")
     return file.getvalue()

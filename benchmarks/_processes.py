@@ -1,4 +1,4 @@
-"""Processes of Ray actors, for those who kill them. Linux only."""
+"""Find the processes of Ray actors, for benchmarks that kill them. Linux only."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def own_actors(kind: str) -> list[int]:
-    """This process's own offspring that are actors of one class, by the title that Ray gives them."""
+    """Return the ids of this process's descendants that are actors of one class, by the title that Ray gives them."""
     parents, found = {}, []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile

@@ -1,4 +1,4 @@
-"""A worker that computes nothing: pushes a fixed gradient, pulls the values, and counts. Imports numpy and no torch."""
+"""A worker that computes nothing: it pushes a fixed gradient, pulls the values, and counts. It imports no torch."""
 
 import sys
 import time
@@ -14,21 +14,21 @@ Actor = Any
 
 
 class Trip(NamedTuple):
-    """One push and the values that answer it: moments in seconds of the machine's monotonic clock."""
+    """One push and its reply: moments in seconds of the machine's monotonic clock."""
 
     begun: float
     sent: float
-    """The gradient lies in the object store."""
+    """When the gradient is in the object store."""
     arrived: float
-    """The server's method begins."""
+    """When the server's method begins."""
     applied: float
-    """The server's method ends."""
+    """When the server's method ends."""
     answered: float
-    """References to the values are here."""
+    """When the worker has the references to the values."""
     fetched: float
-    """The values are mapped into this process."""
+    """When the values are mapped into the worker's process."""
     copied: float
-    """They are in the worker's own buffer."""
+    """When the values are in the worker's own buffer."""
     check_s: float
     update_s: float
     publish_s: float
@@ -36,7 +36,7 @@ class Trip(NamedTuple):
 
 
 class ShardShell:
-    """A shard's actor. Who gets a handle loads the actor's class: this one brings no torch, what it holds does."""
+    """A shard's actor. A process that gets its handle loads this class, which itself imports no torch."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._held = make()
@@ -55,7 +55,7 @@ class ShardShell:
 
 
 class ServerShell:
-    """The server's actor, as `ShardShell`."""
+    """The server's actor, wrapped as in `ShardShell`."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._held = make()
@@ -71,7 +71,7 @@ class ServerShell:
 
 
 class Pusher:
-    """The wire side of a worker as `multitask.engines.remote.RemoteServer` has it, without the model behind it."""
+    """A worker's communication, as in `multitask.engines.remote.RemoteServer`, without a model."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Pusher:
         return "torch" in sys.modules
 
     def memcpy_s(self, repeats: int) -> float:
-        """One copy of the buffer from memory to memory, the median."""
+        """Return the median seconds of one copy of the buffer from memory to memory."""
         times = []
         for _ in range(repeats):
             start = time.monotonic()
@@ -106,7 +106,7 @@ class Pusher:
         return median(times)
 
     def run(self, until: float) -> list[Trip]:
-        """Push and pull, one after the other, until a moment of the monotonic clock."""
+        """Push and pull in turns until a moment of the monotonic clock."""
         trips = []
         while time.monotonic() < until:
             trips.append(self._push_and_pull())

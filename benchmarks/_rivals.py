@@ -1,5 +1,5 @@
 """Training without this project's engines: a plain loop, torch's DistributedDataParallel, and the parameter server of
-Ray's documentation. All train torchvision's network on the batches that this project's workers read.
+Ray's documentation. All of them train torchvision's network on the batches that this project's workers read.
 """
 
 import time
@@ -25,7 +25,7 @@ from multitask.spec.schema import SGDSpec
 
 
 def make_network(job: Job) -> nn.Module:
-    """On the CPU, with the same values in every process; memory is kept as this project's workers keep it."""
+    """Return a network on the CPU with the same values in every process, which keeps freed memory as a worker does."""
     keep_freed_memory()
     backbone = job.spec.backbone
     torch.manual_seed(job.spec.seed)
@@ -37,13 +37,13 @@ def device_of(job: Job) -> torch.device:
 
 
 def make_optimizer(job: Job, network: nn.Module) -> SGD:
-    """As the project's groups have it."""
+    """Return the optimiser that the project's groups have."""
     assert isinstance(job.spec.optimizer, SGDSpec)
     return SGD(network.parameters(), job.spec.optimizer.rate, job.spec.optimizer.momentum, fused=True)
 
 
 def backward(network: nn.Module, batch: Batch, device: torch.device) -> None:
-    """Forward and backward as TaskWorker.compute does it, down to the wait for the loss."""
+    """Make a forward and a backward pass as TaskWorker.compute does, with the wait for the loss."""
     images = batch.images(device).contiguous(memory_format=torch.channels_last)
     loss = functional.cross_entropy(network(images), batch.labels.to(device))
     loss.backward()
@@ -51,7 +51,7 @@ def backward(network: nn.Module, batch: Batch, device: torch.device) -> None:
 
 
 def start_workers(kind: type, job: Job, *arguments: Any) -> list[Any]:
-    """An actor for each worker of a job."""
+    """Start an actor for each worker of a job."""
     actor: Any = ray.remote(kind).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
     shared_job = ray.put(job)
     return [actor.remote(shared_job, name, *arguments) for name in job.workers]
@@ -82,7 +82,7 @@ class DDPWorker(PlainWorker):
 
     def __init__(self, job: Job, name: str, backend: str, store: Path) -> None:
         """Args:
-        store: a file that does not exist yet, where the ranks find each other.
+        store: a file that does not exist yet, through which the ranks find each other.
         """
         super().__init__(job, name)
         distributed.init_process_group(backend, f"file://{store}", rank=rank_of(name), world_size=len(job.workers))
@@ -91,7 +91,7 @@ class DDPWorker(PlainWorker):
 
 
 class Plain:
-    """Two loops that know nothing of each other."""
+    """Two plain loops that share nothing."""
 
     def __init__(self, job: Job) -> None:
         self.actors = start_workers(PlainWorker, job)
@@ -101,7 +101,7 @@ class Plain:
 
 
 class DDP(Plain):
-    """The ranks as actors of one node."""
+    """DistributedDataParallel, with its ranks as actors on one node."""
 
     def __init__(self, job: Job, backend: str, store: Path) -> None:
         store.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class DocumentedServer:
         self._optimizer = make_optimizer(job, self._network)
 
     def apply_gradients(self, *gradients: list[np.ndarray]) -> dict[str, Tensor]:
-        """Add the workers' gradients, update, and answer with the new weights."""
+        """Add the workers' gradients, update, and return the new weights."""
         summed = [np.stack(parts).sum(axis=0) for parts in zip(*gradients, strict=True)]
         self._optimizer.zero_grad()
         for parameter, gradient in zip(self._network.parameters(), summed, strict=True):
@@ -158,13 +158,13 @@ class DocumentedWorker:
         return gradients
 
     def take_marks(self) -> list[Mark]:
-        """Those since the last call."""
+        """Return the marks since the last call."""
         taken, self._marks = self._marks, []
         return taken
 
 
 class Documented:
-    """The loops of Ray's documentation around its parameter server, without their evaluations.
+    """The training loops of Ray's documentation around its parameter server, without evaluations.
 
     Source: as DocumentedServer.
     """

@@ -1,4 +1,4 @@
-"""Ways to train that take turns on one machine: what a turn takes, and what other processes compute meanwhile.
+"""Ways to train that take turns on one machine: how long a turn takes, and how much other processes compute meanwhile.
 
 Processor time and memory are read from /proc: Linux only.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import ray
 
 WARM_UP = 3
-"""Steps of a variant after its start that count for nothing."""
+"""Steps of a variant after its start that are not counted."""
 LAPS = 4
 """Turns of a variant, and of the base beside it, in each round."""
 TIMEOUT_S = 900
@@ -28,17 +28,17 @@ class Mark(NamedTuple):
     at: float
     """Seconds of time.perf_counter."""
     blocked: float | None = None
-    """Seconds since some start that the worker has waited for others; None where nobody can tell."""
+    """Total seconds for which the worker has waited for others; None if they are not measured."""
 
 
 class Variant(Protocol):
     """One way to train, with its processes."""
 
     actors: list[Actor]
-    """All of them, for their memory and to end them."""
+    """All actors, to measure their memory and to end them."""
 
     def turn(self, steps: int) -> list[list[Mark]]:
-        """Train for some steps of each worker, and leave nothing running; every worker's marks, one for each step."""
+        """Let each worker make some steps and leave nothing running. Return every worker's marks, one for each step."""
 
 
 Turn = dict[str, float]
@@ -63,7 +63,7 @@ def take_turns(
     """
     turns: Turns = {name: [] for name in makers}
     for number in range(rounds):
-        # Another order in each round: a neighbour's load that comes and goes meets all variants alike.
+        # The order changes with each round, so that a load from outside that comes and goes meets all variants alike.
         names = [name for name in makers if name != base]
         names = names[number % len(names) :] + names[: number % len(names)]
         with started(makers[base]) as reference:
@@ -78,7 +78,7 @@ def take_turns(
 
 
 def compare(base: Variant, variant: Variant, steps: int, images_per_step: int) -> tuple[Turn, Turn]:
-    """What both did in alternating turns, the base first."""
+    """Return what both did in alternating turns, the base first."""
     laps: tuple[list[Turn], list[Turn]] = [], []
     variant.turn(WARM_UP)
     for lap in range(LAPS):
@@ -86,14 +86,14 @@ def compare(base: Variant, variant: Variant, steps: int, images_per_step: int) -
         for found, which in reversed(pairs) if lap % 2 else pairs:
             found.append(take_turn(which, steps, images_per_step))
     of_base, own = ({key: mean(turn[key] for turn in found) for key in found[0]} for found in laps)
-    # Over all turns: what was made, by the time that it took.
+    # Images of all turns, divided by the time of all turns.
     of_base["images/s"], own["images/s"] = (harmonic_mean([turn["images/s"] for turn in found]) for found in laps)
     return of_base | {"ratio": 1.0}, own | {"ratio": own["images/s"] / of_base["images/s"]}
 
 
 @contextlib.contextmanager
 def started(make: Callable[[], Variant]) -> Iterator[Variant]:
-    """A variant that is ready for its turn; ended with the block."""
+    """Start a variant for its turn, and end it with the block."""
     variant = make()
     try:
         ray.get([actor.__ray_ready__.remote() for actor in variant.actors], timeout=TIMEOUT_S)
@@ -125,7 +125,7 @@ def take_turn(variant: Variant, steps: int, images_per_step: int) -> Turn:
 
 
 def outside_load(turns: Turns) -> float:
-    """Cores that other processes used, in the mean over all turns."""
+    """Return the mean number of cores that other processes used, over all turns."""
     return mean(turn["others' cores"] for taken in turns.values() for turn in taken)
 
 
@@ -133,9 +133,9 @@ class ProcessorTime(NamedTuple):
     """Processor seconds so far, as Linux counts them."""
 
     machine: float
-    """Of all processes, and what the host of a virtual machine took away."""
+    """Seconds of all processes, and those that the host took away from this virtual machine."""
     own: dict[int, float]
-    """Of this process and its offspring, which are Ray's processes and all actors, each for itself."""
+    """Process -> its seconds, for this process and its descendants: Ray's processes and all actors."""
 
     @classmethod
     def now(cls) -> "ProcessorTime":
@@ -154,14 +154,14 @@ class ProcessorTime(NamedTuple):
         return cls(machine, {process: spent[process] for process in offspring(os.getpid(), parents)})
 
     def since(self, before: "ProcessorTime") -> tuple[float, float]:
-        """Seconds of this process and its offspring, and of all others; who ended meanwhile counts as another."""
+        """Return the seconds of this process with its descendants, and of all others with ended descendants."""
         own = sum(seconds - before.own.get(process, 0.0) for process, seconds in self.own.items())
-        # The machine's count and the processes' are not read at one moment.
+        # The machine's seconds and the processes' are read at slightly different moments.
         return own, max(0.0, self.machine - before.machine - own)
 
 
 def offspring(process: int, parents: Mapping[int, int]) -> set[int]:
-    """A process, its children and theirs, from process -> parent."""
+    """Return a process and all its descendants, from a mapping of process -> parent."""
     found, new = set[int](), {process}
     while new:
         found |= new
@@ -170,7 +170,7 @@ def offspring(process: int, parents: Mapping[int, int]) -> set[int]:
 
 
 def memory_bytes(actors: Sequence[Actor]) -> int:
-    """Resident bytes; a page that several processes hold counts by its share."""
+    """Return resident bytes, where each of n processes that share a page counts 1/n of it."""
     return sum(ray.get([actor.__ray_call__.remote(_own_memory) for actor in actors], timeout=TIMEOUT_S))
 
 

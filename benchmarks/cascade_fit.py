@@ -1,8 +1,9 @@
 """How long does it take to fit a cascade to the predictions of many models, and how does that grow with the images?
 
-The predictions are drawn: models of rising cost that see the same images through noise that is mostly the same. `rules`
-is the part of the time for temperatures, scores and predictors; the rest is the greedy construction and the memory of
-the fitted images. `saving` and `gain` (points of accuracy) are against the reference, on as many new images.
+The predictions are drawn at random: the models have rising costs and see the same images through noise, most of which
+is common to all models. `rules` is the part of the time that temperatures, scores and predictors take; the rest is the
+greedy construction and the memory of the fitted images. `saving` and `gain` (points of accuracy) compare the cascade
+with its reference on as many new images.
 """
 
 import time

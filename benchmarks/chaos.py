@@ -1,8 +1,9 @@
 """Does a run end well whatever dies, and how soon is it back? Random kills of workers, servers, drivers and nodes.
 
 A job of two tasks and three workers trains on a simulated Ray cluster (two nodes beside the head, all on this machine)
-while its processes and nodes are killed at random moments. Every run has to end, with every step applied once,
-rejected, or counted as lost with the server; under `sync` with the bits of a run that nobody disturbed. Linux only.
+while its processes and nodes are killed at random moments. Every run has to end, and every step has to be applied once,
+rejected, or counted as lost with the server. Under `sync` the run also has to end with the bits of an undisturbed run.
+Linux only.
 """
 
 import contextlib
@@ -37,19 +38,19 @@ from multitask.spec.schema import JobSpec
 KINDS = ("worker", "server", "driver", "node")
 STEPS_PER_KILL = 200
 PATIENCE_S = 300.0
-"""A run that makes no step for so long has not survived."""
+"""A run that makes no step for this time has not survived."""
 
 
 @dataclass(frozen=True)
 class Kill:
     kind: str
     recovery_s: float
-    """From the kill until each worker that died has made a step in a new process, and the run goes on."""
+    """Seconds from the kill until each lost worker has made a step in a new process, and the run goes on."""
 
 
 @dataclass
 class Disturbed:
-    """A run that was killed again and again, and what came of it."""
+    """The result of a run whose processes were killed again and again."""
 
     result: dict[str, Any]
     directory: Path
@@ -93,7 +94,7 @@ def make_spec(folder: Path, directory: Path, engine: Mapping[str, Any], steps: i
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Any]:
-    """A head and two nodes, as processes on this machine; ended with the block."""
+    """Start a head and two nodes as processes on this machine, and end them with the block."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -106,7 +107,7 @@ def cluster() -> Iterator[Any]:
 
 
 class Chaos:
-    """Runs a job in a process of its own and kills what it is made of."""
+    """Run a job in a process of its own and kill its processes and nodes."""
 
     def __init__(self, nodes: Any, spec: JobSpec, seed: int) -> None:
         self._nodes = nodes
@@ -140,7 +141,7 @@ class Chaos:
         return subprocess.Popen(command, env=around, stdout=self._log, stderr=self._log, start_new_session=True)
 
     def _kill(self, kind: str) -> float:
-        """Kill; seconds until the run is back."""
+        """Kill, and return the seconds until the run is back."""
         before = self._processes()
         start = time.time()
         if kind == "driver":
@@ -153,7 +154,7 @@ class Chaos:
             self._nodes.add_node(num_cpus=2)
         else:
             actor = {"worker": "WorkerActor", "server": "ServerActor"}[kind]
-            # The driver may be between two crews: then there is nothing of this kind for a moment.
+            # While the driver starts all processes again, there may be no process of this kind for a moment.
             self._wait(lambda: bool(own_actors(actor)) or self._ended())
             with contextlib.suppress(ProcessLookupError, IndexError):
                 os.kill(self._random.choice(own_actors(actor)), signal.SIGKILL)
@@ -161,7 +162,7 @@ class Chaos:
         return time.time() - start
 
     def _is_back(self, killed_at: float, before: Mapping[str, int]) -> bool:
-        """Whoever died has a successor that makes steps, and the driver wrote of steps since."""
+        """Return whether each lost process has a successor that makes steps, and the driver has recorded them."""
         status = self._status()
         if status is None or status["updated"] < killed_at + 1.0 or status["state"] != "running":
             return False
@@ -173,7 +174,7 @@ class Chaos:
         return read_status(self._directory) if (self._directory / "status.json").is_file() else None
 
     def _processes(self) -> dict[str, int]:
-        """Worker -> the process that made its last step."""
+        """Return worker -> the process that made its last step."""
         status = self._status()
         tasks = {} if status is None else status["tasks"]
         return {worker: process for task in tasks.values() for worker, process in task["processes"].items()}
@@ -203,7 +204,7 @@ class Chaos:
 
 
 def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
-    """Steps that were neither applied once, nor rejected, nor counted as lost; below 0 if some were applied twice."""
+    """Return the steps that were not applied once, rejected or counted as lost; below 0 if some were applied twice."""
     workers = sum(task.workers for task in spec.tasks)
     together = spec.engine.name == "sync"
     made = spec.steps * (1 if together else workers)
@@ -212,9 +213,9 @@ def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
 
 
 def updates_uncounted(spec: JobSpec) -> float:
-    """By how many updates the optimiser of a shared tensor is ahead of or behind the server, in the last checkpoint.
+    """Return how far a shared tensor's optimiser is from the server's count of updates, in the last checkpoint.
 
-    The server counts what it decides, an optimiser what is done; a push applied twice, or not at all, sets them apart.
+    The server counts what it decides, an optimiser what it does. They differ if a push was lost or applied twice.
     """
     checkpoint = CheckpointStore(spec.checkpoint_folder, 1).latest()
     assert checkpoint is not None
@@ -222,7 +223,7 @@ def updates_uncounted(spec: JobSpec) -> float:
 
 
 def undisturbed(spec: JobSpec) -> dict[str, bytes]:
-    """Group -> the bytes of its final values, from engine `local` by rounds."""
+    """Return group -> the bytes of its final values, as engine `local` gives them by rounds."""
     engine = {"name": "local", "schedule": "rounds"}
     job = Job(load_spec(spec, {"engine": engine, "directory": f"{spec.directory}-undisturbed"}))
     outcome = ENGINES["local"](job, Driver(lambda *_: None, CheckpointStore(job.spec.checkpoint_folder, 1)))
@@ -255,7 +256,7 @@ def disturb(folder: Path, engine: Mapping[str, Any], kinds: Sequence[str], seed:
 
 
 def draw(kills: int, seed: int) -> list[str]:
-    """What is killed, in a random order; every kind about as often as the others."""
+    """Return the kinds to kill in a random order, each about equally often."""
     kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
     random.Random(seed).shuffle(kinds)
     return kinds

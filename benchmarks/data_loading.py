@@ -1,10 +1,10 @@
 """How many images per second does one core load, against torchvision, WebDataset and the bare decoder?
 
-All read the same made JPEGs (500 x 375 pixels, 110 kB) and end with shuffled uint8 batches of 64. Each competitor is a
-process of its own with one torch thread; all are pinned to the same core and take turns batch by batch (the others are
-stopped, their threads too), so that a ratio compares neighbours in time. Rates are images per second of processor time,
-the time of background threads and of the system included: on a core that other programs use too, the clock would
-measure them as well (it is in the tables).
+All competitors read the same generated JPEGs (500 x 375 pixels, 110 kB) and end with shuffled uint8 batches of 64. Each
+competitor is a process of its own with one torch thread. All are pinned to the same core and take turns batch by batch,
+while the others are stopped with their threads, so that a ratio compares measurements that are close in time. Rates are
+images per second of processor time, which includes background threads and the system's work: on a core that other
+programs use too, the clock would measure those programs as well (the clock's time is also in the tables).
 """
 
 import io
@@ -45,9 +45,9 @@ except ModuleNotFoundError as error:
 
 BATCH, RESOLUTIONS, CLASSES = 64, (224, 96), 8
 WINDOW = 512
-"""Rows (or images) that are shuffled together. A round reads as many, so that each pays for one window's reading."""
+"""Rows (or images) that are shuffled together. A round reads this number, so each one pays for reading one window."""
 WARM_UP = 2
-"""Batches of each competitor before the first turn, beyond a whole window of them."""
+"""Batches of each competitor before the first turn, after a whole window."""
 TOGETHER = (96, 128, 160, 192, 224)
 MEMORY_WINDOW, MEMORY_RESOLUTION, MEMORY_SIZES = 256, 96, (2, 20)
 """Rows of a window, pixels, and the two tables' sizes in windows."""
@@ -98,7 +98,7 @@ def web_dataset(folder: Path, resolution: int) -> Iterator[Tensor]:
 
 
 def limit(folder: Path, resolutions: Sequence[int]) -> Iterator[Tensor]:
-    """Nothing but the decoder and the resizes; the last image stands for its batch.
+    """Only decode and resize; the last image stands for its batch.
 
     The resize is v2.Resize as everyone writes it. Its own code takes some 40 us a call, which this project's loader
     saves: so it can come close to this limit, and with five resizes pass it.
@@ -118,7 +118,7 @@ def decode_input(path: Path) -> Tensor:
 
 
 def together(folder: Path) -> Iterator[Tensor]:
-    """The next batch of each of five readers that share one stream."""
+    """Yield the next batch of each of five readers that share one stream."""
     table = open_table(folder / "table")
 
     def stream(start: int) -> TrainStream:
@@ -136,18 +136,18 @@ def separate(folder: Path) -> Iterator[Tensor]:
 
 
 class Turn(NamedTuple):
-    """What some batches took, in seconds."""
+    """The seconds that some batches took."""
 
     processor: float
     clock: float
 
 
 Turns = dict[str, list[Turn]]
-"""Competitor -> what it took in each round."""
+"""Competitor -> its turns, one for each round."""
 
 
 class Competitor:
-    """A process that reads a batch when it is told to, and is stopped at all other times."""
+    """A process that reads a batch when it is told to and is stopped at all other times."""
 
     def __init__(self, make: Callable[[], Iterator[Tensor]], core: int | None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -192,13 +192,13 @@ def compete(make: Callable[[], Iterator[Tensor]], core: int | None, connection: 
     while connection.recv():
         clock = time.perf_counter()
         pixels = next(batches)
-        # Since the last answer: a thread that went on after it is counted too.
+        # Counted since the last answer, so that a thread that went on after it is included.
         before, used = used, time.process_time()
         connection.send(Turn(used - before, time.perf_counter() - clock))
 
 
 def race(makers: Mapping[str, Callable[[], Iterator[Tensor]]], rounds: int) -> Turns:
-    """Let all read a window in each round, one batch after the other; all live at once, and one runs at a time."""
+    """Let all competitors read a window in each round, batch by batch; all exist at once, and one runs at a time."""
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else None
     competitors: dict[str, Competitor] = {}
     turns: Turns = {name: [] for name in makers}
@@ -208,7 +208,7 @@ def race(makers: Mapping[str, Callable[[], Iterator[Tensor]]], rounds: int) -> T
         for _ in range(rounds):
             taken: Turns = {name: [] for name in makers}
             for number in range(WINDOW // BATCH):
-                # Another order in each sweep: a neighbour's load that comes and goes meets all alike.
+                # The order changes with each sweep, so that a load from outside meets all competitors alike.
                 names = list(makers)
                 for name in names[number % len(names) :] + names[: number % len(names)]:
                     taken[name].append(competitors[name].turn())
@@ -221,7 +221,7 @@ def race(makers: Mapping[str, Callable[[], Iterator[Tensor]]], rounds: int) -> T
 
 
 def ratios(turns: Turns, name: str, base: str) -> list[float]:
-    """Processor time of `name` over that of `base` in each round."""
+    """Return the processor time of `name` divided by that of `base`, for each round."""
     return [turn.processor / other.processor for turn, other in zip(turns[name], turns[base], strict=True)]
 
 
@@ -299,7 +299,7 @@ def measure_together(folder: Path, rounds: int) -> tuple[list[dict[str, Any]], G
 
 
 def measure_memory(folder: Path, jpegs: Sequence[bytes], repeats: int) -> tuple[list[dict[str, Any]], Goal]:
-    """Peak resident memory of one epoch of a small and of a large table, each in a new process."""
+    """Measure the peak resident memory of one epoch of a small and of a large table, each in a new process."""
     for size in MEMORY_SIZES:
         rows = ((jpegs[row % len(jpegs)], row % CLASSES) for row in range(size * MEMORY_WINDOW))
         write_table(folder / f"windows-{size}", rows, class_names())
@@ -352,7 +352,7 @@ def class_names() -> list[str]:
 
 
 def write_data(folder: Path, jpegs: Sequence[bytes]) -> None:
-    """The same images as a table, as a folder for each class and as tars."""
+    """Write the same images as a table, as a folder for each class, and as tars."""
     write_table(folder / "table", ((content, row % CLASSES) for row, content in enumerate(jpegs)), class_names())
     for name in class_names():
         (folder / "files" / name).mkdir(parents=True)

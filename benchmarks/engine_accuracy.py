@@ -1,10 +1,11 @@
 """Does it matter for accuracy how gradients meet? Engines `async` and `sync` on the demo's task, at equal steps.
 
-Both train the demo's first way (three tasks, private scale-and-bias, everything else learned together) with their real
-actors. Each engine's rate is the best of a grid by validation top-1 with seed 0; then both train with three seeds at
-their own rate, and the best version of each run is evaluated on the test tables. At equal steps both compute the same
-gradients, of which `async` makes three updates where `sync` makes one of their mean. `--equal-updates` adds `sync` with
-so many steps that it makes as many updates of the shared tensors as `async`, which takes three times the images.
+Both engines train the demo's first way (three tasks, private scale-and-bias, everything else learned together) with
+real actors. Each engine's rate is the best of a grid by validation top-1 with seed 0. Then both train with three seeds
+at their own rate, and the best version of each run is evaluated on the test tables. At equal steps both compute the
+same number of gradients; `async` makes three updates from them where `sync` makes one from their mean.
+`--equal-updates` adds `sync` with as many updates of the shared tensors as `async` makes, which takes three times the
+images.
 """
 
 import tempfile
@@ -27,21 +28,21 @@ SPEC = Path(__file__).parent.parent / "jobs" / "specs" / "demo.yaml"
 ENGINES = ("async", "sync")
 EQUAL_UPDATES = "sync, equal updates"
 RATES = (0.003, 0.006, 0.012)
-"""From the demo's rate up."""
+"""The demo's rate and larger ones."""
 SEEDS = (0, 1, 2)
 GOAL_POINTS = 1.0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One run's accuracies in percent, means over the tasks, of its best version."""
+    """Accuracies of a run's best version in percent, as means over the tasks."""
 
     engine: str
     rate: float
     seed: int
     steps: int
     updates: int
-    """Of the shared tensors, from what the workers pushed."""
+    """Number of updates of the shared tensors, from the pushes of the workers."""
     validation: float
     test: float
     seconds: float
@@ -95,12 +96,12 @@ def main() -> None:
 
 
 def train(folder: Path, engine: str, rate: float, seed: int, steps: int) -> Trained:
-    """One run as `multitask train` makes it, and its best version on the test tables."""
+    """Train as `multitask train` does, and evaluate the best version on the test tables."""
     options = {"name": engine} | ({"in_flight": 0} if engine == "async" else {})
     changes = {
         "directory": str(folder / f"{engine}_{rate:g}_{seed}_{steps}"),
         "steps": steps,
-        # As often as the demo, in parts of the run.
+        # At the same fractions of the run as the demo.
         "evaluate_every": max(1, steps // 3),
         "seed": seed,
         "engine": options,

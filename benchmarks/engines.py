@@ -2,11 +2,11 @@
 DistributedDataParallel and the parameter server of Ray's documentation.
 
 Two workers with one thread each train one network (MobileNetV2 at 96 px or ResNet-50 at 64 px) on generated images,
-batch 32, SGD with momentum. In every row that shares, all tensors of the network are common to both workers (one task
-with two workers, method `full`), and all rows read the same table in the same way, so that only the way in which
-gradients meet differs. The base is this project's own worker; a plain loop that shares nothing, too, shows what that
-worker costs by itself. A row and the base take short turns, so that a ratio compares neighbours in time. With
-`--device cuda` the workers compute on the GPU, on one of them together where there is only one.
+with batch 32 and SGD with momentum. In every row that shares, all tensors of the network are shared by both workers
+(one task with two workers, method `full`), and all rows read the same table in the same way, so that only the way in
+which gradients meet differs. The base is this project's own worker. A plain loop that shares nothing shows what this
+worker costs by itself. A row and the base take short turns, so that a ratio compares measurements that are close in
+time. With `--device cuda` the workers compute on the GPU; if there is only one, they share it.
 """
 
 import os
@@ -47,28 +47,28 @@ DOCUMENTED = {"Ray's docs, async": False, "Ray's docs, sync": True}
 RESOLUTIONS = {"mobilenet_v2": 96, "resnet50": 64, "resnet18": 64}
 STEPS = {"cpu": 3, "cuda": 50}
 GOALS = {OVERLAPPED: (0.93, 0.97), SYNC: (0.90, 0.95), ALLREDUCE: (0.90, 0.95)}
-"""Row -> the least ratio to the base that was promised, and the one that is aimed at."""
+"""Row -> the ratio to the base that was promised at least, and the ambitious one."""
 RESOLVED = 0.04
-"""Ratios that differ by less are called equal: on the machine of the design's measurements nothing finer repeats."""
+"""Ratios that differ by less count as equal: smaller differences did not repeat on the machine of the design."""
 WORKERS, BATCH, ROWS, CLASSES = 2, 32, 512, 10
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows have in common."""
+    """What is the same in all rows."""
 
     model: str
     gpus_per_worker: float
     folder: Path
-    """Where the table is."""
+    """The folder of the table."""
 
     @property
     def checkpoints(self) -> CheckpointStore:
-        """Stays empty."""
+        """Return a store that stays empty."""
         return CheckpointStore(str(self.folder / "checkpoints"), keep=1)
 
     def spec(self, *, shared: bool, engine: Mapping[str, Any]) -> JobSpec:
-        """Two workers of one task, or one worker of each of two tasks that have nothing in common."""
+        """Return a job of one task with two workers, or of two tasks that share nothing with one worker each."""
         tasks = [{"name": "both", "workers": WORKERS}] if shared else [{"name": "one"}, {"name": "two"}]
         return load_spec(
             {
@@ -93,7 +93,7 @@ class Setting:
 
 
 def make_rows(setting: Setting) -> dict[str, Callable[[], Variant]]:
-    """Row -> what starts its processes. Another engine is a line here, and one in GOALS."""
+    """Return row -> the function that starts its processes. A new engine needs a line here and one in GOALS."""
 
     def engine(shared: bool = True, **options: Any) -> Callable[[], Variant]:
         return lambda: ServerEngine(Job(setting.spec(shared=shared, engine=options)))
@@ -113,7 +113,7 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Variant]]:
 
 
 def ddp_backend(setting: Setting) -> tuple[str, str]:
-    """How the ranks of DDP talk, and the name of its row."""
+    """Return the backend of DDP's ranks, and the name of its row."""
     if setting.gpus_per_worker == 1:
         return "nccl", "torch DDP, nccl"
     if setting.gpus_per_worker:
@@ -122,7 +122,7 @@ def ddp_backend(setting: Setting) -> tuple[str, str]:
 
 
 class BlockedTime:
-    """A server as the worker sees it, with the seconds that pushes and their answers keep the worker waiting."""
+    """A worker's server that also counts the seconds for which pushes and replies keep the worker waiting."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -175,7 +175,7 @@ def run_steps(loop: Iterator[None], clock: BlockedTime, steps: int) -> list[Mark
 
 
 class TimedWorker(WorkerActor):
-    """The engine's worker actor, run a few steps at a time."""
+    """The engine's worker actor, which makes a few steps at a time."""
 
     def prepare(self, decoder: Any = None) -> None:
         super().prepare(decoder)
@@ -203,7 +203,7 @@ class ServerEngine:
 
 
 class TimedRank:
-    """A rank of the engine `allreduce`, run a few steps at a time; Ray Train, which starts ranks, is left out."""
+    """A rank of engine `allreduce` that makes a few steps at a time and is started without Ray Train."""
 
     def __init__(self, job: Job, number: int, backend: str, meeting: Path) -> None:
         torch.set_num_threads(job.spec.resources.threads_per_worker)
@@ -294,7 +294,7 @@ def gpu_environment(device: str) -> dict[str, str]:
 
 
 def gpus_per_worker(device: str) -> float:
-    """A whole GPU for each worker, or an equal share of the only one."""
+    """Return one GPU for each worker, or an equal share if there is only one."""
     if device == "cpu":
         return 0.0
     if not torch.cuda.is_available():
@@ -303,7 +303,7 @@ def gpus_per_worker(device: str) -> float:
 
 
 def ratios(name: str, turns: Turns) -> list[float]:
-    """Images/s to the base's in the same round."""
+    """Return images/s divided by the base's, for each round."""
     return [turn["ratio"] for turn in turns[name]]
 
 
@@ -312,7 +312,7 @@ def rivals(turns: Turns) -> list[str]:
 
 
 def leads(name: str, turns: Turns) -> list[float]:
-    """By how much the ratio of `async` with one push in flight is above another row's in the same round."""
+    """Return how much the ratio of `async` with one push in flight is above another row's, for each round."""
     pairs = zip(ratios(OVERLAPPED, turns), ratios(name, turns), strict=True)
     return [ratio - other for ratio, other in pairs]
 
@@ -348,7 +348,7 @@ def make_goals(turns: Turns) -> list[Goal]:
 
 
 def write_tables(folder: Path) -> None:
-    """Small noisy pictures: reading them costs a step little, as with a table that is in memory."""
+    """Write tables of small noisy pictures, which take a step little time to read."""
     random = np.random.default_rng(0)
     for split in ("train", "validation"):
         images = ((noise_png(random), row % CLASSES) for row in range(ROWS))

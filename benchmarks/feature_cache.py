@@ -1,7 +1,7 @@
 """How much faster are the epochs after the first when frozen features come from a cache?
 
 Each task trains twice on the same random images, with and without a cache, in one process and one thread. `later` is
-the median second of a step after the first epoch; the losses of both runs have to be equal to the last bit.
+the median time in seconds of a step after the first epoch. The losses of both runs have to be equal to the last bit.
 """
 
 import io

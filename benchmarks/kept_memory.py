@@ -1,7 +1,7 @@
 """What does a training step on the CPU gain when its process keeps the memory that it frees?
 
 Two processes train one network on the same generated images, one with glibc's defaults, the other after
-`multitask.cluster.memory.keep_freed_memory`. They take turns of a few steps, of which the first counts for nothing.
+`multitask.cluster.memory.keep_freed_memory`. They take turns of a few steps; the first step of a turn is not counted.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     ms: float
     page_faults: int
     memory_mb: float
-    """The largest that the process has been so far."""
+    """Largest resident memory of the process so far."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def train_when_told(told: Connection, keep: bool, model: str, resolution: int, batch: int) -> None:
-    """A process: makes as many steps as it is told, and says of all but the first what they took."""
+    """Make as many steps as the connection asks for, and send the time and faults of all but the first."""
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
@@ -71,7 +71,7 @@ def train_when_told(told: Connection, keep: bool, model: str, resolution: int, b
     network = get_model(model).train()
     images = torch.rand(batch, 3, resolution, resolution).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch)
-    with contextlib.suppress(EOFError):  # nobody is there to tell more
+    with contextlib.suppress(EOFError):  # the benchmark has closed the connection
         while True:
             steps = [one_step(network, images, labels) for _ in range(told.recv())]
             told.send(steps[1:])

@@ -1,15 +1,15 @@
 """How long do K tasks on the same images take when what they share is computed once?
 
-`PatchBank.all_tasks` against K separate passes, which K fine-tuned networks would take, and against the K patched
-models one after another: DTL (M = 7) and MIST on ViT-B/16, parasites of ratio 0.09 on ResNet-50, 224 px, float32, for
-one image and for sixteen. Separate passes run through one network again and again, since its weights are larger than
-any cache; nineteen networks would only take their memory too. For MIST and parasite the bank is also compared with one
-pass of the backbone and K side networks, each measured alone.
+`PatchBank.all_tasks` is compared with K separate passes, which K fine-tuned networks would take, and with the K patched
+models one after another: DTL (M = 7) and MIST on ViT-B/16 and parasites of ratio 0.09 on ResNet-50, at 224 px in
+float32, for one image and for sixteen. The separate passes run through one network again and again, since its weights
+are larger than any cache; nineteen networks would only take more memory. For MIST and parasites the bank is also
+compared with one pass of the backbone and K side networks, each measured alone.
 
-A machine's speed drifts within the minutes that nineteen passes take: half of the passes run before all_tasks, half
-after it, and K of them count K times their mean. Of the patched models, which take equally long, every third runs. MIST
-is compared with the separate passes timed beside DTL. Ratios are within a turn; the tables have their medians. With
-`--device cuda` come batches of four, and images/s of one task as in DTL's table.
+A machine's speed drifts within the minutes that nineteen passes take. Therefore half of the passes run before all_tasks
+and half after it, and K of them count as K times their mean. The patched models take equally long, so only every third
+of them runs. MIST is compared with the separate passes that are timed beside DTL. Ratios are computed within a turn;
+the tables have their medians. `--device cuda` adds batches of four, and the images/s of one task as in DTL's table.
 """
 
 import os
@@ -33,9 +33,9 @@ TURNS = {1: 5, 4: 5, 16: 1}
 """Batch -> turns in a round."""
 SEPARATE, ONE_BY_ONE, TOGETHER, PARTS = "separate", "task by task", "all_tasks", "parts alone"
 BACKBONE, SIDE = "backbone alone", "side network alone"
-"""What PARTS are made of."""
+"""The two parts that PARTS is the sum of."""
 TIMED = 20
-"""Passes of which the median is taken for images/s, on a GPU only."""
+"""Number of passes for the median of images/s, on a GPU only."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ CASES = (
 TITLES = [case.title for case in CASES]
 THROUGHPUT = (Case("vit_b_16", "full", "full"), DTL, Case("vit_b_16", "DTL+", "dtl_plus"), *CASES[1:])
 LESS_TIME, WITHIN = 0.52, 1.25
-"""What was promised for DTL over separate passes, and for the others over their parts; both with 19 tasks."""
+"""Promised ratios with 19 tasks: DTL to separate passes, and the others to the sum of their parts."""
 Seconds = dict[str, list[float]]
 """Way -> seconds for each of COUNTS."""
 
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 class Bench:
-    """One case with its tasks, and the ways to answer them."""
+    """One case with its tasks, and the ways to compute their answers."""
 
     def __init__(self, case: Case, device: str, counts: tuple[int, ...]) -> None:
         self.case = case
@@ -131,10 +131,10 @@ class Bench:
 
     @torch.no_grad()
     def take_turn(self, batch: int, number: int, separate: list[float] | None) -> Seconds:
-        """Every way once; which begins depends on the turn's number.
+        """Time every way once; the turn's number decides which one begins.
 
         Args:
-            separate: seconds of the separate passes, where they are known.
+            separate: seconds of the separate passes, if they are known.
         """
         images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
         images = images.to(self._device)
@@ -158,7 +158,7 @@ class Bench:
         return seconds
 
     def _passes(self, images: Tensor) -> dict[str, list[Callable[[], object]]]:
-        """Way -> its passes; of the backbone alone one for each half."""
+        """Return way -> its passes; the backbone alone has one for each half."""
         network = partial(self._backbone.network, images)
         passes: dict[str, list[Callable[[], object]]] = {
             ONE_BY_ONE: [partial(model, images) for model in self._models[::3]],

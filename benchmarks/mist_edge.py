@@ -1,7 +1,7 @@
 """What does learning a task from MIST's maps take at the edge: bytes per image, resident memory, time?
 
-A random ViT-B/16 gathers maps of random images. Processes of their own, which hold no backbone, train on them in
-batches of 32. `added` is the peak of resident memory above what is resident after the imports.
+A random ViT-B/16 gathers maps of random images. Separate processes, which hold no backbone, train on the maps in
+batches of 32. `added` is the peak of resident memory minus the resident memory after the imports.
 """
 
 import json
@@ -131,7 +131,7 @@ def write(path: Path, backbone: patches.Backbone, maps: torch.Tensor) -> None:
 
 
 def message_bytes(path: Path, images: int) -> float:
-    """Of one image, on the table's buffers."""
+    """Return the bytes of one image, from the table's buffers."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()[MAPS].nbytes / images
 
@@ -145,7 +145,7 @@ def child(folder: Path, way: str, dtype: str, chunk: int, epochs: int) -> dict[s
 
 
 def same_logits(folder: Path, backbone: patches.Backbone, x: torch.Tensor, dtype: str) -> Goal:
-    """The bundle on the full model against the edge network on the stored maps of the same images."""
+    """Compare the bundle on the full model with the edge network on the stored maps of the same images."""
     model = patches.load_bundle(folder / f"{dtype}.patch", backbone)
     info = patches.inspect_bundle(folder / f"{dtype}.patch")
     edge = Edge(info.backbone, info.num_classes, **info.options)

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure_memory(backbone: patches.Backbone) -> list[dict[str, Any]]:
-    """One row for each number of tasks."""
+    """Return one row for each number of tasks."""
     models = [attach(backbone, seed) for seed in range(TASKS[-1])]
     whole = storage_bytes([copy.deepcopy(models[0].network)])
     rows = []
@@ -111,7 +111,7 @@ def attach(backbone: patches.Backbone, seed: int) -> patches.PatchedModel:
 
 
 def storage_bytes(networks: Iterable[nn.Module]) -> int:
-    """Bytes of the distinct storages under all parameters and buffers."""
+    """Return the bytes of the distinct storages under all parameters and buffers."""
     sizes = {}
     for network in networks:
         for tensor in chain(network.parameters(), network.buffers()):
@@ -125,7 +125,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def file_bytes(model: patches.PatchedModel) -> tuple[int, int]:
-    """Sizes of the task's bundle and of a safetensors file with its whole network."""
+    """Return the sizes of the task's bundle and of a safetensors file with its whole network."""
     with tempfile.TemporaryDirectory() as folder:
         bundle, whole = Path(folder, "task.patch"), Path(folder, "whole.safetensors")
         patches.save_bundle(
@@ -140,7 +140,7 @@ def file_bytes(model: patches.PatchedModel) -> tuple[int, int]:
 
 
 def timings(actions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median milliseconds of each action; they take turns, after one unmeasured turn."""
+    """Return the median milliseconds of each action. The actions take turns, after one turn that is not measured."""
     spent: list[list[float]] = [[] for _ in actions]
     for _ in range(repeats + 1):
         for action, times in zip(actions, spent, strict=True):
@@ -153,13 +153,13 @@ def timings(actions: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
-    """Memory that the measuring process has freed and would use again must not hide growth."""
+    """Call a function in a new process, because memory that this one has freed and uses again would hide growth."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def resident_growth(name: str, tasks: int, kind: Literal["patches", "whole"]) -> int:
-    """Bytes by which the process grows when K more models are made beside a first one."""
+    """Return the bytes by which the process grows when K more models are made beside a first one."""
     torch.set_num_threads(1)
     backbone = patches.load_backbone(name, num_classes=1000)
     first = attach(backbone, 0)

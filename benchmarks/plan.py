@@ -1,10 +1,11 @@
-"""Does `multitask plan` foretell what two workers do? Its images/s against those of the engines themselves.
+"""Does `multitask plan` predict the speed of two workers? Its images/s against those of the engines themselves.
 
 Two workers with one thread each on this machine train MobileNetV2 at 96 px, ResNet-50 and ResNet-18 at 64 px, batch 32,
-all tensors shared, as in `benchmarks.engines`. The plan times its steps and its copy here, as the command does, and has
-the server's costs from `benchmarks.server_throughput`: pushes of MobileNetV2's and of ResNet-50's bytes by 1 and by 16
-workers that train nothing. No number of two workers, of training or of ResNet-18 went into it. The plan and the engines
-take turns, because a machine of this kind changes its speed from one ten seconds to the next.
+with all tensors shared, as in `benchmarks.engines`. The plan times its steps and its copy here, as the command does. It
+takes the server's costs from `benchmarks.server_throughput`, which measured pushes of MobileNetV2's and ResNet-50's
+bytes by 1 and by 16 workers that train nothing. The plan contains no measurement of two workers, of training with a
+server or of ResNet-18. The plan and the engines take turns, because the speed of such a machine changes within ten
+seconds.
 """
 
 import os
@@ -30,7 +31,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 WITHIN = 0.25
 NETWORK_GBIT = 10.0
-"""Of no account on one machine."""
+"""Has no effect on one machine."""
 Round = dict[str, float]
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def compare(setting: Setting, rounds: int, steps: int) -> dict[str, list[Round]]:
-    """Engine -> what was planned and what was measured in each round."""
+    """Return engine -> planned and measured images/s of each round."""
     specs = {name: setting.spec(shared=True, engine=engine) for name, engine in ENGINES.items()}
     found: dict[str, list[Round]] = {name: [] for name in specs}
     with ExitStack() as alive:
@@ -104,7 +105,7 @@ def row(model: str, engine: str, found: Sequence[Round]) -> dict[str, Any]:
 
 
 def error(found: Sequence[Round]) -> float:
-    """By how much the plan is too high, as a share of what was measured."""
+    """Return how much the plan is too high, as a share of the measured value."""
     planned, measured = (median(one[key] for one in found) for key in ("planned images/s", "images/s"))
     return planned / measured - 1
 

@@ -1,15 +1,17 @@
 """What do private scales and biases give the resolutions of one data set? Fashion-MNIST at 10, 14, 20 and 28 px.
 
-One small MobileNetV2 learns all four by turns in one process, three ways: each resolution owns its scales, biases and
-running statistics and shares the rest, last layer included; all is shared; or all is private. The fair baseline is a
-fourth: all shared, then each resolution's running statistics measured anew on its own training images, so that what it
-lacks is private γ and β alone. Each way's rate is the best of a grid by validation top-1 with the first seed; the fair
-baseline has its own. As many runs train at a time as there are cores. Top-1 is on test images, of the version that is
-best on validation images, or of the last one where statistics are measured anew.
+One small MobileNetV2 learns all four resolutions by turns in one process, in three ways: each resolution owns its
+scales, biases and running statistics and shares the rest, including the last layer; everything is shared; or everything
+is private. A fourth way is the fair baseline: everything is shared, and then each resolution's running statistics are
+measured anew on its own training images, so that it lacks nothing but private γ and β. The rate of each way, also of
+the fair baseline, is the best of a grid by validation top-1 with the first seed. As many runs train at a time as there
+are cores. Top-1 is measured on test images, with the version that is best on validation images, or with the last
+version where statistics are measured anew.
 
-The first way's models then make a cascade, fitted on half of the validation images: what it answers on the test images
-and costs in MACs beside the model that was best on that half, which is its reference, and beside the cheapest model
-about as accurate on the test images; and its seconds beside the reference's, in turns, decoding left out.
+The models of the first way then make a cascade, which is fitted on half of the validation images. The benchmark
+compares its test accuracy and its cost in MACs with two single models: the best one on that half, which is the
+cascade's reference, and the cheapest one that is about as accurate on the test images. It also compares its seconds
+with those of the reference, in turns and without decoding.
 """
 
 import os
@@ -47,12 +49,12 @@ from multitask.spec.reading import load_spec
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "demo_resolutions.yaml"
 SEEDS = (0, 1, 2)
 RATES = (0.003, 0.006, 0.012)
-"""The demo's rate among others."""
+"""One of the rates is the demo's."""
 REESTIMATION_BATCHES = 100
 BATCH, BATCHES, REPEATS = 256, 8, 7
-"""Images at once, batches and repeats of the cascade's timing."""
+"""Images in a batch, number of batches, and number of repeats for timing the cascade."""
 SLACK = 0.0025
-"""As `multitask cascade fit` has it."""
+"""The default of `multitask cascade fit`."""
 Answer = Callable[[list[Tensor]], object]
 
 
@@ -82,16 +84,16 @@ class Measured:
     rate: float
     seed: int
     top1: tuple[float, ...]
-    """Of the test images in percent, from the lowest resolution to the highest."""
+    """Percent on the test images, from the lowest resolution to the highest."""
     parameters: int
-    """Of all resolutions together, each shared one counted once."""
+    """Number for all resolutions together, where a shared parameter counts once."""
     seconds: float
-    """Of training."""
+    """Seconds of training."""
 
 
 @dataclass(frozen=True)
 class Cascaded:
-    """A cascade over one run's resolutions, on the test images."""
+    """A cascade over one run's resolutions, measured on the test images."""
 
     seed: int
     stages: str
@@ -103,7 +105,7 @@ class Cascaded:
     gain_low: float
     gain_high: float
     over_best_on_test: float
-    """Points over whichever model turned out best on the test images, which nobody could have chosen."""
+    """Points over the model that is best on the test images, which could not be known beforehand."""
     saving: float
     """Percent of the reference's MACs, with the ends of their 95 % interval."""
     saving_low: float
@@ -112,7 +114,7 @@ class Cascaded:
     """The cheapest single model about as accurate as the cascade."""
     saving_against_equal: float
     ms: float
-    """Of an image, resized from pixels."""
+    """Milliseconds for an image, with the resize and without decoding."""
     reference_ms: float
     time_ratio: float
     """The cascade's time over the reference's."""
@@ -149,7 +151,7 @@ def main() -> None:
         fitting = [pool.submit(fit, run.result()) for way, run in runs if way is PRIVATE]
         found = [measured.result() for measured in measuring]
         fitted = [future.result() for future in fitting]
-        # The processes have nothing to do any more, so nothing computes beside what is timed.
+        # The processes are idle now, so nothing computes beside what is timed.
         cascades = [cascade(*one) for one in fitted]
     finish(
         arguments.out,
@@ -184,12 +186,12 @@ def main() -> None:
 
 
 def threads() -> int:
-    """Cores: runs at a time, of one thread each, and threads of what is timed."""
+    """Return the number of cores: of runs with one thread each at a time, and of threads for what is timed."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Path:
-    """All resolutions, as `multitask train` does it; the run's directory."""
+    """Train all resolutions as `multitask train` does, and return the run's directory."""
     changes = {
         "task_defaults": {"method": method},
         "optimizer": {"rate": rate},
@@ -206,13 +208,13 @@ def train(folder: Path, method: str, rate: float, seed: int, steps: int) -> Path
 
 
 def models_of(way: Way, run: Run) -> dict[str, patches.PatchedModel]:
-    """Resolution's task -> its model."""
+    """Return task -> its model."""
     return reestimated(run) if way.reestimated else run.models("best")[1]
 
 
 def reestimated(run: Run) -> dict[str, patches.PatchedModel]:
-    """The shared network with each resolution's own running statistics, over its own training images."""
-    # Not the best version: that was chosen by the mixed statistics, which these models do without.
+    """Return the shared network once for each resolution, with running statistics of its own training images."""
+    # Not the best version, because it was chosen with the mixed statistics, which these models do not use.
     backbone, _ = run.models("last")
     job = Job(run.spec)
     models = {}
@@ -224,7 +226,7 @@ def reestimated(run: Run) -> dict[str, patches.PatchedModel]:
 
 
 def tune(way: Way, directory: Path) -> float:
-    """Top-1 of a run, mean over the resolutions, on the validation images that training evaluates on."""
+    """Return a run's mean top-1 over the resolutions, on the validation images that training evaluates on."""
     run = Run(directory)
     models = models_of(way, run)
     with torch_threads(run.spec.resources.threads_per_worker):
@@ -241,7 +243,7 @@ def best_rate(tried: Mapping[tuple[Way, float], float], way: Way) -> float:
 
 
 def measure(way: Way, directory: Path) -> Measured:
-    """A way's models on the test images."""
+    """Measure a way's models on the test images."""
     run = Run(directory)
     test = evaluate_models(models_of(way, run), run.spec, "test")
     top1 = tuple(test[task.name]["top1"] for task in run.spec.tasks)
@@ -251,12 +253,12 @@ def measure(way: Way, directory: Path) -> Measured:
 
 
 def fit(directory: Path) -> tuple[Path, Cascade, Predictions]:
-    """A cascade over a run's tasks, and the predictions on the test images."""
+    """Return a cascade over a run's tasks, and the predictions on the test images."""
     return directory, *cascade_from_run(Run(directory), directory / "resolutions.cascade", slack=SLACK)
 
 
 def cascade(directory: Path, fitted: Cascade, test: Predictions) -> Cascaded:
-    """What a cascade over a run's tasks saves."""
+    """Measure what a cascade over a run's tasks saves."""
     checked = check(fitted, test)
     run = Run(directory)
     _, models = run.models("best")
@@ -287,13 +289,13 @@ def cascade(directory: Path, fitted: Cascade, test: Predictions) -> Cascaded:
 
 
 def alone(fitted: Cascade, model: str) -> Cascade:
-    """One model of a cascade, which always answers."""
+    """Return a cascade of one of its models, which always answers."""
     stage = Stage(model, Rule("top_probability"), None, fitted.costs.alone[model], answered=1, right=1)
     return replace(fitted, points=(OperatingPoint(1.0, (stage,)),), asked=0)
 
 
 def batches(run: Run) -> list[list[Tensor]]:
-    """The first test images, decoded."""
+    """Return the first test images, decoded."""
     table = open_table(f"{run.spec.tasks[0].data}/test", verify=False)
     decoded = (decode(group.encoded(place)) for group in table.groups() for place in range(len(group)))
     images = list(islice(decoded, BATCH * BATCHES))
@@ -301,9 +303,9 @@ def batches(run: Run) -> list[list[Tensor]]:
 
 
 def time_in_turns(models: Sequence[Answer], images: Sequence[list[Tensor]]) -> list[list[float]]:
-    """Seconds of each model for all batches, in every repeat but the first, which warms up.
+    """Return the seconds of each model for all batches, for every repeat after the first, which warms up.
 
-    A repeat has the models in the other order than the one before it.
+    Each repeat runs the models in the opposite order of the one before.
     """
     taken: list[list[float]] = [[] for _ in models]
     pairs = list(zip(taken, models, strict=True))
@@ -344,7 +346,7 @@ def resolutions() -> list[int]:
 
 
 def means(measured: Sequence[Measured]) -> list[float]:
-    """Top-1 of each resolution, mean over the seeds."""
+    """Return the top-1 of each resolution, as a mean over the seeds."""
     return [mean(values) for values in zip(*(one.top1 for one in measured), strict=True)]
 
 

@@ -1,17 +1,17 @@
 """How much can the parameter server move, and where does it saturate? Pushes and pulls of real actors, against a copy
 from memory to memory.
 
-The server is the project's: ServerActor and ShardActor as they are, over the one group that all tensors of MobileNetV2
-(3.5M parameters) or ResNet-50 (25.6M) make, with SGD and momentum, one update per push. Its workers are actors that
-import numpy and no torch, push a fixed gradient as fast as they are answered, and copy the values into a buffer of
-their own. The project's modules import torch, so none of its classes crosses the border here: shells hold the server's
-actors, the server builds the Push from numbers, and Reply and GroupValues travel as tuples. Every array is copied as
-in training.
+The server is the project's: unchanged ServerActor and ShardActor over the one group that all tensors of MobileNetV2
+(3.5M parameters) or ResNet-50 (25.6M) make, with SGD and momentum, one update per push. The workers are actors that
+import numpy and no torch, push a fixed gradient as soon as they are answered, and copy the values into a buffer of
+their own. The project's modules import torch, so none of its classes may reach these workers: wrappers hold the
+server's actors, the server builds the Push from numbers, and Reply and GroupValues travel as tuples. Every array is
+copied as in training.
 
-Every session starts a server and lets the workers grow from 1 to 16, so that none is idle beside a smaller number. The
-copy is timed in the first worker while it is alone. GB/s counts the bytes of gradients and of
-values; `busy` is the share of time in which the first shard checks, updates or publishes; `cores` are those that all of
-this uses, `others` what other processes do.
+Every session starts a server and increases the number of workers from 1 to 16, so that no worker is idle beside a
+smaller number. The copy is timed in the first worker while it is alone. GB/s counts the bytes of gradients and of
+values. `busy` is the share of time in which the first shard checks, updates or publishes. `cores` is the number of
+cores that all of this uses, and `others` the number that other processes use.
 """
 
 import os
@@ -48,11 +48,11 @@ GROUP, TASK = "shared:numbers", "numbers"
 NEVER = 1_000_000_000
 COPY_REPEATS = 21
 Session = dict[int, dict[str, float]]
-"""Workers -> what was measured with so many."""
+"""Number of workers -> what was measured with this number."""
 
 
 class Numbers:
-    """What ServerActor and ShardActor ask of a Job: one group that all workers share."""
+    """The part of a Job that ServerActor and ShardActor use: one group that all workers share."""
 
     spec = SimpleNamespace(tasks=(SimpleNamespace(name=TASK),))
 
@@ -114,7 +114,7 @@ class NumbersShard(ShardActor):
 
 
 class NumbersServer(ServerActor):
-    """The server as a process without torch can call it."""
+    """The server, with methods that a process without torch can call."""
 
     def __init__(self) -> None:
         travel_as_tuples()
@@ -145,13 +145,13 @@ class NumbersServer(ServerActor):
 
 
 def travel_as_tuples() -> None:
-    """For readers in whose process our classes are not: their module imports torch."""
+    """Let replies and values travel as tuples, for readers that cannot import our classes without torch."""
     register_serializer(GroupValues, serializer=lambda group: (group.values, group.counters), deserializer=tuple)
     register_serializer(Reply, serializer=lambda reply: (reply.version, reply.rejected), deserializer=tuple)
 
 
 class Workers:
-    """Pushing actors, started when they are needed."""
+    """Actors that push; they are started when they are needed."""
 
     def __init__(self, numbers: Numbers, server: Any, shards: Sequence[Any]) -> None:
         self._names = list(numbers.workers)
@@ -168,7 +168,7 @@ class Workers:
 
 @contextmanager
 def started(numbers: Numbers, shards: int) -> Iterator[tuple[Any, Workers]]:
-    """A server that is ready, and workers to come; all ended with the block."""
+    """Start a server, to which workers can be added; all of them end with the block."""
     reference = ray.put(numbers)
     shard: Any = ray.remote(ShardShell).options(num_cpus=0)
     first: Any = ray.remote(ServerShell).options(num_cpus=0)
@@ -199,7 +199,7 @@ def run_session(numbers: Numbers, shards: int, counts: Sequence[int], warm_up_s:
 def measure(
     actors: Sequence[Any], numbers: Numbers, warm_up_s: float, seconds: float, copy_s: float
 ) -> dict[str, float]:
-    """All workers at once for some seconds; the warm-up before them is left out."""
+    """Let all workers push for some seconds, and measure without the warm-up before that."""
     before, start = ProcessorTime.now(), time.monotonic()
     end = start + warm_up_s + seconds
     trips = [
@@ -260,7 +260,7 @@ def main() -> None:
     }
     with ray_session():
         for number in range(arguments.rounds):
-            # Another order in each round: a neighbour's load that comes and goes meets all alike.
+            # The order changes with each round, so that a load from outside that comes and goes meets all alike.
             for model, shards in sorted(sessions, reverse=bool(number % 2)):
                 session = run_session(Numbers(model, shards), shards, counts, arguments.warm_up, arguments.seconds)
                 sessions[model, shards].append(session)

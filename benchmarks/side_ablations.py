@@ -1,11 +1,11 @@
 """Which parts of the side networks matter, and do they beat a linear probe on the same frozen features?
 
-A small ViT and a ResNet-18 are trained here on Fashion-MNIST and digits together; the task is animals, which they have
+A small ViT and a ResNet-18 are trained here on Fashion-MNIST and digits together. The task is animals, which they have
 not seen, with 2,000 training images that the seed draws. Every variant of the papers' ablations trains from the frozen
-backbone's outputs, computed once, with its method's rate: the best of three for the method's first variant, by the
-validation images with the first seed. The linear probe is logistic regression, to convergence, with the weight decay
-and, on the ViT, the readout (class token or mean of the patches) that are best on the validation images. Test
-accuracies in %.
+backbone's outputs, which are computed once. It uses the rate of its method, which is the best of three for the method's
+first variant, by the validation images with the first seed. The linear probe is logistic regression, trained to
+convergence, with the weight decay and, on the ViT, the readout (class token or mean of the patches) that are best on
+the validation images. Test accuracies are in %.
 """
 
 import os
@@ -34,17 +34,17 @@ BACKBONES: dict[str, dict[str, Any]] = {
     RESNET: {},
 }
 PRETRAINING = {VIT: (8, 2e-3, 2), RESNET: (3, 1e-3, 5)}
-"""Backbone -> epochs, rate, and every how-manieth image it sees."""
+"""Backbone -> epochs, rate, and n where it sees every n-th image."""
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
 SEEDS = (0, 1, 2)
 BATCH = 64
 POINTS = 2.0
-"""By which each method was promised to beat the linear probe."""
+"""Points by which each method was promised to beat the linear probe."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row; a method's first one has its defaults and is what the goals are about."""
+    """One row of the table. A method's first variant has the method's defaults, and the goals are about it."""
 
     method: str
     title: str
@@ -85,7 +85,7 @@ VARIANTS = {
     ),
 }
 Accuracies = dict[str, float]
-"""Split -> % of its images."""
+"""Split -> percent of its images that are right."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Study:
-    """What every run reads; processes share the tensors' memory."""
+    """The data that every run reads; processes share the tensors' memory."""
 
     backbones: Mapping[str, patches.Backbone]
     splits: Mapping[str, Split]
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def pretrain(name: str, shrink: int) -> patches.Backbone:
-    """A backbone that tells the classes of all sources apart."""
+    """Train a backbone that distinguishes the classes of all sources."""
     epochs, rate, every = PRETRAINING[name]
     parts = [read(source, "train") for source in SOURCES]
     images = torch.cat([images for images, _ in parts])[:: every * shrink]
@@ -173,7 +173,7 @@ def pretrain(name: str, shrink: int) -> patches.Backbone:
 
 
 def read(name: str, split: str) -> tuple[Tensor, Tensor]:
-    """All images (n, 3, 28, 28) within -1 to 1 and labels (n,) of a table."""
+    """Return all images (n, 3, 28, 28) from -1 to 1 and all labels (n,) of a table."""
     half = (0.5, 0.5, 0.5)
     table = open_table(str(DATA / name / split))
     batches = list(eval_batches(table, batch_size=1000, resolution=RESOLUTION, mean=half, std=half))
@@ -193,7 +193,7 @@ def frozen_split(split: str, backbones: Mapping[str, patches.Backbone]) -> Split
 
 
 def rows_of(study: Study, seed: int) -> Tensor:
-    """The training images of a seed."""
+    """Return the rows of the training images of a seed."""
     order = torch.randperm(len(study.splits["train"].labels), generator=torch.Generator().manual_seed(seed))
     return order[: study.train_images]
 
@@ -225,11 +225,11 @@ PROBES: dict[str, tuple[str, Callable[[Mapping[int, Tensor]], Tensor]]] = {
     "pooled": (RESNET, pooled),
 }
 READOUTS = {VIT: ("class token", "mean of the patches"), RESNET: ("pooled",)}
-"""Those that the linear probe proper chooses from."""
+"""The readouts that the linear probe chooses from."""
 
 
 def probe(title: str, seed: int) -> Accuracies:
-    """Logistic regression on standardised features, with the weight decay that is best on the validation images."""
+    """Fit a logistic regression on standardised features, with the weight decay that validation images choose."""
     study = _study[0]
     name, features_of = PROBES[title]
     rows = rows_of(study, seed)
@@ -265,7 +265,7 @@ def regression(features: Tensor, labels: Tensor, decay: float) -> nn.Linear:
 
 
 def run_variants(pool: ProcessPoolExecutor, study: Study) -> list[dict[str, Any]]:
-    """A method's first variant with every rate and the first seed, then every variant and seed with the best rate."""
+    """Run a method's first variant with every rate and one seed, then every variant and seed with the best rate."""
     variants = [(name, variant) for name, group in VARIANTS.items() for variant in group]
     first: dict[str, dict[float, Future[Accuracies]]] = {}
     for name, variant in variants:
@@ -297,7 +297,7 @@ def run_variants(pool: ProcessPoolExecutor, study: Study) -> list[dict[str, Any]
 
 
 _study: list[Study] = []
-"""This process's, where it runs variants."""
+"""The study of this process, if it runs variants."""
 
 
 def set_up(study: Study | None = None) -> None:
@@ -345,7 +345,7 @@ def fit(
     rate: float,
     seed: int,
 ) -> None:
-    """AdamW with a cosine and a tenth of it as warm-up, in batches of whole epochs."""
+    """Train by AdamW with a cosine, of which a tenth is warm-up, in whole epochs."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.01)
     steps = epochs * (len(labels) // BATCH)

@@ -1,14 +1,14 @@
 """How much memory does a training step of a side network take, against full fine-tuning?
 
-ViT-B/16 and ResNet-50 at 224 px, float32, AdamW. Every row is one process of its own. Saved tensors are the most that
-autograd holds at one time for the backward pass, which holds again what it recomputes: each storage once, parameters
-and buffers left out. The training peak is the sum of weights, gradients, AdamW's two moments and saved tensors, as the
-papers' figures are mostly made of. Resident is what the process really grew by, at its highest in two steps, beyond
-what it took after its imports.
+The networks are ViT-B/16 and ResNet-50 at 224 px in float32, with AdamW. Every row is measured in a process of its own.
+`Saved tensors` is the most memory that autograd holds at one time for the backward pass, including what it recomputes:
+each storage counts once, parameters and buffers do not count. The training peak is the sum of weights, gradients,
+AdamW's two moments and saved tensors, which is how most figures of the papers are computed. `Resident` is the highest
+growth of the process in two steps beyond its memory after the imports.
 
-MIST stands there three times: in one process, and its two sides apart; the server's side trains nothing. With
-`--device cuda` come the highest allocated memory of a training step and of a test pass, and milliseconds per image of
-both, as in the papers' tables.
+MIST has three rows: one for one process, and one for each of its two sides; the server's side trains nothing. `--device
+cuda` adds the highest allocated memory of a training step and of a test pass, and the milliseconds per image of both,
+as in the papers' tables.
 """
 
 import gc
@@ -37,7 +37,7 @@ MB = 1e6
 RESOLUTION, CLASSES = 224, 100
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TIMED = 10
-"""Repetitions of which the median is taken, on a GPU only."""
+"""Number of repetitions for the median, on a GPU only."""
 FULL, SERVER, EDGE = "full fine-tuning", "MIST, server", "MIST, edge"
 
 
@@ -48,7 +48,7 @@ class Row:
     backbone: str
     title: str
     method: str
-    """Of `patches.attach`, or one of the titles above for what is no patch."""
+    """A method of `patches.attach`, or one of the titles above for a row without a patch."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,17 +124,17 @@ def make_goals(rows: list[dict[str, Any]]) -> list[Goal]:
 
 
 def in_new_process(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
-    """Memory that one row has freed and would use again must not hide another row's."""
+    """Call a function in a new process, because memory that one row has freed would hide another row's growth."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, row, batch, device, threads).result()
 
 
 def measure(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
-    """One row of the table, but for the ratios."""
+    """Measure one row of the table, without the ratios."""
     torch.set_num_threads(threads)
     warm_up_kernels(device)
     before = resident_bytes("VmRSS")
-    CLEAR.write_text("5")  # the highest resident size begins anew
+    CLEAR.write_text("5")  # resets the peak of the resident size
     module, model, inputs = build(row, batch, device)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -172,10 +172,10 @@ def measure(row: Row, batch: int, device: str, threads: int) -> dict[str, Any]:
 
 
 def build(row: Row, batch: int, device: str) -> tuple[nn.Module, Model, Tensor]:
-    """What holds the row's tensors, what gives its logits, and what that reads."""
+    """Return the module of the row's tensors, the function that gives logits, and the function's input."""
     images = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0)).to(device)
     if row.method == EDGE:
-        # The backbone is of another process: the hash alone, of none.
+        # The backbone lies in another process, so only its hash is known here.
         options = patches.families.FAMILIES[row.backbone].options
         identity = {"name": row.backbone, "options": {**options, "num_classes": 1000}, "content_hash": ""}
         edge = Edge(identity, CLASSES).to(device)
@@ -204,7 +204,7 @@ def test_pass(module: nn.Module, model: Model, inputs: Tensor) -> None:
 
 
 class Saved:
-    """Bytes that autograd holds, each storage once, and the most so far; storages of `besides` do not count."""
+    """Bytes that autograd holds now and at most, each storage once, without the storages of `besides`."""
 
     def __init__(self, besides: list[Tensor]) -> None:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in besides}
@@ -227,7 +227,7 @@ class Saved:
 
 
 class Held:
-    """What autograd keeps in place of a tensor, for as long as it would keep that."""
+    """The object that autograd keeps in place of a tensor, for as long as it would keep the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -241,7 +241,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def warm_up_kernels(device: str) -> None:
-    """Thread pools, what an optimiser imports when it is made, and a GPU's context: any training has them."""
+    """Start thread pools, an optimiser's imports and a GPU's context, which any training has."""
     x = torch.randn(256, 256, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([x])
     (x @ x).sum().backward()
@@ -249,7 +249,7 @@ def warm_up_kernels(device: str) -> None:
 
 
 def on_gpu(step: Callable[[], None], batch: int, title: str) -> dict[str, float]:
-    """Highest allocated memory, and time per image."""
+    """Return the highest allocated memory and the time per image."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -263,7 +263,7 @@ def on_gpu(step: Callable[[], None], batch: int, title: str) -> dict[str, float]
 
 
 def resident_bytes(name: str) -> int:
-    """VmRSS, now, or VmHWM, at its highest."""
+    """Return VmRSS, the resident bytes now, or VmHWM, their peak."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 

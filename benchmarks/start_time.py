@@ -1,8 +1,9 @@
 """How long does a process of a run take to start, with torch.compile put off and without?
 
-New processes import what a worker needs and make one step of an optimiser, as a run starts them, and with
-`torch._dynamo` imported first, as torchvision and torch's optimisers would; the limit is a process that imports torch
-alone. They take turns; what counts is the CPU time of a process, which others on the machine disturb least.
+New processes import what a worker needs and make one step of an optimiser: some as a run starts them, others with
+`torch._dynamo` imported first, as torchvision and torch's optimisers import it. The lower limit is a process that
+imports torch alone. The processes take turns. The CPU time of a process counts, because other programs on the machine
+disturb it least.
 """
 
 import os
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def start(code: str) -> tuple[float, float]:
-    """CPU and wall seconds of a new process that runs this."""
+    """Return CPU and wall seconds of a new process that runs this code."""
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {RUN_PROCESS: "1"})
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,9 +1,10 @@
 """Does asynchronous successive halving find the grid's setting with half of its rounds?
 
-The shipped sweep runs from one source backbone: every trial at full length (the grid), then under ASHA, for several
-orders of the trials. Whether ASHA stops a trial depends on which came to that milestone before it. So they run one at a
-time, where an order has one result; two at a time, each run would be one draw of who came first. ASHA's choice counts
-with the accuracy that its setting has in the grid: the same job at full length, with the same seed.
+The shipped sweep runs from one source backbone: first every trial at full length (the grid), then under ASHA, for
+several orders of the trials. Whether ASHA stops a trial depends on which trials came to that milestone before it.
+Therefore the trials run one at a time, so that an order has one result; with two at a time, each run would depend on
+which came first. The accuracy of ASHA's choice is the accuracy that its setting has in the grid: the same job at full
+length, with the same seed.
 """
 
 import tempfile
@@ -34,9 +35,9 @@ class Swept:
     outcomes: Sequence[TrialOutcome]
     choice: Choice
     rounds: Sequence[int]
-    """That each trial made, the last one before it stopped too."""
+    """Rounds that each trial made, including the last one before it stopped."""
     minutes: float
-    """For the grid with the training of its source."""
+    """Minutes; those of the grid include the training of its source."""
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def halving(spec: SweepSpec, folder: Path, scheduler: AshaScheduler, order: int) -> SweepSpec:
-    """The grid's trials under ASHA, from the backbone that the grid's source has trained."""
+    """Return the sweep of the grid's trials under ASHA, from the backbone that the grid's source has trained."""
     backbone = {**spec.job["backbone"], "weights": str(folder / "grid" / SOURCE_BACKBONE)}
     return replace(
         spec,
@@ -91,9 +92,9 @@ def halving(spec: SweepSpec, folder: Path, scheduler: AshaScheduler, order: int)
 
 
 def run(spec: SweepSpec, ends: set[str]) -> Swept:
-    """Run a sweep; SystemExit where a trial ended in another way than these.
+    """Run a sweep, and raise SystemExit if a trial ended in another state than those given.
 
-    A sweep that returns was not stopped itself, so that a stopped trial was stopped by the scheduler.
+    A sweep that returns was not stopped, so the scheduler has stopped every stopped trial.
     """
     start = time.perf_counter()
     result: SweepResult = run_sweep(spec, console=Console(quiet=True))
@@ -112,7 +113,7 @@ def rounds_made(outcome: TrialOutcome) -> int:
 
 
 def check_bits(grid: Swept, asha: Swept) -> None:
-    """ASHA's trials are the grid's, as far as they went."""
+    """Check that ASHA's trials have the bits of the grid's trials, as far as they went."""
     for of_grid, of_asha in zip(grid.outcomes, asha.outcomes, strict=True):
         assert of_asha.curve == of_grid.curve[: len(of_asha.curve)], describe(of_grid.plan.values)
 
@@ -135,7 +136,7 @@ def row(name: str, sweep: Swept, grid: Swept) -> dict[str, Any]:
 
 
 def trials(grid: Swept, halved: Sequence[Swept]) -> list[dict[str, Any]]:
-    """What each setting reached in the grid, and how far ASHA let it go."""
+    """Return what each setting reached in the grid, and how far ASHA let it go."""
     return [
         {"setting": describe(outcome.plan.values), "top-1 %": outcome.top1}
         | {f"rounds, order {order}": asha.rounds[number] for order, asha in enumerate(halved)}

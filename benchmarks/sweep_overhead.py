@@ -1,9 +1,9 @@
 """What does a trial of a sweep cost beyond its training?
 
-The trials of a sweep are equal but for their seed, and run one at a time. A trial's seconds are those from the end of
-the trial before it to its own end; of them, the seconds of `multitask.train` with the same job in a process that has
-made one before are the training, and the rest is what the sweep costs: Tune, a process where none is used again, and
-MLflow's nesting. Medians, the first trial and the first training left out.
+The trials of a sweep are equal except for their seed, and run one at a time. A trial's time runs from the end of the
+trial before it to its own end. Its training time is that of `multitask.train` with the same job in a process that has
+trained once before. The rest is the cost of the sweep: Tune, a new process where none is used again, and MLflow's
+nested runs. The tables have medians, without the first trial and the first training.
 """
 
 import os
@@ -28,7 +28,7 @@ from multitask.sweep import run_sweep
 
 CLASSES, SIZE = 10, 16
 OTHER_TRIALS = 3
-"""Of a sweep with an engine that starts processes for each trial, which takes most of a minute with allreduce."""
+"""Number of trials with engines that start processes for each trial (with allreduce most of a minute)."""
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def measure(folder: Path, engine: str, trials: int, steps: int) -> dict[str, Any
             "job": job,
             "space": {"seed": {"grid": list(range(trials))}},
             "concurrent": 1,
-            "retries": 0,  # a second try would count as one long trial
+            "retries": 0,  # two tries would count as one long trial
             "directory": str(folder / f"{engine}_sweep"),
         },
         console=quiet,

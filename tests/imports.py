@@ -1,10 +1,10 @@
 """The imports between the rooms of the project, read from the source.
 
-A room is a folder of `multitask/`, or a file that lies loose in it; `patches` and `jobs` are one room each. An arrow
-goes from a room to each one that it imports, and a room's floor is one above the highest room that it imports.
+A room is a folder of `multitask/`, or a file directly in `multitask/`; `patches` and `jobs` are one room each. An arrow
+goes from a room to each room that it imports. A room's floor is one above the highest floor that it imports from.
 
-`python -m tests.imports` prints the drawing that docs/architecture.md shows; another folder as its argument draws
-another checkout.
+`python -m tests.imports` prints the drawing that docs/architecture.md shows; with the folder of another checkout as its
+argument it draws that one.
 """
 
 import ast
@@ -17,20 +17,26 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("patches", "multitask", "jobs")
 
 Graph = dict[str, set[str]]
-"""Node -> those that it imports."""
+"""Node -> the nodes that it imports."""
 
 
 def imported(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Each module that a file imports, inside functions too, with the name taken from it or None."""
+    """Yield each module that a file imports, also inside functions, with the name taken from it or None.
+
+    Raises:
+        ValueError: a relative import, which the project does not use.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            if node.level or node.module is None:
+                raise ValueError(f"{path}:{node.lineno} imports relatively. Name the module from its package on.")
             yield from ((node.module, alias.name) for alias in node.names)
 
 
 def modules(root: Path = ROOT) -> Graph:
-    """Module -> the project's modules that it imports; a package is its `__init__`."""
+    """Return module -> the project's modules that it imports. A package stands for its `__init__.py`."""
     paths = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
@@ -44,7 +50,7 @@ def modules(root: Path = ROOT) -> Graph:
 
 
 def room_of(module: str) -> str | None:
-    """None for `multitask` itself, which only hands out the names of the others."""
+    """Return a module's room, and None for `multitask` itself, which only hands out names of other modules."""
     package, *rest = module.split(".")
     if package != "multitask":
         return package
@@ -52,6 +58,7 @@ def room_of(module: str) -> str | None:
 
 
 def rooms(graph: Mapping[str, set[str]]) -> Graph:
+    """Return room -> the other rooms that its modules import."""
     found: Graph = {}
     for module, others in graph.items():
         room = room_of(module)
@@ -61,7 +68,7 @@ def rooms(graph: Mapping[str, set[str]]) -> Graph:
 
 
 def circle(graph: Graph) -> list[str]:
-    """The nodes of a circle of imports, or none."""
+    """Return the nodes of a circle of imports; an empty list if there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -71,7 +78,7 @@ def circle(graph: Graph) -> list[str]:
 
 
 def floors(graph: Graph) -> dict[str, int]:
-    """Room -> its floor, from 0; the graph has no circle."""
+    """Return room -> its floor, counted from 0. The graph must have no circle."""
     floor: dict[str, int] = {}
     for room in TopologicalSorter(graph).static_order():
         floor[room] = max((floor[other] + 1 for other in graph[room]), default=0)
@@ -79,6 +86,7 @@ def floors(graph: Graph) -> dict[str, int]:
 
 
 def drawing(root: Path = ROOT) -> str:
+    """Return the rooms of a checkout as text, a line each: floor, room, and the rooms that it imports."""
     graph = rooms(modules(root))
     arrows = sum(map(len, graph.values()))
     if circle(graph):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multitask.run.directory import RunError, write_json
+from multitask.server.progress import with_current_names
 
 STATUS = "status.json"
 REQUESTS = "requests"
@@ -86,7 +87,9 @@ def judge_status(status: Mapping[str, Any]) -> dict[str, Any]:
     A state that only a living driver has ("running") becomes "lost" where its process is gone, if another one has its
     id by now too, or, on another machine, was not heard of for a minute.
     """
-    judged = {**status, "silent_s": max(0.0, time.time() - status["updated"])}
+    judged = {**with_current_names(status), "silent_s": max(0.0, time.time() - status["updated"])}
+    if "tasks" in judged:
+        judged["tasks"] = {name: with_current_names(task) for name, task in judged["tasks"].items()}
     if judged["state"] == "running" and not _is_alive(judged):
         judged["state"] = "lost"
     return judged

@@ -1,0 +1,161 @@
+"""Files of version 0.1 (`tests/data/v0_1/make.py`) are read by today's code, with the values that 0.1 computed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import multitask
+import patches
+from multitask.cascade import CascadeModel, check, load_cascade, read_predictions
+from multitask.data import open_table
+from multitask.data.transforms import decode
+from multitask.job.checkpoint import CheckpointStore
+from multitask.run.directory import Run, evaluate_models, open_export
+from multitask.run.live import read_status
+from multitask.sweep.outcomes import choose, read_outcome
+from multitask.sweep.plan import plan_trials
+from multitask.sweep.spec import load_sweep
+from tests.jobs.command import multitask as command
+
+FILES = Path(__file__).parent / "data" / "v0_1"
+TASKS = ["pets_8", "pets_12"]
+ROWS = 40
+REJECTED, REJECTED_CALLS = 2, 3
+"""Counters of the stopped run, called `refused` and `turned_away` in its files."""
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files, which is the current folder, because the paths in them are relative."""
+    folder = tmp_path / "v0_1"
+    shutil.copytree(FILES, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    answers: dict[str, Any] = json.loads((FILES / "expected" / "answers.json").read_text())
+    return answers
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]
+
+
+def test_the_table_is_read(files: Path) -> None:
+    for split in ("train", "validation", "test"):
+        table = open_table(str(files / "table" / split))
+        assert table.classes == tuple(f"class {label}" for label in range(4))
+        np.testing.assert_array_equal(table.labels(), np.arange(ROWS) % 4)
+
+
+def test_the_models_of_a_run_give_the_metrics_of_then(files: Path, expected: dict[str, Any]) -> None:
+    run = Run(files / "finished")
+    _, models = run.models("best")
+
+    for split, metrics in expected["metrics"].items():
+        assert evaluate_models(models, run.spec, split, files / "again" / split) == metrics
+        then, now = (
+            read_predictions(folder / split) for folder in (files / "finished" / "predictions", files / "again")
+        )
+        for task in TASKS:
+            np.testing.assert_array_equal(now.logits[task], then.logits[task])
+    assert {name: task["curve"] for name, task in run.result["tasks"].items()} == expected["curves"]
+
+
+def test_the_bundles_load_verify_and_answer_as_then(files: Path, expected: dict[str, Any]) -> None:
+    backbone, models = open_export(files / "finished" / "export")
+
+    assert backbone.content_hash() == expected["backbone_hash"]
+    x = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    for task in TASKS:
+        patches.verify_bundle(files / "finished" / "export" / f"{task}.patch", backbone)
+        models[task].eval()
+    with torch.no_grad():
+        logits = {task: models[task](x) for task in TASKS}
+    assert_same_tensors(logits, load_file(files / "expected" / "bundle_logits.safetensors"))
+
+
+def test_an_export_has_the_bytes_of_then(files: Path) -> None:
+    then = files / "finished" / "export"
+
+    now = Run(files / "finished").export("best", files / "again")
+
+    assert now.backbone.read_bytes() == (then / "backbone.safetensors").read_bytes()
+    for task, bundle in now.bundles.items():
+        found, wanted = patches.inspect_bundle(bundle), patches.inspect_bundle(then / f"{task}.patch")
+        assert found.payload_sha256 == wanted.payload_sha256
+        assert (found.backbone, found.preprocessing, found.metrics) == (
+            wanted.backbone,
+            wanted.preprocessing,
+            wanted.metrics,
+        )
+
+
+def test_a_checkpoint_has_its_counters_under_their_new_names(files: Path) -> None:
+    checkpoint = CheckpointStore(str(files / "stopped" / "checkpoints"), keep=1).latest()
+
+    assert checkpoint is not None
+    assert checkpoint.progress.workers["pets_8/0"].rejected == REJECTED
+    assert checkpoint.progress.rejected_calls == REJECTED_CALLS
+
+
+def test_a_stopped_run_goes_on_to_the_bits_of_then(files: Path) -> None:
+    run = multitask.resume(files / "stopped")
+
+    assert_same_tensors(
+        load_file(files / "stopped" / "last.safetensors"), load_file(files / "expected" / "resumed.safetensors")
+    )
+    assert run.result["tasks"]["pets_8"]["rejected_pushes"] == REJECTED
+    assert run.result["rejected_calls"] == REJECTED_CALLS
+    assert [point["step"] for point in run.result["tasks"]["pets_12"]["curve"]] == [6, 12]
+
+
+def test_the_status_of_a_run_has_its_counters_under_their_new_names(files: Path) -> None:
+    assert read_status(files / "finished")["state"] == "finished"
+    status = read_status(files / "stopped")
+
+    assert (status["state"], status["engine"]) == ("stopped", "local")
+    assert status["rejected_calls"] == REJECTED_CALLS
+    assert status["tasks"]["pets_8"]["rejected"] == REJECTED
+    shown = command("status", files / "stopped")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{REJECTED_CALLS} pushes and joins" in shown.stdout
+
+
+def test_a_cascade_answers_as_then(files: Path, expected: dict[str, Any]) -> None:
+    package, wanted = files / "pets.cascade", expected["cascade"]
+    table = open_table(str(files / "table" / "test"))
+    images = [decode(torch.frombuffer(bytearray(table.row(row).image), dtype=torch.uint8)) for row in range(ROWS)]
+
+    answers = CascadeModel.load(package)(images)
+
+    assert answers.labels.tolist() == wanted["labels"]
+    assert answers.stages.tolist() == wanted["stages"]
+    assert answers.costs.tolist() == wanted["costs"]
+    cascade = load_cascade(package)
+    checked = check(cascade, read_predictions(files / "finished" / "predictions" / "test"), cascade.point())
+    assert (checked.accuracy.mean, checked.mean_cost.mean) == (wanted["accuracy"], wanted["mean_cost"])
+
+
+def test_the_trials_of_a_sweep_are_read(files: Path, expected: dict[str, Any]) -> None:
+    plans = plan_trials(load_sweep(files / "sweep" / "sweep.yaml"))
+
+    outcomes = [read_outcome(plan) for plan in plans]
+
+    found = {
+        "states": [outcome.state for outcome in outcomes],
+        "top1": [outcome.top1 for outcome in outcomes],
+        "trained_parameters": [outcome.trained_parameters for outcome in outcomes],
+    }
+    choice = choose(outcomes)
+    assert choice is not None
+    assert {**found, "choice": choice.trial.number} == expected["sweep"]
