@@ -254,8 +254,8 @@ def limit_side(image: bytes, max_side: int, name: str) -> bytes:
         pixels = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{name}: found an image that cannot be decoded ({error}), but it has to be decoded to be scaled down. Remove "
-            "it from the source, or import without a maximum side."
+            f"{name}: found an image that cannot be decoded ({error}), but it has to be decoded to be scaled down. "
+            "Remove it from the source, or import without a maximum side."
         ) from error
     pixels.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     file = io.BytesIO()

@@ -21,7 +21,7 @@ REMAKE = "Copy the table again from where it came from, or write it anew."
 
 
 class DataError(ValueError):
-    """A table or one of its images cannot be used. The message says what was expected, what was found and what to do."""
+    """A table or an image cannot be used. The message says what was expected, what was found and what to do."""
 
 
 @dataclass(frozen=True)
