@@ -1,4 +1,7 @@
-"""The kinds of data sets that can be imported. Each kind has one function that checks a data set and returns a `Source`."""
+"""The kinds of data sets that can be imported.
+
+Each kind has one function, which checks a data set and returns it as a `Source`.
+"""
 
 from multitask.data.sources.huggingface import huggingface
 from multitask.data.sources.image_folder import image_folder

@@ -124,7 +124,7 @@ def check_unique(ids: pa.Array, where: str) -> None:
 
 
 def check_exist(filesystem: pafs.FileSystem, root: str, paths: pa.Array, where: str) -> None:
-    """Check that every file exists below `root`. Each folder is listed once, which is faster than a query for each file.
+    """Check that every file exists below `root`. Each folder is listed once, which is faster than one query per file.
 
     Args:
         filesystem: the file system.

@@ -41,6 +41,8 @@ class HuggingFaceSource:
     """Position in `files`, and number in that file, of each row group, shape (row groups, 2)."""
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
+        # When a row group is read, all of its images that `rows` asks for are kept until their turn comes. So each row
+        # group is read once, in whatever order the rows are.
         groups = (np.searchsorted(self.first_row, np.asarray(rows, np.int64), side="right") - 1).tolist()
         positions_in: dict[int, list[int]] = defaultdict(list)
         for position, group in enumerate(groups):

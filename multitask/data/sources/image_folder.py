@@ -30,9 +30,7 @@ def image_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = N
     """
     top = os.path.abspath(os.path.expanduser(os.fspath(root)))
     if not os.path.isdir(top):
-        raise DataError(
-            f"{top} is no folder, expected a folder that contains one folder for each class. Check the path."
-        )
+        raise DataError(f"{top} is no folder, expected one with a folder for each class. Check the path.")
     with os.scandir(top) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir())
     if not folders:

@@ -29,7 +29,7 @@ class Source(Protocol):
 
     @property
     def ids(self) -> pa.Array:
-        """Name of each image, of type pa.string(), shape (rows,). Names are unique in the source, and equal on every machine."""
+        """Name of each image, of type pa.string(), shape (rows,): unique in the source, and equal on every machine."""
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         """Yield the encoded images of some rows, in the given order, with exactly the bytes that are stored.

@@ -26,7 +26,7 @@ def places365(
             places365_val.txt (lines 'Places365_val_00000001.jpg 165').
         categories: categories_places365.txt (lines '/a/airfield 0'). The class names leave out the letter, here '/a/'.
     Raises:
-        DataError: a line has another form, a path leaves the folder, a category number is unknown, or a file is missing.
+        DataError: a line has another form, a path leaves the folder, a category is unknown, or a file is missing.
     Source: Zhou et al., "Places: A 10 million Image Database for Scene Recognition", TPAMI 2017.
     """
     numbered = sorted((number, name) for name, number in _lines(categories, CATEGORY, "/a/airfield 0"))

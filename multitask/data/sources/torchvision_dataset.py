@@ -23,12 +23,12 @@ PAIRS = ("samples", "_samples", "imgs")
 FILES = ("_image_files", "_images")
 LABELS = ("targets", "_labels", "labels", "y")
 CLASSES = ("wnids", "classes", "categories")
-"""Attributes in which the data sets of torchvision 0.29 keep their pairs of file and label, their files, their labels and
-their class names. The first attribute that exists is used. `wnids` comes before `classes` because ImageNet's `classes`
-are lists of synonyms, in which two classes are called 'crane'."""
+"""Attributes in which the data sets of torchvision 0.29 keep their pairs of file and label, their files, their labels
+and their class names. The first attribute that exists is used. `wnids` comes before `classes` because ImageNet's
+`classes` are lists of synonyms, in which two classes are called 'crane'."""
 
 DISK_ORDER = ("INaturalist", "Omniglot")
-"""Data sets that cannot be imported: the order of their items depends on the disk, and an item does not say its file."""
+"""Data sets that cannot be imported: the order of their items depends on the disk, and an item has no file name."""
 
 
 def torchvision_dataset(name: str, root: str | os.PathLike[str], **options: Any) -> Source:
@@ -129,7 +129,7 @@ def _first(dataset: Any, attributes: Sequence[str]) -> Any:
 
 
 def _labels(dataset: Any, pairs: Any, where: str) -> NDArray[np.int64]:
-    """Return the labels, shape (rows,). If the data set has no list of labels, all of its images are decoded for them."""
+    """Return the labels, shape (rows,). All images are decoded for them if the data set has no list of labels."""
     given = [label for _, label in pairs] if pairs else _first(dataset, LABELS)
     try:
         if given is None:

@@ -128,7 +128,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _numbers(first: str, last: str) -> list[str]:
-    """Return the numbers from `first` to `last` as a shell does: padded with zeros if one of them starts with a zero."""
+    """Return the numbers from `first` to `last` as a shell does: padded with zeros if one of them starts with zero."""
     padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
     width = max(len(first), len(last)) if padded else 0
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
