@@ -59,7 +59,7 @@ class Costs:
                 )
 
     def after(self, model: str, asked: Sequence[str]) -> float:
-        """Return the cost of a model for an image after other models were asked. It is 0 if the model was one of them."""
+        """Return the cost of a model for an image after other models were asked: 0 if it was one of them."""
         if model in asked:
             return 0.0
         common = (self.shared.get((model, other), self.shared.get((other, model), 0.0)) for other in asked)

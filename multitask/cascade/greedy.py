@@ -49,7 +49,7 @@ class Candidate:
 
 
 class Pool:
-    """Candidates for the stages of a cascade. They are sorted once, and then several cascades can be built from them."""
+    """Candidates for the stages of a cascade. They are sorted once; then several cascades can be built."""
 
     def __init__(
         self,
@@ -152,5 +152,5 @@ def longest_prefix(scores: NDArray[np.float64], surplus: NDArray[np.float64]) ->
 
 
 def _merit(answers: int, images: int, cost: float) -> tuple[float, int]:
-    """Return the value that the greedy choice maximises: answers per cost and, between equals, the number of answers."""
+    """Return the value that the greedy choice maximises: answers per cost and, between equals, number of answers."""
     return (answers / (images * cost) if cost > 0 else float("inf")), answers
