@@ -35,8 +35,9 @@ from torchvision.transforms import v2
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
 from benchmarks._pictures import make_jpegs
 from multitask.data import open_table, write_table
-from multitask.data.batches import BatchView, TrainBatches, TrainStream
+from multitask.data.batches import BatchView, TrainBatches
 from multitask.data.shared import SharedStream
+from multitask.data.stream import TrainStream
 
 try:
     import webdataset

@@ -1,4 +1,4 @@
-"""Cascades: an ordered list of models and rules, of which the first one that is sure enough answers."""
+"""Cascades: an ordered list of models with rules, in which the first model that is sure enough answers."""
 
 from multitask.cascade.artifact import load_cascade, save_cascade, save_package
 from multitask.cascade.cascade import Answers, Cascade, OperatingPoint

@@ -1,7 +1,7 @@
-"""A cascade on disk: JSON alone, or one package with its backbone and bundles.
+"""Cascades on disk: as JSON alone, or as a package together with its backbone and bundles.
 
-A package is an uncompressed zip file: `cascade.json`, `backbone.safetensors`, and `bundles/MODEL.patch` for each model
-that some stage uses. Nothing in it is ever unpickled.
+A package is an uncompressed zip file with `cascade.json`, `backbone.safetensors`, and `bundles/MODEL.patch` for each
+model that a stage uses. Reading a package never unpickles anything.
 """
 
 import json
@@ -26,11 +26,13 @@ from patches.files import atomic_file, write_atomic
 from patches.patch import PatchedModel
 
 FORMAT = 1
+"""Version of the JSON."""
 MANIFEST, BACKBONE = "cascade.json", "backbone.safetensors"
+"""Names of files in a package."""
 
 
 def save_cascade(cascade: Cascade, path: str | os.PathLike[str]) -> None:
-    """Write the cascade alone as JSON, atomically: for models that are no bundles."""
+    """Write the cascade alone as JSON, atomically. This is for models without bundles."""
     write_atomic(path, _text(_described(cascade)))
 
 
@@ -38,16 +40,18 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
     """Write the cascade with its backbone and bundles as one file, atomically.
 
     Args:
-        export: a folder with backbone.safetensors and a .patch file for each of the cascade's models.
+        cascade: the cascade.
+        path: the package to write.
+        export: folder with backbone.safetensors and a .patch file for each model of the cascade.
     Raises:
-        CascadeError: a file is missing.
+        CascadeError: a file is missing in the folder.
         patches.BundleError: a bundle is damaged.
     """
     folder = Path(export)
     bundles = {model: folder / f"{model}.patch" for model in cascade.models}
     for needed in (folder / BACKBONE, *bundles.values()):
         if not needed.is_file():
-            raise CascadeError(f"'{needed}' is missing, which the package needs. Run `multitask export RUN`.")
+            raise CascadeError(f"The package needs '{needed}', which does not exist. Run `multitask export RUN`.")
     infos = {model: inspect_bundle(bundle) for model, bundle in bundles.items()}
     manifest = _described(cascade) | {
         "backbone": next(iter(infos.values())).backbone,
@@ -61,10 +65,10 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
 
 
 def load_cascade(path: str | os.PathLike[str]) -> Cascade:
-    """Read a cascade from its JSON, or from a package, of which no bundle is opened.
+    """Read a cascade from its JSON or from a package. The bundles in a package are not opened.
 
     Raises:
-        CascadeError: it is neither, or of another format.
+        CascadeError: the file is neither of the two, or has another format version.
     """
     return _cascade(path, _manifest(path))
 
@@ -72,11 +76,16 @@ def load_cascade(path: str | os.PathLike[str]) -> Cascade:
 def open_package(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[Cascade, dict[str, PatchedModel], dict[str, View]]:
-    """The cascade, its models on one backbone, and how each sees an image.
+    """Load a package.
 
+    Args:
+        path: the package.
+        device: device for the backbone and the models.
+    Returns:
+        The cascade, its models on one backbone, and the view of each model.
     Raises:
-        CascadeError: no package, or a backbone or bundle that is not the one that the cascade was saved with.
-        patches.BundleError: a bundle is damaged, or does not fit the backbone.
+        CascadeError: the file is not a package, or its backbone or a bundle is not the one that was saved with it.
+        patches.BundleError: a bundle is damaged or does not fit the backbone.
     """
     manifest = _manifest(path)
     cascade = _cascade(path, manifest)
@@ -94,7 +103,7 @@ def open_package(
             raise _other(path, BACKBONE)
         models, views = {}, {}
         for number, model in enumerate(cascade.models):
-            # Named by numbers here: what a package says must not choose where a file goes.
+            # The file is named by a number, because names inside a package must not decide where files are written.
             bundle = _extracted(path, package, _member(model), folder / f"{number}.patch")
             info = inspect_bundle(bundle)
             if info.payload_sha256 != manifest["bundles"].get(model):
@@ -105,6 +114,7 @@ def open_package(
 
 
 def _described(cascade: Cascade) -> dict[str, Any]:
+    """Return the cascade in the form of its JSON."""
     return {
         "format": FORMAT,
         "reference": cascade.reference,
@@ -126,11 +136,17 @@ def _described(cascade: Cascade) -> dict[str, Any]:
 
 
 def _plain_costs(costs: Costs) -> dict[str, Any]:
+    """Return costs in the form of the JSON, which has no pairs as keys."""
     shared = [[one, other, cost] for (one, other), cost in costs.shared.items()]
     return {"unit": costs.unit, "alone": dict(costs.alone), "shared": shared}
 
 
 def _cascade(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Cascade:
+    """Return the cascade that a JSON describes.
+
+    Raises:
+        CascadeError: the JSON is incomplete, or its stages contradict each other.
+    """
     try:
         cascade = Cascade(
             points=tuple(
@@ -144,30 +160,37 @@ def _cascade(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Casca
             latency=None if manifest["latency"] is None else _costs(manifest["latency"]),
             fitted_on=tuple(manifest["fitted_on"]),
         )
-        cascade.points[cascade.asked].stages[0]
+        cascade.points[cascade.asked].stages[0]  # raises IndexError if there is none
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CascadeError(f"'{path}': found no whole cascade ({error!r}). Fit it again.") from error
+        raise CascadeError(f"'{path}': found no whole cascade ({error!r}). Fit the cascade again.") from error
     for point in cascade.points:
         for number, stage in enumerate(point.stages):
             if (stage.threshold is None) != (number == len(point.stages) - 1) or stage.rule.score not in SCORES:
                 raise CascadeError(
                     f"'{path}': stage {number} of a point has rule '{stage.rule.score}' and threshold "
                     f"{stage.threshold}, but the last stage, and it alone, has no threshold, and the rules are "
-                    f"{', '.join(SCORES)}. Fit it again."
+                    f"{', '.join(SCORES)}. Fit the cascade again."
                 )
     return cascade
 
 
 def _stage(found: dict[str, Any]) -> Stage:
+    """Return the stage that a part of the JSON describes."""
     rule = Rule(**found["rule"] | {"weights": tuple(found["rule"]["weights"])})
     return Stage(**found | {"rule": rule})
 
 
 def _costs(found: dict[str, Any]) -> Costs:
+    """Return the costs that a part of the JSON describes."""
     return Costs(found["unit"], found["alone"], {(one, other): cost for one, other, cost in found["shared"]})
 
 
 def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the JSON of a cascade or of a package.
+
+    Raises:
+        CascadeError: the file is neither of the two, or has another format version.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as package:
@@ -189,22 +212,33 @@ def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _extracted(path: str | os.PathLike[str], package: zipfile.ZipFile, member: str, to: Path) -> Path:
+    """Write one file of a package to `to`, and return that path.
+
+    Raises:
+        CascadeError: the package does not contain the file, or it is damaged.
+    """
     try:
         to.write_bytes(package.read(member))
     except (KeyError, zipfile.BadZipFile) as error:
-        raise CascadeError(f"'{path}': found no whole '{member}' in it ({error}). Fetch or write it again.") from error
+        raise CascadeError(
+            f"'{path}': found no whole '{member}' in it ({error}). Copy the package again, or write it anew."
+        ) from error
     return to
 
 
 def _other(path: str | os.PathLike[str], member: str) -> CascadeError:
+    """Return the error for a backbone or bundle with another hash than the cascade names."""
     return CascadeError(
-        f"'{path}': '{member}' is not the one that the cascade was saved with (other hash). Fetch or write it again."
+        f"'{path}': '{member}' is not the one that the cascade was saved with (its hash differs). Copy the package "
+        "again, or write it anew."
     )
 
 
 def _member(model: str) -> str:
+    """Return the name of a model's bundle in a package."""
     return f"bundles/{model}.patch"
 
 
 def _text(content: dict[str, Any]) -> bytes:
+    """Return JSON as bytes. Values that JSON does not allow, such as NaN, raise ValueError."""
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()

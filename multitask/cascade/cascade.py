@@ -1,4 +1,4 @@
-"""A cascade: its operating points, what they answer and what they cost."""
+"""A cascade and its operating points: which answers they give, and what these cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ from multitask.cascade.predictions import Predictions
 
 @dataclass(frozen=True)
 class Answers:
-    """What a cascade says of images."""
+    """The answers of a cascade for n images."""
 
     labels: NDArray[np.int64]
-    """Shape (n,): the answers."""
+    """Answered class of each image, shape (n,)."""
     stages: NDArray[np.int64]
-    """Shape (n,): number of the stage that answered, from 0."""
+    """Number of the stage that answered each image, from 0, shape (n,)."""
     costs: NDArray[np.float64]
-    """Shape (n,): of all stages that an image went through."""
+    """Cost of all stages that each image went through, shape (n,)."""
     logits: NDArray[np.float32]
-    """Shape (n, classes): of the model that answered."""
+    """Logits of the model that answered each image, shape (n, classes)."""
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One list of stages: one place on the curve of accuracy against cost."""
+    """A list of stages. It gives one point on the curve of accuracy against cost."""
 
     relative_accuracy: float
-    """What it was built for: accuracy on the fitting data over the reference's."""
+    """Target of the construction: accuracy on the fitting data, divided by the accuracy of the reference."""
     stages: tuple[Stage, ...]
 
     @property
     def images(self) -> int:
-        """Of the fitting data."""
+        """Number of images of the fitting data."""
         return sum(stage.answered for stage in self.stages)
 
     @property
@@ -47,31 +47,32 @@ class OperatingPoint:
 
     @property
     def costs_of_stages(self) -> tuple[float, ...]:
-        """What an image has cost when each stage answers it."""
+        """Total cost of an image for each stage that may answer it."""
         return tuple(accumulate(stage.cost for stage in self.stages))
 
     @property
     def mean_cost(self) -> float:
-        """Of an image of the fitting data."""
+        """Mean cost of an image of the fitting data."""
         return self._mean(self.costs_of_stages)
 
     @property
     def worst_cost(self) -> float:
-        """Of an image that goes through all stages."""
+        """Cost of an image that goes through all stages."""
         return self.costs_of_stages[-1]
 
     def mean_in(self, costs: Costs) -> float:
-        """`mean_cost` in another unit."""
+        """Return the mean cost of an image of the fitting data in the unit of `costs`."""
         models = [stage.model for stage in self.stages]
         return self._mean(tuple(accumulate(costs.after(model, models[:place]) for place, model in enumerate(models))))
 
     def answer(self, count: int, classes: int, ask: Callable[[int, NDArray[np.int64]], NDArray[np.float32]]) -> Answers:
-        """Go through the stages with images, each of which leaves at the first stage that is sure.
+        """Answer images. Each image goes through the stages until one of them is sure.
 
         Args:
-            count: how many images.
-            ask: from a stage's number and the places (m,) of the images that have come so far, which are ever fewer, to
-                its model's logits (m, classes).
+            count: number of images.
+            classes: number of classes.
+            ask: returns the logits, shape (m, classes), of a stage's model. It gets the number of the stage, and the
+                positions, shape (m,), of the images that no earlier stage answered.
         """
         stages = np.zeros(count, dtype=np.int64)
         logits = np.zeros((count, classes), dtype=np.float32)
@@ -87,6 +88,7 @@ class OperatingPoint:
         return Answers(logits.argmax(axis=1), stages, np.array(self.costs_of_stages)[stages], logits)
 
     def _mean(self, costs_of_stages: Sequence[float]) -> float:
+        """Return the mean cost of an image of the fitting data, given the total cost up to each stage."""
         return (
             sum(cost * stage.answered for cost, stage in zip(costs_of_stages, self.stages, strict=True)) / self.images
         )
@@ -94,35 +96,37 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Cascade:
-    """What `fit` makes: models, costs and operating points. `save_package` writes it with its bundles."""
+    """Models, costs and operating points, as `fit` returns them. `save_package` writes a cascade with its bundles."""
 
     points: tuple[OperatingPoint, ...]
-    """From cheap to dear."""
+    """Operating points in the order of their mean cost, from low to high."""
     asked: int
-    """Which of them is what was asked for."""
+    """Index in `points` of the operating point that `fit` was asked for."""
     reference: str
-    """The model whose accuracy counts."""
+    """The model that the accuracy of the cascade is compared with."""
     costs: Costs
     slack: float = 0.0
+    """The `slack` of the fit."""
     latency: Costs | None = None
-    """Milliseconds of an image, where they were measured."""
+    """Milliseconds of an image for each model, if they were measured."""
     fitted_on: tuple[str, ...] = ()
-    """Fingerprints of some of the images that the thresholds come from, with the reference's logits."""
+    """Fingerprints of some images of the fitting data, with the logits of the reference."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Those that some stage uses, by name."""
+        """Names of the models that at least one stage uses, sorted."""
         return tuple(sorted({stage.model for point in self.points for stage in point.stages}))
 
     def point(self, max_cost: float | None = None, max_latency_ms: float | None = None) -> OperatingPoint:
-        """The operating point that was asked for, or the most accurate one within a budget.
+        """Return the most accurate operating point within a budget or, without one, the point that was asked for.
 
         Args:
-            max_cost: of an image on average, in the unit of `costs`, as on the fitting data; an image that goes through
-                all stages costs more (`worst_cost`).
-            max_latency_ms: of an image on average, on the device and with the batch that `latency` was measured with.
+            max_cost: largest mean cost of an image on the fitting data, in the unit of `costs`. An image that goes
+                through all stages costs more (`worst_cost`).
+            max_latency_ms: largest mean time of an image, on the device and with the batch size that `latency` was
+                measured with.
         Raises:
-            CascadeError: no operating point is so cheap, or no latency was measured.
+            CascadeError: no operating point is within the budget, or no latency was measured.
         """
         if max_cost is None and max_latency_ms is None:
             return self.points[self.asked]
@@ -141,13 +145,18 @@ class Cascade:
 
 
 def _is_sure(stage: Stage, logits: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Which images a stage answers, shape (n,), from its model's logits, shape (n, classes)."""
+    """Return which images a stage answers, shape (n,), given the logits of its model, shape (n, classes)."""
     if stage.threshold is None:
         return np.ones(len(logits), dtype=np.bool_)
     return stage.rule.scores(logits) >= stage.threshold
 
 
 def _within(points: Sequence[OperatingPoint], costs: Sequence[float], budget: float, unit: str) -> list[OperatingPoint]:
+    """Return the operating points whose costs are within the budget.
+
+    Raises:
+        CascadeError: there are none.
+    """
     fitting = [point for point, cost in zip(points, costs, strict=True) if cost <= budget]
     if not fitting:
         raise CascadeError(
@@ -158,10 +167,10 @@ def _within(points: Sequence[OperatingPoint], costs: Sequence[float], budget: fl
 
 
 def answers_of(point: OperatingPoint, predictions: Predictions) -> Answers:
-    """What an operating point says of images whose predictions are known.
+    """Return the answers of an operating point, computed from the known predictions of its models.
 
     Raises:
-        CascadeError: those of a stage's model are missing.
+        CascadeError: the predictions of a stage's model are missing.
     """
     logits = predictions.only(list({stage.model: None for stage in point.stages})).logits
     return point.answer(

@@ -1,4 +1,4 @@
-"""What a cascade is worth on images that its thresholds never saw."""
+"""Measuring a cascade on images that it was not fitted on."""
 
 import math
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from multitask.cascade.fitting import fit
 from multitask.cascade.predictions import Predictions
 
 CONFIDENCE_Z = 1.96
-"""Standard errors on each side of a mean: 95 % of a normal distribution."""
+"""Number of standard errors on each side of a mean that contain 95 % of a normal distribution."""
 ABOUT_EQUAL = 0.003
-"""A single model counts as about as accurate as the cascade down to this share of images below it."""
+"""Largest share of images by which a single model may be less accurate than the cascade and still count as equal."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over images with its 95 % confidence interval (normal approximation)."""
+    """A mean over images, with its 95 % confidence interval (normal approximation)."""
 
     mean: float
     low: float
@@ -28,9 +28,11 @@ class Interval:
 
     @classmethod
     def of(cls, values: NDArray[Any], scale: float = 1.0) -> "Interval":
-        """Args:
-        values: shape (n,), one for each image.
-        scale: what each is multiplied by.
+        """Compute the interval of a mean.
+
+        Args:
+            values: one value for each image, shape (n,).
+            scale: number that each value is multiplied by.
         """
         mean = float(values.mean()) * scale
         margin = CONFIDENCE_Z * float(values.std()) * abs(scale) / math.sqrt(len(values))
@@ -39,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Single:
-    """One model alone."""
+    """Accuracy and cost of one model alone."""
 
     model: str
     accuracy: float
@@ -48,20 +50,20 @@ class Single:
 
 @dataclass(frozen=True)
 class StageShare:
-    """What one stage did."""
+    """The part that one stage had in the answers."""
 
     model: str
     rule: str
-    """In words, with the threshold."""
+    """The rule and its threshold in words."""
     share: float
-    """Of all images, that it answered."""
+    """Share of all images that the stage answered."""
     accuracy: float | None
-    """On those; None where there are none."""
+    """Accuracy on the images that the stage answered, or None if it answered none."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A cascade measured on images; accuracies are shares of right answers."""
+    """Measurements of a cascade on images. An accuracy is a share of right answers."""
 
     images: int
     unit: str
@@ -69,15 +71,16 @@ class Check:
     mean_cost: Interval
     reference: Single
     accuracy_gain: Interval
-    """Over the reference, image by image."""
+    """Accuracy of the cascade minus accuracy of the reference, compared image by image."""
     saving: Interval
-    """Share of the reference's cost."""
+    """Saved cost as a share of the reference's cost."""
     equal: Single
-    """The cheapest single model at most 0.3 points less accurate than the cascade; the reference if there is none."""
+    """The cheapest single model that is at most 0.3 points less accurate than the cascade, or else the reference."""
     saving_against_equal: Interval
+    """Saved cost as a share of the cost of `equal`."""
     stages: tuple[StageShare, ...]
     singles: tuple[Single, ...]
-    """Every model of the pool, from cheap to dear."""
+    """All models of the pool, in the order of their cost."""
     curve: tuple[tuple[float, float], ...]
     """Mean cost and accuracy of each operating point."""
 
@@ -86,26 +89,30 @@ def check(cascade: Cascade, predictions: Predictions, point: OperatingPoint | No
     """Measure a cascade.
 
     Args:
-        predictions: of its models and its reference, on images that it was not fitted on.
-        point: the one asked for by default.
+        cascade: the cascade.
+        predictions: predictions of its models and its reference, on images that it was not fitted on.
+        point: operating point to measure. None means the point that `fit` was asked for.
     Raises:
-        CascadeError: it was fitted on some of these images, or a model is missing.
+        CascadeError: the cascade was fitted on some of these images, or the predictions of a model are missing.
     """
     point = cascade.point() if point is None else point
     needed = predictions.only([cascade.reference, *cascade.models])
     if not set(cascade.fitted_on).isdisjoint(needed.fingerprints(cascade.reference, range(len(needed)))):
         raise CascadeError(
-            "Among these images are those that the thresholds were fitted on, on which a cascade looks better than it "
+            "Among these images are some that the thresholds were fitted on. A cascade looks better on them than it "
             "is. Use predictions on other images, such as the test split."
         )
     return _check(cascade, predictions, point)
 
 
 def fit_and_check(predictions: Predictions, costs: Costs, seed: int = 0, **options: Any) -> tuple[Cascade, Check]:
-    """Fit on a random half of validation data, and measure on the other half.
+    """Fit a cascade on a random half of the predictions, and measure it on the other half.
 
     Args:
-        options: as for `fit`.
+        predictions: predictions of a pool of models, on validation images.
+        costs: cost of each model.
+        seed: seed of the random half.
+        options: the other arguments of `fit`.
     """
     fitting, untouched = predictions.halves(seed)
     cascade = fit(fitting, costs, **options)
@@ -113,6 +120,7 @@ def fit_and_check(predictions: Predictions, costs: Costs, seed: int = 0, **optio
 
 
 def _check(cascade: Cascade, predictions: Predictions, point: OperatingPoint) -> Check:
+    """Measure an operating point, whatever images the cascade was fitted on."""
     costs = cascade.costs
     answers = answers_of(point, predictions)
     right = answers.labels == predictions.labels
@@ -122,7 +130,7 @@ def _check(cascade: Cascade, predictions: Predictions, point: OperatingPoint) ->
     reference = next(single for single in singles if single.model == cascade.reference)
     near = [single for single in singles if single.accuracy >= right.mean() - ABOUT_EQUAL]
     equal = near[0] if near else reference
-    every = [answers_of(other, predictions) for other in cascade.points]
+    answers_of_points = [answers_of(other, predictions) for other in cascade.points]
     return Check(
         images=len(predictions),
         unit=costs.unit,
@@ -143,5 +151,7 @@ def _check(cascade: Cascade, predictions: Predictions, point: OperatingPoint) ->
             for number, stage in enumerate(point.stages)
         ),
         singles=tuple(singles),
-        curve=tuple((float(one.costs.mean()), float((one.labels == predictions.labels).mean())) for one in every),
+        curve=tuple(
+            (float(one.costs.mean()), float((one.labels == predictions.labels).mean())) for one in answers_of_points
+        ),
     )

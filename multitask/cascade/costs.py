@@ -1,7 +1,7 @@
-"""What it costs to ask each model of a pool: counted operations, measured time, or a column of the user's.
+"""Costs of the models of a pool: counted operations, measured time, or a column of a user's file.
 
-Models on one backbone that see the same pixels share their first steps, up to the first one that a patch changes.
-A cascade that has asked one of them pays for those steps once.
+Models on one backbone that see the same pixels share the first steps of the backbone, up to the first step that a patch
+changes. A cascade that asks several of these models computes and pays the shared steps once.
 """
 
 import csv
@@ -27,29 +27,29 @@ MACS, MILLISECONDS = "MACs", "ms"
 
 @dataclass(frozen=True)
 class View:
-    """How a model sees an image: two models with equal views read the same pixels."""
+    """How a model sees an image. Two models with equal views read the same pixels."""
 
     resolution: int
-    """Height and width, in pixels."""
+    """Height and width of the image that the model reads, in pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> "View":
-        """From what a bundle says of its preprocessing."""
-        BatchView(preprocessing["resolution"], preprocessing["mean"], preprocessing["std"])  # checks them
+        """Make a view from the preprocessing that a bundle describes."""
+        BatchView(preprocessing["resolution"], preprocessing["mean"], preprocessing["std"])  # checks the values
         return cls(preprocessing["resolution"], tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of an image for each model, alone and after another one."""
+    """Cost of one image for each model, alone and after other models."""
 
     unit: str
     alone: Mapping[str, float]
     """Model -> cost of one image."""
     shared: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """Two models, in either order -> the part of the cost that both have in common."""
+    """Pair of models, in either order -> the part of the cost that both have in common."""
 
     def __post_init__(self) -> None:
         for model, cost in self.alone.items():
@@ -59,15 +59,17 @@ class Costs:
                 )
 
     def after(self, model: str, asked: Sequence[str]) -> float:
-        """What a model costs for an image when others were asked before: 0 for one of them."""
+        """Return the cost of a model for an image after other models were asked: 0 if it was one of them."""
         if model in asked:
             return 0.0
         common = (self.shared.get((model, other), self.shared.get((other, model), 0.0)) for other in asked)
         return self.alone[model] - max(common, default=0.0)
 
     def check(self, models: Sequence[str]) -> None:
-        """Raises:
-        CascadeError: a model has no cost.
+        """Check that every model has a cost.
+
+        Raises:
+            CascadeError: a model has none.
         """
         for model in models:
             if model not in self.alone:
@@ -75,14 +77,14 @@ class Costs:
 
 
 def count_macs(models: Mapping[str, PatchedModel], views: Mapping[str, View]) -> Costs:
-    """Multiply-accumulates of convolutions, linear layers and attention, by torch's own counter.
+    """Count the multiply-accumulates (MACs) of convolutions, linear layers and attention, with torch's own counter.
 
-    The counter counts a multiplication and an addition as two operations (FLOPs); a MAC is both: MACs = FLOPs / 2.
-    Normalisation, activations, pooling, the resize and the rule itself are not counted.
+    The counter counts a multiplication and an addition as two operations (FLOPs). A MAC is one of each, so MACs =
+    FLOPs / 2. Normalisation, activations, pooling, resizing and the rule itself are not counted.
 
     Args:
-        models: on one backbone, in eval mode.
-        views: of each model.
+        models: models on one backbone, in eval mode.
+        views: view of each model.
     """
     return _costs(MACS, models, views, lambda call, view: _macs(call, torch.zeros(_shape(1, view))))
 
@@ -94,18 +96,20 @@ def measure_latency(
     batch_size: int = 64,
     repeats: int = 7,
 ) -> Costs:
-    """Milliseconds of an image on this device, with the threads torch has now: the median over repeats of a batch.
+    """Measure the milliseconds that each model takes for an image, with the current number of torch threads.
 
     Args:
-        models: on one backbone, in eval mode, on `device`.
-        views: of each model.
-        batch_size: images at once; a batch of 1 costs more for each.
+        models: models on one backbone, in eval mode, on `device`.
+        views: view of each model.
+        device: device of the models. None means the CPU.
+        batch_size: number of images in a batch. In small batches, an image costs more.
+        repeats: number of batches. The result is their median.
     """
 
     def milliseconds(call: Callable[[torch.Tensor], Any], view: View) -> float:
         images = torch.zeros(_shape(batch_size, view), device=device).contiguous(memory_format=torch.channels_last)
         seconds = []
-        for _ in range(repeats + 2):  # the first two warm up
+        for _ in range(repeats + 2):  # the first two calls only warm up
             start = time.perf_counter()
             call(images)
             if images.is_cuda:
@@ -117,13 +121,13 @@ def measure_latency(
 
 
 def read_costs(path: str | os.PathLike[str], column: str) -> Costs:
-    """A column of a CSV file: energy, price, or what else a model costs. Nothing is shared then.
+    """Read costs from a CSV file, for example energy or price. Models share no part of these costs.
 
     Args:
-        path: with a header that names the column `model` and others.
-        column: the one to read; it names the unit.
+        path: the file. Its header names the column `model` and at least one other column.
+        column: the column of costs. Its name becomes the unit.
     Raises:
-        CascadeError: no such column, or a cost that is no number.
+        CascadeError: a column is missing, or a cost is not a number.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
@@ -143,7 +147,7 @@ def read_costs(path: str | os.PathLike[str], column: str) -> Costs:
 
 
 def shared_steps(one: PatchedModel, other: PatchedModel) -> int:
-    """How many first steps of the backbone two models have in common, where they see the same pixels."""
+    """Return how many first steps of the backbone two models share if they see the same pixels."""
     return min(one.first_private_block, other.first_private_block)
 
 
@@ -153,6 +157,14 @@ def _costs(
     views: Mapping[str, View],
     measure: Callable[[Callable[[torch.Tensor], Any], View], float],
 ) -> Costs:
+    """Measure each model, and each part of the backbone that two models share.
+
+    Args:
+        unit: unit of the costs.
+        models: models on one backbone.
+        views: view of each model.
+        measure: returns the cost of calling a function with images of a view.
+    """
     with torch.no_grad():
         alone = {name: measure(model, views[name]) for name, model in models.items()}
         prefixes: dict[tuple[View, int], float] = {}
@@ -164,12 +176,13 @@ def _costs(
                     if (view, stop) not in prefixes:
                         trunk = models[one].backbone.frozen()
                         prefixes[view, stop] = measure(lambda x, trunk=trunk, stop=stop: trunk.run(x, 0, stop), view)  # type: ignore[misc]
-                    # Measured, a long prefix may come out longer than the whole.
+                    # A measured time of a long prefix may exceed the measured time of the whole model.
                     shared[one, other] = min(prefixes[view, stop], alone[one], alone[other])
     return Costs(unit, alone, shared)
 
 
 def _macs(call: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:
+    """Count the multiply-accumulates of one call."""
     with _plain_attention(), FlopCounterMode(display=False) as counter:
         call(images)
     return counter.get_total_flops() / 2
@@ -177,7 +190,7 @@ def _macs(call: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """The counter does not see into the fused layer that torch takes for transformers in inference."""
+    """Switch off torch's fused transformer layer for inference, whose operations the counter does not see."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -187,4 +200,5 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _shape(images: int, view: View) -> tuple[int, int, int, int]:
+    """Return the shape of a batch as a model reads it."""
     return images, 3, view.resolution, view.resolution

@@ -1,5 +1,5 @@
-"""The package's error."""
+"""The error of all modules in this package."""
 
 
 class CascadeError(ValueError):
-    """Predictions, costs or a cascade that cannot be used; the message says what to change."""
+    """Predictions, costs or a cascade cannot be used. The message says what to change."""

@@ -1,4 +1,4 @@
-"""Figures and the report's section about a cascade."""
+"""The figures, tables and sentences of the report's section about a cascade."""
 
 from typing import Any
 
@@ -28,13 +28,13 @@ from multitask.report.plots import (
 
 CASCADE, SINGLE = KNOWN_COLOURS["private_scale_bias"], KNOWN_COLOURS["independent"]
 WIDTH = 10.6
-"""Inches."""
+"""Width of a figure in inches."""
 SHEET_IMAGES = 8
-"""Of each stage in the contact sheet."""
+"""Number of images of each stage on the contact sheet."""
 
 
 def headline(check: Check) -> str:
-    """The result in one or two sentences, with 95 % intervals."""
+    """Return the result in one or two sentences, with 95 % intervals."""
     gain, saving, against = check.accuracy_gain, check.saving, check.saving_against_equal
     text = (
         f"The cascade answers {100 * check.accuracy.mean:.1f} % of {check.images:,} images rightly, "
@@ -49,7 +49,7 @@ def headline(check: Check) -> str:
 
 
 def stage_rows(check: Check) -> list[tuple[str, ...]]:
-    """A line for each stage: number, model, when it answers, share of the images, accuracy on them."""
+    """Return a line for each stage: number, model, when it answers, share of the images, and accuracy on them."""
     return [
         (
             str(number + 1),
@@ -63,7 +63,7 @@ def stage_rows(check: Check) -> list[tuple[str, ...]]:
 
 
 def model_rows(check: Check) -> list[tuple[str, ...]]:
-    """A line for the cascade and for each single model: name, accuracy, mean cost."""
+    """Return a line for the cascade and for each single model: name, accuracy, and mean cost."""
     singles = [
         (
             f"{single.model} (reference)" if single.model == check.reference.model else single.model,
@@ -76,7 +76,7 @@ def model_rows(check: Check) -> list[tuple[str, ...]]:
 
 
 def accuracy_cost(check: Check, theme: Theme) -> bytes:
-    """Single models, the reference among them, and the curve of the cascade's operating points; a PNG."""
+    """Return a PNG of accuracy against cost, with all single models and the curve of the cascade's operating points."""
     of_cascade, of_single = CASCADE[theme.dark], SINGLE[theme.dark]
     height = 4.7
     figure = new_figure(WIDTH, height, theme, "Accuracy against mean cost: cascades and single models")
@@ -106,12 +106,12 @@ def accuracy_cost(check: Check, theme: Theme) -> bytes:
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     axes.set_xlabel(f"mean {plain(check.unit)} of an image", color=theme.muted, fontsize=9)
     axes.set_ylabel("top-1, %", color=theme.muted, fontsize=9)
-    caption(axes, f"On {check.images:,} images that were not fitted on", theme)
+    caption(axes, f"On {check.images:,} images that were not used for fitting", theme)
     return png(figure)
 
 
 def stage_shares(check: Check, theme: Theme) -> bytes:
-    """How many images each stage answers; a PNG."""
+    """Return a PNG of the share of images that each stage answers."""
     height = 1.2 + 0.42 * len(check.stages)
     figure = new_figure(WIDTH, height, theme, "Where images stop")
     axes = figure.add_axes((0.2, 0.15 / height, 0.62, (height - 0.75) / height))
@@ -130,10 +130,12 @@ def stage_shares(check: Check, theme: Theme) -> bytes:
 
 
 def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoint) -> bytes:
-    """PNG with a line of a table's images for each stage: the first that it answers.
+    """Return a PNG with one line of images for each stage: the first images that the stage answers.
 
     Args:
-        predictions: on that table; a row is the image's number in it.
+        table: the table that contains the images.
+        predictions: predictions on that table. A row is the number of the image in the table.
+        point: operating point of the cascade.
     """
     answers = answers_of(point, predictions)
     cells: list[tuple[torch.Tensor, str] | None] = []
@@ -149,11 +151,12 @@ def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoi
 
 
 def section(check: Check, sheet: bytes | None = None, package: str | None = None) -> dict[str, Any]:
-    """What the report's section about a cascade shows; `write_report` takes it as `results["cascade"]`.
+    """Return the content of the report's section about a cascade, which `write_report` takes as `results["cascade"]`.
 
     Args:
-        sheet: PNG of images that stop at each stage.
-        package: the path of the file that holds the cascade with its bundles.
+        check: measurements of the cascade.
+        sheet: PNG of images that each stage answers.
+        package: path of the file that contains the cascade with its bundles.
     """
     curve = "Accuracy against mean cost of single models and of the cascade's operating points."
     shares = "Share of the images that each stage answers."

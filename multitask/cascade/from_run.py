@@ -1,4 +1,4 @@
-"""From a finished run to a cascade over its tasks."""
+"""Fitting a cascade over the tasks of a finished run."""
 
 import os
 from typing import Any
@@ -12,29 +12,30 @@ from multitask.cascade.predictions import Predictions, read_predictions
 from multitask.run.directory import Run, evaluate_models
 
 SEED = 0
-"""Of the halves of the validation images."""
+"""Seed of the random half of the validation images."""
 
 
 def cascade_from_run(run: Run, to: str | os.PathLike[str], **options: Any) -> tuple[Cascade, Predictions]:
-    """Fit a cascade over tasks that answer one question, such as the resolutions of one data set.
+    """Fit a cascade over tasks that have the same images and classes, such as the resolutions of one data set.
 
-    The best version is exported, and its predictions on the validation and test images are written to `predictions/`
-    in the run directory. A random half of the validation images fits, as with `multitask cascade fit`; nothing reads
-    the test images' predictions here.
+    The best version of the run is exported, and its predictions on the validation and test images are written to
+    `predictions/` in the run directory. The cascade is fitted on a random half of the validation images, as in
+    `multitask cascade fit`. The fit does not use the test images.
 
     Args:
+        run: the finished run.
         to: the package to write.
-        options: as for `multitask.cascade.fit`.
+        options: options of `multitask.cascade.fit`.
     Returns:
-        The cascade, and the predictions on the test images, to check it on.
+        The cascade, and the predictions on the test images, for a check of the cascade.
     Raises:
-        CascadeError: the tasks are over several data sets, or their heads differ in size.
+        CascadeError: the tasks read several data sets, or their numbers of classes differ.
     """
     data = sorted({task.data for task in run.spec.tasks})
     if len(data) > 1:
         raise CascadeError(
             f"The tasks of '{run.directory}' read {len(data)} data sets ({', '.join(data)}), but the models of a "
-            "cascade answer the same images. Name a run over one data set."
+            "cascade answer the same images. Choose a run whose tasks read one data set."
         )
     export = run.export()
     _, models = run.models("best")

@@ -1,4 +1,4 @@
-"""Building a cascade stage by stage.
+"""The greedy construction of a cascade, stage by stage.
 
 Source: Streeter, "Approximation Algorithms for Cascading Prediction Models", ICML 2018, arXiv:1802.07697.
 """
@@ -13,33 +13,34 @@ from multitask.cascade.costs import Costs
 from multitask.cascade.rules import Rule
 
 MIN_GAP = 1e-4
-"""Thresholds lie midway between observed scores at least this far apart: the last bits of a logit, which change with
-the batch size, then send no image another way."""
+"""Smallest distance between two observed scores with a threshold between them. The last bits of a logit change with the
+batch size, and with this distance they never change which stage answers an image."""
 MIN_SHARE = 0.01
-"""A stage that answers fewer of all images is noise: it saves next to nothing, and seldom holds on new images."""
+"""Smallest share of all images that a stage answers. A smaller stage saves almost nothing, and its accuracy on new
+images is uncertain."""
 ROUNDING = 1e-7
-"""Of a sum over a million images."""
+"""Rounding error of a sum over a million images."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One model, and when it answers."""
+    """One model of a cascade, and the images that it answers."""
 
     model: str
     rule: Rule
     threshold: float | None
-    """It answers where the score is at least this; None: always."""
+    """The stage answers an image if its score reaches this value. None means that it answers every image."""
     cost: float
-    """Of an image that reaches this stage, after the stages before it."""
+    """Cost that this stage adds for an image that reaches it."""
     answered: int
-    """Images of the fitting data that it answers."""
+    """Number of images of the fitting data that this stage answers."""
     right: int
-    """Those of them that it answers rightly."""
+    """Number of images of the fitting data that this stage answers rightly."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model with a rule, and what they say of the fitting data."""
+    """A model with a rule, and its scores on the fitting data."""
 
     model: str
     rule: Rule
@@ -48,7 +49,7 @@ class Candidate:
 
 
 class Pool:
-    """Candidates for the stages of a cascade, sorted once for every cascade built from them."""
+    """Candidates for the stages of a cascade. They are sorted once; then several cascades can be built."""
 
     def __init__(
         self,
@@ -59,11 +60,11 @@ class Pool:
     ) -> None:
         """Args:
         candidates: at least one for each model.
-        right: model -> shape (n,), whether its answers are right; the reference too.
-        costs: of each model.
-        reference: the model whose accuracy counts; it answers what nobody else does.
+        right: model -> whether each of its answers is right, shape (n,). It includes the reference.
+        costs: cost of each model.
+        reference: the model that the accuracy is compared with. It answers the images that no other model answers.
         """
-        # The order decides between equals, so it must not be that of a dict or a folder.
+        # The first of several equal choices wins, so the order must not depend on a dict or a folder.
         self._candidates = sorted(candidates, key=lambda one: (costs.alone[one.model], one.model))
         self._orders = [np.argsort(-one.scores) for one in self._candidates]
         self._right = right
@@ -71,19 +72,20 @@ class Pool:
         self._reference = reference
 
     def cascade(self, relative_accuracy: float, slack: float) -> list[Stage]:
-        """Stages that together are at least `relative_accuracy` times as accurate as the reference on the fitting data.
+        """Build a cascade that is at least `relative_accuracy` times as accurate as the reference on the fitting data.
 
-        As long as images remain, the greedy choice among all candidates and thresholds is the one that answers most
-        images for its cost on all that remain, if it is accurate enough on those it answers. The reference may always
-        answer all that remain, so that the result never costs more than the reference alone.
+        While images remain, the next stage is the best candidate and threshold among those that are accurate enough on
+        the images they answer. The best one has the largest number of answers, divided by the cost of asking it about
+        all remaining images. The reference may always answer all remaining images, so the cascade never costs more than
+        the reference alone.
 
         Args:
-            relative_accuracy: above 0; 1 is no loss.
-            slack: a stage has to be right on this share of its answers more than asked, so that it holds on new data
-                too; the reference as the last stage is not held to it.
+            relative_accuracy: above 0. The value 1 means that no accuracy is lost.
+            slack: share of its answers on which a stage must be right beyond this target, so that it also reaches the
+                target on new data. It does not apply to the reference as the last stage.
         """
         reference = self._right[self._reference].astype(np.float64)
-        # A stage is accurate enough where this sums to 0 or more over its answers.
+        # A stage is accurate enough if the sum of this surplus over its answers is 0 or more.
         surplus = {model: right - relative_accuracy * reference - slack for model, right in self._right.items()}
         remaining = np.ones(len(reference), dtype=np.bool_)
         orders = list(self._orders)
@@ -96,7 +98,7 @@ class Pool:
         return stages
 
     def alone(self, model: str) -> Stage:
-        """The only stage of a cascade that asks one model."""
+        """Return the only stage of a cascade that consists of one model."""
         rule = next(one.rule for one in self._candidates if one.model == model)
         right = self._right[model]
         return Stage(model, rule, None, self._costs.alone[model], len(right), int(right.sum()))
@@ -104,7 +106,7 @@ class Pool:
     def _best_stage(
         self, orders: list[NDArray[np.int64]], surplus: Mapping[str, NDArray[np.float64]], asked: list[str]
     ) -> tuple[Stage, NDArray[np.int64]]:
-        """The best next stage, and the places of the images that it answers."""
+        """Return the best next stage, and the positions of the images that it answers."""
         count = len(orders[0])
         fewest = MIN_SHARE * len(self._candidates[0].scores)
         found: tuple[Candidate, NDArray[np.int64], float | None] | None = None
@@ -112,7 +114,7 @@ class Pool:
         for candidate, order in zip(self._candidates, orders, strict=True):
             cost = self._costs.after(candidate.model, asked)
             if found is not None and _merit(count, count, cost) <= best:
-                continue  # even if it answered all of them
+                continue  # it would be no better even if it answered all remaining images
             answers, threshold = longest_prefix(candidate.scores[order], surplus[candidate.model][order])
             if answers < min(count, fewest):
                 answers = 0
@@ -130,14 +132,14 @@ class Pool:
 
 
 def longest_prefix(scores: NDArray[np.float64], surplus: NDArray[np.float64]) -> tuple[int, float | None]:
-    """The most answers that are accurate enough, the surest first.
+    """Find the lowest threshold at which the answers are still accurate enough.
 
     Args:
-        scores: shape (n,), descending.
-        surplus: shape (n,), of the same images: the answers up to a threshold are accurate enough where it sums to 0
-            or more over them.
+        scores: scores of the images in descending order, shape (n,).
+        surplus: surplus of the same images, shape (n,). The answers above a threshold are accurate enough if their
+            surplus sums to 0 or more.
     Returns:
-        Their number, and the threshold between them and the others: None where there are no others or no answers.
+        The number of answers, and the threshold. It is None if all images are answered, or none.
     """
     total = np.cumsum(surplus)
     if total[-1] >= -ROUNDING:
@@ -150,5 +152,5 @@ def longest_prefix(scores: NDArray[np.float64], surplus: NDArray[np.float64]) ->
 
 
 def _merit(answers: int, images: int, cost: float) -> tuple[float, int]:
-    """What the greedy choice maximises: answers for their cost, and among equals the number of answers."""
+    """Return the value that the greedy choice maximises: answers per cost and, between equals, number of answers."""
     return (answers / (images * cost) if cost > 0 else float("inf")), answers

@@ -1,7 +1,7 @@
-"""A cascade at run time: images in, answers out, and only undecided images go on."""
+"""Running a cascade on images. Each stage sees only the images that no stage before it has answered."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -21,36 +21,39 @@ from patches.patch import PatchedModel
 class CascadeModel:
     """A cascade with its models on one backbone.
 
-    Each stage sees the images that no stage before it has answered, at its own resolution. Models that see the same
-    pixels go on from the shared steps that an earlier one has computed.
+    Each stage sees the images that no stage before it has answered, at its own resolution. If models see the same
+    pixels, the steps of the backbone that they share are computed once.
     """
 
     def __init__(self, cascade: Cascade, models: Mapping[str, PatchedModel], views: Mapping[str, View]) -> None:
         """Args:
-        models: at least those of `cascade`, on one backbone; they are put into eval mode.
-        views: how each of them sees an image.
+        cascade: the cascade.
+        models: at least the models of the cascade, all on one backbone. They are put into eval mode.
+        views: view of each model.
         Raises:
-            CascadeError: a model of the cascade is missing, or they stand on several backbones.
+            CascadeError: a model of the cascade is missing, or the models are on several backbones.
         """
         missing = [name for name in cascade.models if name not in models or name not in views]
         if missing:
-            raise CascadeError(f"The cascade needs the models {', '.join(missing)}, which are not there. Add them.")
+            raise CascadeError(f"The cascade needs the models {', '.join(missing)}, which were not given. Add them.")
         self.cascade = cascade
-        self._models = {name: models[name].eval() for name in cascade.models}
+        self.models = {name: models[name].eval() for name in cascade.models}
+        """Models of the cascade, by name."""
         self._views = {name: views[name] for name in cascade.models}
-        backbones = {id(model.backbone): model.backbone for model in self._models.values()}
+        backbones = {id(model.backbone): model.backbone for model in self.models.values()}
         if len(backbones) > 1:
-            raise CascadeError("The cascade's models stand on several backbones. Attach all of them to one.")
-        self._trunk = next(iter(backbones.values())).frozen()
-        self._device = next(self._trunk.network.parameters()).device
-        self.num_classes = next(iter(self._models.values())).num_classes
+            raise CascadeError("The cascade's models are on several backbones. Attach all of them to one backbone.")
+        self.trunk = next(iter(backbones.values())).frozen()
+        """The backbone that runs the steps that models share. It uses the storage of the models' backbone."""
+        self._device = next(self.trunk.network.parameters()).device
+        self.num_classes = next(iter(self.models.values())).num_classes
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
-        """From a package that `save_package` wrote.
+        """Load a package that `save_package` wrote.
 
         Raises:
-            CascadeError: no package, or its parts do not belong together.
+            CascadeError: the file is not a package, or its parts do not belong together.
         """
         return cls(*open_package(path, device))
 
@@ -61,39 +64,39 @@ class CascadeModel:
         """Answer images.
 
         Args:
-            images: each of shape (3, height, width), uint8, of any sizes; every stage resizes them itself.
-            max_cost: picks the operating point, as `Cascade.point` does.
-            max_latency_ms: the same, in milliseconds.
+            images: each of shape (3, height, width), uint8. Images may have different sizes; each stage resizes them.
+            max_cost: budget for the operating point, as in `Cascade.point`.
+            max_latency_ms: budget in milliseconds, as in `Cascade.point`.
         Raises:
-            CascadeError: images of another type, or no operating point within the budget.
+            CascadeError: an image has another type, or no operating point is within the budget.
         """
         for image in images:
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
                 raise CascadeError(
                     f"Found an image of shape {list(image.shape)} and type {image.dtype}, expected [3, height, width] "
-                    "and uint8: pixels before they are resized and normalised."
+                    "and uint8. Pass the pixels as they are before resizing and normalising."
                 )
         point = self.cascade.point(max_cost, max_latency_ms)
-        undecided = _Undecided(list(images), self._trunk, self._reads(point), self._device)
+        undecided = _Undecided(list(images), self.trunk, self._reads(point), self._device)
 
         def ask(number: int, places: NDArray[np.int64]) -> NDArray[np.float32]:
             still_asked = {stage.model for stage in point.stages[number:]}
             undecided.keep(places, still_asked, {self._views[name] for name in still_asked})
             model = point.stages[number].model
-            return undecided.ask(model, self._models[model], self._views[model])
+            return undecided.ask(model, self.models[model], self._views[model])
 
         return point.answer(len(images), self.num_classes, ask)
 
     def _reads(self, point: OperatingPoint) -> dict[View, set[int]]:
-        """View -> the shared steps whose outputs some model of the point reads."""
+        """Return, for each view, the shared steps whose outputs a model of the operating point reads."""
         reads: dict[View, set[int]] = {}
         for stage in point.stages:
-            reads.setdefault(self._views[stage.model], set()).update(self._models[stage.model].reads)
+            reads.setdefault(self._views[stage.model], set()).update(self.models[stage.model].reads)
         return reads
 
 
 class _Undecided:
-    """Images that no stage has answered, and what has been computed of them and is still wanted."""
+    """The images that no stage has answered, with the results for them that later stages can still use."""
 
     def __init__(
         self, images: list[Tensor], trunk: Backbone, reads: Mapping[View, Collection[int]], device: torch.device
@@ -104,7 +107,13 @@ class _Undecided:
         self._logits: dict[str, Tensor] = {}
 
     def keep(self, places: NDArray[np.int64], models: Collection[str], views: Collection[View]) -> None:
-        """Leave the images at other places, and what none of these models and views will read."""
+        """Drop the images at other positions, and the results that the remaining stages do not use.
+
+        Args:
+            places: positions of the images to keep, in the original batch.
+            models: models that are still asked.
+            views: views of these models.
+        """
         self._logits = {name: logits for name, logits in self._logits.items() if name in models}
         self._seen = {view: seen for view, seen in self._seen.items() if view in views}
         if len(places) == len(self._places):
@@ -118,10 +127,10 @@ class _Undecided:
         self._places = places
 
     def ask(self, name: str, model: PatchedModel, view: View) -> NDArray[np.float32]:
-        """A model's logits of all images here, shape (n, classes)."""
+        """Return the logits of a model for all undecided images, shape (n, classes)."""
         if name not in self._logits:
             if view not in self._seen:
-                self._seen[view] = _Seen(_pixels(self._images, view, self._device))
+                self._seen[view] = _Seen(pixels(self._images, view, self._device))
             seen = self._seen[view]
             seen.advance(self._trunk, model.first_private_block, self._reads[view])
             self._logits[name] = model.own_part(seen.images, model.condense(seen.outputs))
@@ -129,7 +138,7 @@ class _Undecided:
 
 
 class _Seen:
-    """Images as one view has them, and what the backbone's shared steps gave so far."""
+    """Images in one view, and the outputs of the backbone's shared steps so far."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -138,7 +147,7 @@ class _Seen:
         self._done = 0
 
     def advance(self, trunk: Backbone, stop: int, wanted: Collection[int]) -> None:
-        """Run the steps up to `stop` that have not run, and keep the outputs of those wanted."""
+        """Run the steps before `stop` that have not run yet, and keep the outputs of the wanted ones."""
         for step in range(self._done, stop):
             self._last = trunk.run(self._last, step, step + 1)
             if step in wanted:
@@ -146,12 +155,20 @@ class _Seen:
         self._done = max(self._done, stop)
 
     def keep(self, chosen: Tensor) -> None:
+        """Drop all images except the chosen ones."""
         self.images, self._last = self.images[chosen], self._last[chosen]
         self.outputs = {step: output[chosen] for step, output in self.outputs.items()}
 
 
-def _pixels(images: Iterable[Tensor], view: View, device: torch.device) -> Tensor:
-    """What a model reads, as evaluation gives it: shape (n, 3, resolution, resolution), channels last in memory."""
-    images = list(images)
-    pixels = resize_images(images, [view.resolution], len(images))[view.resolution].permute(0, 3, 1, 2)
-    return normalise(pixels.to(device), view.mean, view.std).contiguous(memory_format=torch.channels_last)
+def pixels(images: Sequence[Tensor], view: View, device: torch.device) -> Tensor:
+    """Return images as a model reads them, equal to those of an evaluation.
+
+    Args:
+        images: each of shape (3, height, width), uint8.
+        view: how the model sees an image.
+        device: device of the result.
+    Returns:
+        Shape (n, 3, resolution, resolution), float32, channels last in memory.
+    """
+    resized_nchw = resize_images(images, [view.resolution], len(images))[view.resolution].permute(0, 3, 1, 2)
+    return normalise(resized_nchw.to(device), view.mean, view.std).contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""Tables of predictions: what each model of a pool answered on the same labelled images.
+"""Reading the predictions of a pool of models: their answers on the same labelled images.
 
-One Parquet file per model, named after it, with the columns `row` (an integer or a string that names the image),
-`label` (integer) and `logits` (a list of floats, one for each class). `multitask evaluate --save-predictions` writes
-them; any other program may.
+A folder contains one Parquet file for each model, named after the model, with the columns of
+`multitask/data/predictions.py`. `multitask evaluate --save-predictions` writes these files. Files of other programs are
+read too, and their `row` may be an integer or a string, as long as it identifies the image.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +22,25 @@ from multitask.data.predictions import LABEL, LOGITS, ROW
 from patches.names import unknown_name_message
 
 SHOWN = 3
-"""Rows that a message names."""
+"""Largest number of rows that a message names."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of a pool of models on the same images."""
+    """Logits of a pool of models on the same n images."""
 
     rows: NDArray[Any]
-    """Shape (n,): what names each image, integers or strings."""
+    """Identifies each image: integers or strings, shape (n,)."""
     labels: NDArray[np.int64]
-    """Shape (n,): the right classes."""
+    """Right class of each image, shape (n,)."""
     logits: Mapping[str, NDArray[np.float32]]
-    """Model -> shape (n, classes)."""
+    """Model -> its logits, shape (n, classes)."""
 
     def __post_init__(self) -> None:
         if not self.logits or not len(self.labels):
-            raise CascadeError("Found predictions of no model or no image, expected one or more of both.")
+            raise CascadeError(
+                "Found predictions of no model or no image, expected one or more of both. Evaluate a model first."
+            )
         shapes = {model: logits.shape for model, logits in self.logits.items()}
         first = next(iter(self.logits))
         for model, logits in self.logits.items():
@@ -66,22 +68,23 @@ class Predictions:
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return next(iter(self.logits.values())).shape[1]
 
     def right(self, model: str) -> NDArray[np.bool_]:
-        """Shape (n,): whether the model's answer is the label."""
+        """Return whether each answer of the model is right, shape (n,)."""
         return self.logits[model].argmax(axis=1) == self.labels
 
     def take(self, places: NDArray[np.int64]) -> "Predictions":
-        """The images at these places."""
+        """Return the predictions for the images at these positions."""
         logits = {model: logits[places] for model, logits in self.logits.items()}
         return Predictions(self.rows[places], self.labels[places], logits)
 
     def only(self, models: Sequence[str]) -> "Predictions":
-        """The same images, fewer models.
+        """Return the predictions of some of the models.
 
         Raises:
-            CascadeError: a model that is not there.
+            CascadeError: a model is not among these predictions.
         """
         for model in models:
             if model not in self.logits:
@@ -89,28 +92,29 @@ class Predictions:
         return Predictions(self.rows, self.labels, {model: self.logits[model] for model in models})
 
     def halves(self, seed: int) -> tuple["Predictions", "Predictions"]:
-        """Two random halves: one to fit on, one that stays untouched."""
+        """Divide the images at random into two halves: one to fit on, and one to check on."""
         order = np.random.default_rng(seed).permutation(len(self))
         return self.take(np.sort(order[: len(self) // 2])), self.take(np.sort(order[len(self) // 2 :]))
 
     def fingerprints(self, model: str, places: Iterable[int]) -> list[str]:
-        """Of each image at these places: tells whether an image of one table, with a model's logits, is in another."""
+        """Return a hash for each image at these positions, by which the image is recognised in other predictions.
+
+        The hash is over the row, the label and the logits of one model.
+        """
         logits = np.ascontiguousarray(self.logits[model])
-        return [
-            hashlib.sha256(f"{self.rows[place]} {self.labels[place]} ".encode() + logits[place].tobytes()).hexdigest()[
-                :16
-            ]
-            for place in places
-        ]
+        contents = (f"{self.rows[place]} {self.labels[place]} ".encode() + logits[place].tobytes() for place in places)
+        return [hashlib.sha256(content).hexdigest()[:16] for content in contents]
 
 
 def read_predictions(folder: str | os.PathLike[str], models: Sequence[str] | None = None) -> Predictions:
-    """Read the Parquet files of a folder, one for each model, and put their rows in one order.
+    """Read the Parquet files of a folder, one for each model, and sort their rows.
 
     Args:
-        models: those to read; all by default.
+        folder: the folder.
+        models: models to read. None means all of them.
     Raises:
-        CascadeError: no such file, a column that is missing or of another type, or files about different images.
+        CascadeError: a file is missing, a column is missing or has another type, or the files are about different
+            images.
     """
     files = {path.stem: path for path in sorted(Path(folder).glob("*.parquet"))}
     if not files:
@@ -122,27 +126,47 @@ def read_predictions(folder: str | os.PathLike[str], models: Sequence[str] | Non
         if model not in files:
             raise CascadeError(unknown_name_message(f"model in '{folder}'", model, files))
     tables = {model: _read(path) for model, path in files.items() if models is None or model in models}
-    first = next(iter(tables))
-    rows, labels, _ = tables[first]
-    for model, (other_rows, other_labels, _) in tables.items():
-        if not np.array_equal(rows, other_rows):
-            lone = np.setxor1d(rows.astype(str), other_rows.astype(str))
-            raise CascadeError(
-                f"'{files[model]}' and '{files[first]}': expected the same rows, found {len(lone)} that only one of "
-                f"them has, such as {', '.join(lone[:SHOWN])}. Evaluate both models on the same split of the same data."
-            )
-        wrong = np.flatnonzero(labels != other_labels)
-        if len(wrong):
-            raise CascadeError(
-                f"'{files[model]}' and '{files[first]}': expected the same labels, found {other_labels[wrong[0]]} and "
-                f"{labels[wrong[0]]} for row {rows[wrong[0]]} ({len(wrong)} such rows). Evaluate both models on the "
-                "same split of the same data."
-            )
-    return Predictions(rows, labels, {model: logits for model, (_, _, logits) in tables.items()})
+    first_model, first = next(iter(tables.items()))
+    for model, table in tables.items():
+        _check_same_images(table, first, f"'{files[model]}' and '{files[first_model]}'")
+    return Predictions(first.rows, first.labels, {model: table.logits for model, table in tables.items()})
 
 
-def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float32]]:
-    """Rows, labels and logits of a file, in the order of the rows."""
+class _Table(NamedTuple):
+    """The content of one file, sorted by row."""
+
+    rows: NDArray[Any]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+def _check_same_images(one: _Table, other: _Table, where: str) -> None:
+    """Check that two files have the same rows with the same labels.
+
+    Raises:
+        CascadeError: they differ. The message starts with `where`, the names of the files.
+    """
+    if not np.array_equal(one.rows, other.rows):
+        lone = np.setxor1d(other.rows.astype(str), one.rows.astype(str))
+        raise CascadeError(
+            f"{where}: expected the same rows, found {len(lone)} that only one of them has, such as "
+            f"{', '.join(lone[:SHOWN])}. Evaluate both models on the same split of the same data."
+        )
+    wrong = np.flatnonzero(one.labels != other.labels)
+    if len(wrong):
+        place = wrong[0]
+        raise CascadeError(
+            f"{where}: expected the same labels, found {one.labels[place]} and {other.labels[place]} for row "
+            f"{one.rows[place]} ({len(wrong)} such rows). Evaluate both models on the same split of the same data."
+        )
+
+
+def _read(path: Path) -> _Table:
+    """Read one file and sort its rows.
+
+    Raises:
+        CascadeError: a column is missing or has another type, a value is missing, or a row comes twice.
+    """
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -166,11 +190,22 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float
             f"'{path}': found row {names[twice[0]]} more than once ({len(twice)} such rows), expected each image once. "
             "Evaluate the model again."
         )
-    in_order = bool((np.diff(order) == 1).all())  # as this project writes them: no second copy of the logits
-    return names, labels.to_numpy().astype(np.int64)[order], logits if in_order else logits[order]
+    in_order = bool((np.diff(order) == 1).all())  # then the logits need no second copy in memory
+    return _Table(names, labels.to_numpy().astype(np.int64)[order], logits if in_order else logits[order])
 
 
 def _column(table: pa.Table, path: Path, name: str, fits: Callable[[pa.DataType], bool], expected: str) -> pa.Array:
+    """Return a column of a file.
+
+    Args:
+        table: content of the file.
+        path: the file, for messages.
+        name: name of the column.
+        fits: returns whether a type is allowed.
+        expected: description of the allowed types.
+    Raises:
+        CascadeError: the column is missing, has another type, or lacks a value.
+    """
     found = table[name].type if name in table.column_names else "no such column"
     if name not in table.column_names or not fits(found):
         raise CascadeError(
@@ -178,14 +213,19 @@ def _column(table: pa.Table, path: Path, name: str, fits: Callable[[pa.DataType]
             f"{LABEL} and {LOGITS}."
         )
     if table[name].null_count:
-        raise CascadeError(f"'{path}': found {table[name].null_count} rows without {name}, expected one in each row.")
+        raise CascadeError(
+            f"'{path}': found {table[name].null_count} rows without {name}, expected one in each row. "
+            "Evaluate the model again."
+        )
     return table[name].combine_chunks()
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    """Return whether a column type is one of strings."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_floats(kind: pa.DataType) -> bool:
+    """Return whether a column type is one of lists of floats."""
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return lists and pa.types.is_floating(kind.value_type)

@@ -1,7 +1,7 @@
-"""Abstaining rules: how sure a model is of its answer, read from its logits.
+"""Rules that compute, from the logits of a model, a score of how sure the model is of its answer.
 
-Every score is on a logarithmic scale, where images that are all answered with a probability near 1 still differ. A
-score is high where the model is sure; a model answers at its threshold and above, and abstains below it.
+A high score means that the model is sure. A model answers if its score reaches a threshold, and abstains below it. All
+scores are on a logarithmic scale, on which answers with a probability near 1 still differ.
 """
 
 import math
@@ -14,44 +14,46 @@ from numpy.typing import NDArray
 Score = Literal["top_probability", "top2_gap", "entropy", "predictor"]
 SCORES: tuple[Score, ...] = get_args(Score)
 FEATURES: tuple[Score, ...] = SCORES[:3]
-"""What the predictor reads, in this order."""
+"""The scores that the predictor reads, in this order."""
 CHUNK_VALUES = 1 << 18
-"""Logits worked on at once: they stay in the processor's cache."""
+"""Number of logits that are processed at once, so that they stay in the processor's cache."""
 SMALLEST = 1e-300
-"""Stands for a probability of zero, whose logarithm there is none of."""
+"""Replaces a value of zero, which has no logarithm."""
 TEMPERATURE_IMAGES = 10_000
-"""One number needs no more images."""
+"""Number of images that are enough to fit a temperature, which is a single number."""
 TEMPERATURES = (0.05, 20.0)
+"""Smallest and largest temperature."""
 NEWTON_STEPS = 30
+"""Largest number of steps of Newton's method."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A score of one model's answers."""
+    """A way to compute the score of a model's answers."""
 
     score: Score
-    """top_probability: log-odds of the most probable class. top2_gap: the gap between the two largest logits.
-    entropy: minus the logarithm of the entropy (nats). predictor: log-odds that the answer is right, by a logistic
-    regression on the other three."""
+    """Name of the score. top_probability: log-odds of the most probable class. top2_gap: difference of the two largest
+    logits. entropy: minus the logarithm of the entropy (nats). predictor: log-odds that the answer is right, from a
+    logistic regression on the other three scores."""
     temperature: float = 1.0
-    """Logits are divided by it first."""
+    """The logits are divided by this number before the score is computed."""
     weights: tuple[float, ...] = ()
-    """Of the predictor, one for each of `FEATURES`."""
+    """Weights of the predictor, one for each of `FEATURES`."""
     bias: float = 0.0
-    """Of the predictor."""
+    """Bias of the predictor."""
 
     def scores(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Shape (n,), from logits of shape (n, classes)."""
+        """Compute scores, shape (n,), from logits, shape (n, classes)."""
         return self.of_features(features(logits, self.temperature))
 
     def of_features(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """As `scores`, from what `features` gave."""
+        """Compute scores, shape (n,), from the result of the function `features`, shape (n, 3)."""
         if self.score == "predictor":
             return np.asarray(features @ np.array(self.weights) + self.bias)
         return features[:, FEATURES.index(self.score)]
 
     def threshold_text(self, threshold: float) -> str:
-        """A threshold in the words of its rule."""
+        """Describe a threshold in the unit of the score, for example as a probability."""
         if self.score in ("top_probability", "predictor"):
             name = "top probability" if self.score == "top_probability" else "chance of being right"
             return f"{name} ≥ {1 / (1 + math.exp(-threshold)):.4f}"
@@ -59,10 +61,11 @@ class Rule:
 
 
 def features(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
-    """The three scores that need no fitting, in the order of `FEATURES`.
+    """Compute the three scores that need no fitting, in the order of `FEATURES`.
 
     Args:
-        logits: shape (n, classes), two classes or more.
+        logits: shape (n, classes), with two classes or more.
+        temperature: number by which the logits are divided first.
     Returns:
         Shape (n, 3), float64.
     """
@@ -74,9 +77,10 @@ def features(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[
 
 
 def _features(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the three scores of one chunk of logits."""
     top = logits.argmax(axis=1)[:, None]
     below = logits - np.take_along_axis(logits, top, axis=1)
-    # The top class is left out of the sums: 1 - p would round to 0 where p is near 1.
+    # The sums leave out the top class, because 1 - p would round to 0 for p near 1.
     np.put_along_axis(below, top, -np.inf, axis=1)
     gap = -below.max(axis=1)
     odds_against = np.exp(below)
@@ -87,11 +91,14 @@ def _features(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
-    """The temperature at which the probabilities fit the labels best (smallest mean cross-entropy).
+    """Find the temperature at which the probabilities fit the labels best (smallest mean cross-entropy).
 
-    Newton's method on the inverse temperature, in which the cross-entropy is convex; bounded by `TEMPERATURES`, which a
-    model that is always right would leave.
+    This is Newton's method on the inverse temperature, in which the cross-entropy is convex. The result stays within
+    `TEMPERATURES`, because a model that is always right has no best temperature.
 
+    Args:
+        logits: shape (n, classes).
+        labels: shape (n,).
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599.
     """
     places = np.arange(min(len(labels), TEMPERATURE_IMAGES)) * len(labels) // min(len(labels), TEMPERATURE_IMAGES)
@@ -106,7 +113,7 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> 
         mean = (weights * chosen).sum(axis=1)
         slope = mean.mean() - of_label
         curvature = ((weights * chosen**2).sum(axis=1) - mean**2).mean()
-        # Half or twice at most: far from the optimum the curvature says little.
+        # A step at most halves or doubles the value, because the curvature is a poor guide far from the optimum.
         wanted = inverse - slope / max(curvature, SMALLEST)
         after = float(np.clip(wanted, max(low, inverse / 2), min(high, inverse * 2)))
         if abs(after - inverse) < 1e-9 * inverse:
@@ -116,13 +123,15 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> 
 
 
 def fit_predictor(features: NDArray[np.float64], right: NDArray[np.bool_], temperature: float = 1.0) -> Rule | None:
-    """A logistic regression of being right on the three features.
+    """Fit the rule `predictor`: a logistic regression that predicts from the three scores whether an answer is right.
 
     Args:
-        features: shape (n, 3), of logits divided by `temperature`.
-        right: shape (n,).
+        features: result of the function `features` for some temperature, shape (n, 3).
+        right: whether each answer is right, shape (n,).
+        temperature: that temperature.
     Returns:
-        The rule, which holds the coefficients; None where all answers are right or all wrong: nothing can be learned.
+        The rule with its coefficients. None if all answers are right or all are wrong, because nothing can be learned
+        from them.
     """
     from sklearn.linear_model import LogisticRegression
 

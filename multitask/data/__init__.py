@@ -1,4 +1,4 @@
-"""Image tables on Arrow: written once as Parquet shards, read as tensors at any resolution."""
+"""Image tables on Arrow. They are written once as Parquet shards and read as tensors at any resolution."""
 
 from multitask.data.batches import Batch, TrainBatches, eval_batches, prefetch
 from multitask.data.format import Row, write_table

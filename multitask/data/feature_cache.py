@@ -1,8 +1,9 @@
-"""What a frozen backbone gives for the images of a table, kept on a disk for later epochs, tasks and runs.
+"""The feature cache: outputs of a frozen backbone for the images of a table, kept on a disk.
 
-A cache is a folder of Arrow files (`patches.features`), named by a hash of all that its numbers depend on, so that
-features of another backbone, table or resolution are never found in it. Any number of processes add files; each file
-appears whole. An image that is in no file, or in one that cannot be read, is computed again.
+Later epochs, tasks and runs read these features and do not compute them again. A cache is a folder of Arrow files
+(`patches.features`). The name of the folder is a hash of everything that the features depend on, so features of another
+backbone, table or resolution lie in another folder. Several processes may add files at the same time; each file appears
+complete. An image is computed again if no readable file contains it.
 """
 
 import hashlib
@@ -29,59 +30,65 @@ from patches.features import FeatureFile, FeatureLayout, Rows, write_features
 from patches.files import remove_left_behind
 
 FILE_BYTES = 1 << 26
-"""A file is written when so much is waiting, or something has waited for `WAIT_S`: what a lost process takes along."""
+"""Bytes of features in memory at which a file is written. A process that dies loses at most this much work."""
 WAIT_S = 30.0
+"""Seconds after which a file is written even if it is smaller."""
 SUFFIX = ".arrow"
 NUMBERS_BYTES = 16
-"""Row and label of an image."""
+"""Bytes of the row and the label of an image."""
 MISSING, WAITING = -1, -2
-"""In place of the number of the file that an image is in."""
+"""Marks of an image that is in no file yet: its features are unknown, or they wait in memory to be written."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where a task's features are to be, and how much they are; picklable."""
+    """Where the features of a task are stored, and how many bytes they need. It can be pickled."""
 
     folder: Path
-    """That of the caches; the cache is a folder in it."""
+    """Folder of all caches. This cache is a folder inside it."""
     key: Mapping[str, Any]
-    """Everything that the numbers depend on; JSON-able."""
+    """Everything that the features depend on, as values that JSON can represent."""
     num_rows: int
+    """Number of rows of the table."""
     row_bytes: int
+    """Bytes of the features of one image."""
 
     @property
     def path(self) -> Path:
+        """Folder of this cache."""
         text = json.dumps(self.key, sort_keys=True)
         return self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def total_bytes(self) -> int:
-        """Of the whole cache, but for a few kB in each file."""
+        """Size of the complete cache, except for a few kB in each file."""
         return self.num_rows * (self.row_bytes + NUMBERS_BYTES)
 
     def missing_bytes(self) -> int:
-        """About what has still to be written: an image that two processes stored at once counts twice."""
+        """Return about how many bytes are still to be written. An image that two processes stored is counted twice."""
         present = sum(path.stat().st_size for path in self.path.glob(f"*{SUFFIX}"))
         return max(0, self.total_bytes - present)
 
     def free_bytes(self) -> int:
-        """On the disk that the folder is, or will be, on."""
+        """Return the free bytes on the disk on which the folder is, or will be created."""
         return shutil.disk_usage(self._there()).free
 
     def disk(self) -> int:
-        """Tells disks apart."""
+        """Return a number that differs between disks."""
         return self._there().stat().st_dev
 
     def _there(self) -> Path:
+        """Return the folder, or the nearest folder above it that exists."""
         return next(path for path in (self.folder, *self.folder.parents) if path.exists())
 
     def open(self) -> "FeatureCache":
+        """Return the cache, for use in this process."""
         return FeatureCache(self)
 
 
 class FeatureCache:
-    """One process's view of a cache; its threads may share it."""
+    """A cache as one process uses it. Threads of the process may share it."""
 
     def __init__(self, plan: CachePlan) -> None:
         self._plan = plan
@@ -95,12 +102,13 @@ class FeatureCache:
         self._waiting_since = 0.0
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[int, Tensor]] | None:
-        """Labels (n,) and features of images, if all of them are stored.
+        """Return labels and features of images if all of them are stored.
 
         Args:
-            rows: shape (n,), numbers in the table.
+            rows: numbers of the images in the table, shape (n,).
         Returns:
-            The labels, and step -> tensor (n, ...) with the bits and strides that were added; None if one is missing.
+            The labels, shape (n,), and step -> tensor of shape (n, ...), with the bits and strides that were added.
+            None if an image is missing.
         """
         with self._lock:
             if (self._file_of[rows] == WAITING).any():
@@ -126,13 +134,14 @@ class FeatureCache:
         return labels, {int(name): feature for name, feature in features.items()}
 
     def add(self, rows: NDArray[np.int64], labels: NDArray[np.int64], features: Mapping[int, Tensor]) -> None:
-        """Keep what was computed, unless it is there.
+        """Store the features of images that the cache does not contain yet.
 
         Args:
-            rows, labels: shape (n,).
-            features: step -> tensor (n, ...).
+            rows: numbers of the images in the table, shape (n,).
+            labels: shape (n,).
+            features: step -> tensor of shape (n, ...).
         Raises:
-            DataError: the disk is full, or may not be written.
+            DataError: the disk is full or cannot be written.
         """
         with self._lock:
             _, first = np.unique(rows, return_index=True)
@@ -149,17 +158,18 @@ class FeatureCache:
                 self._write()
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write all features that wait in memory.
 
         Raises:
-            DataError: as `add`.
+            DataError: the disk is full or cannot be written.
         """
         with self._lock:
             self._write()
 
     def _write(self) -> None:
+        """Write the waiting features to a new file. The caller holds the lock."""
         if self._waiting:
-            self._look()  # another run may have written the same meanwhile
+            self._look()  # another run may have written the same features meanwhile
             self._waiting = [batch for batch in self._waiting if (self._file_of[batch.rows] == WAITING).any()]
             self._waiting_bytes = 0
         if not self._waiting:
@@ -179,19 +189,20 @@ class FeatureCache:
         self._take_up(path)
 
     def _look(self) -> None:
-        """Take up the files that are new."""
+        """Open the files that were added since the last call."""
         if self._plan.path.is_dir():
             for name in sorted(os.listdir(self._plan.path)):
                 if name.endswith(SUFFIX) and name not in self._known:
                     self._take_up(self._plan.path / name)
 
     def _take_up(self, path: Path) -> None:
+        """Open a file and note which images it contains. A file that does not fit is skipped with a warning."""
         self._known.add(path.name)
         try:
             file = FeatureFile(path)
             self._check(file)
         except FeatureError as error:
-            log.warning("Left out features, which are computed again: %s", error)
+            log.warning("A file of the feature cache is not used, and its features are computed again: %s", error)
             return
         new = (self._file_of[file.rows] < 0).nonzero()[0]
         self._files.append(file)
@@ -199,22 +210,28 @@ class FeatureCache:
         self._place[file.rows[new]] = new
 
     def _check(self, file: FeatureFile) -> None:
-        """Raises:
-        FeatureError: the file was put here from another cache.
+        """Check that a file belongs to this cache.
+
+        Raises:
+            FeatureError: the file comes from another cache.
         """
         mine = json.loads(json.dumps(self._plan.key))
         if file.about != mine:
             other = sorted(key for key in mine.keys() | file.about.keys() if mine.get(key) != file.about.get(key))
-            raise FeatureError(f"'{file.path}' holds features of another {' and '.join(other)}. Take the file away.")
+            raise FeatureError(f"'{file.path}' holds features of another {' and '.join(other)}. Delete the file.")
         if self._files and file.layouts != self._files[0].layouts:
-            raise FeatureError(f"'{file.path}' holds features of another shape or order. Take the file away.")
+            raise FeatureError(
+                f"'{file.path}' holds features of another shape or memory order than the other files of this cache. "
+                "Delete the file."
+            )
 
     def _forget(self, number: int, error: OSError) -> None:
+        """Note that a file has disappeared, so that its images count as missing."""
         log.warning("A file of the feature cache is gone, and its features are computed again: %s", error)
         with self._lock:
             self._file_of[self._file_of == number] = MISSING
 
 
 def _copy(feature: Tensor, chosen: Tensor) -> Tensor:
-    """Some images of a batch, with its strides."""
+    """Copy some images of a batch, with the strides of the batch."""
     return FeatureLayout.of(feature).empty(len(chosen)).copy_(feature.detach()[chosen.to(feature.device)])

@@ -1,10 +1,13 @@
-"""Image tables on disk: a directory of Parquet shards and the index that describes them.
+"""The format of image tables on disk, and how a table is written.
 
-Each shard has the columns `image` (binary, an encoded image as its file has it), `label` (int64, a position in the
-class list), `id` (string or null: the image's name in the data set it came from) and `source` (string or null: that
-data set's name). Readers need the first two and ignore further ones. Shards carry the format version and the class
-list in their schema metadata. `index.json` is written last and makes a directory a table: it lists classes, counts,
-and rows, bytes, SHA-256 and row groups of each shard.
+A table is a directory of Parquet files, called shards, and an index that describes them. A shard has four columns:
+`image` (binary: the bytes of an encoded image file), `label` (int64: a position in the class list), `id` (string or
+null: the name of the image in the data set that it came from) and `source` (string or null: the name of that data
+set). Readers need `image` and `label`, and ignore any further columns. The schema metadata of each shard carries the
+format version and the class list.
+
+`index.json` is written last. A directory without it is not a table. The index lists the classes, the number of rows of
+each class, and the rows, bytes, SHA-256 and row groups of each shard.
 """
 
 import json
@@ -23,33 +26,40 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 IMAGE, LABEL, ID, SOURCE = "image", "label", "id", "source"
 VERSION_KEY, CLASSES_KEY = b"multitask.format", b"multitask.classes"
+"""Keys of the schema metadata."""
 ROWS_PER_SHARD = 4096
+"""Default number of rows in a shard."""
 ROWS_PER_GROUP, BYTES_PER_GROUP = 1024, 1 << 23
-"""A row group, which readers fetch as a whole, ends at the first of the two: many small images compress well
-together, and large ones stay in small pieces."""
+"""Limits of a row group: it ends as soon as it reaches one of them. Readers always fetch a whole row group. Many small
+images in one row group compress well, and the limit in bytes keeps row groups of large images small."""
 
 
 class Row(NamedTuple):
     """One image of a table."""
 
     image: bytes
-    """Encoded, as its file has it."""
+    """Bytes of the encoded image file."""
     label: int
+    """Position of the image's class in the class list."""
     id: str | None = None
+    """Name of the image in the data set that it came from."""
 
 
 def shard_schema(classes: Sequence[str]) -> pa.Schema:
-    """Arrow schema of every shard of a table with these classes."""
+    """Return the Arrow schema of every shard of a table with these classes."""
     metadata = {VERSION_KEY: str(FORMAT_VERSION), CLASSES_KEY: json.dumps(list(classes))}
     fields = [(IMAGE, pa.binary()), (LABEL, pa.int64()), (ID, pa.string()), (SOURCE, pa.string())]
     return pa.schema([pa.field(*field) for field in fields], metadata=metadata)
 
 
 def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
-    """The class list as a tuple.
+    """Check a class list and return it as a tuple.
 
+    Args:
+        classes: class names.
+        where: name of the data set or file in messages.
     Raises:
-        DataError: the list is empty, has a name twice, or has an entry that is no text.
+        DataError: the list is empty, contains a name twice, or contains an entry that is not a string.
     """
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise DataError(f"{where}: classes are {classes!r}, expected a list of names. Give one string for each class.")
@@ -68,18 +78,21 @@ def write_table(
     rows_per_shard: int = ROWS_PER_SHARD,
     compression_level: int = 3,
 ) -> None:
-    """Write a new table: all of it appears under `directory`, or nothing does.
+    """Write a new table. If writing fails, the directory is removed again.
 
     Equal input gives equal bytes. At most one row group is held in memory.
 
     Args:
-        directory: local path or URI that must not exist yet.
-        images: encoded image, label and, where there is one, id of each row, in the order in which they are kept.
-        classes: class names; label i means classes[i].
-        rows_per_shard: rows of every shard but the last.
+        directory: local path or URI, which must not exist yet.
+        images: the rows in the order in which they are stored. A row is `(encoded image, label)` or
+            `(encoded image, label, id)`.
+        classes: class names. Label i means `classes[i]`.
+        rows_per_shard: number of rows in every shard except the last one.
         compression_level: zstd level, 1 to 22.
     Raises:
-        DataError: `directory` exists, there are no images, or a label or the class list does not fit.
+        DataError: `directory` exists, there are no images, a label lies outside the class list, or the class list is
+            invalid.
+        ValueError: `rows_per_shard` is below 1.
     """
     target = locate(directory)
     names = check_classes(classes, target.where)
@@ -100,8 +113,10 @@ def write_table(
 
 
 def refuse_existing(target: Location) -> None:
-    """Raises:
-    DataError: there is something at `target`; a table is only written to a new directory.
+    """Check that nothing exists at `target`, because a table is only written to a new directory.
+
+    Raises:
+        DataError: `target` exists.
     """
     if target.exists():
         raise DataError(
@@ -119,8 +134,17 @@ def write_shard(
     source: str | None = None,
     compression_level: int = 3,
 ) -> dict[str, Any]:
-    """Write one shard and return what the index says of it, with its rows of each class as `rows_of_class`.
+    """Write one shard.
 
+    Args:
+        target: directory of the table.
+        number: number of the shard, from 0.
+        rows: at least one row.
+        classes: class names of the table.
+        source: name of the data set that the images come from.
+        compression_level: zstd level, 1 to 22.
+    Returns:
+        The shard's entry for the index, and in addition `rows_of_class`: the number of rows of each class.
     Raises:
         DataError: a label lies outside the class list.
     """
@@ -138,13 +162,8 @@ def write_shard(
         ) as writer:
             for group in _groups(rows):
                 for row in group:
-                    if not 0 <= (label := operator.index(row.label)) < len(classes):
-                        raise DataError(
-                            f"{target.where}: row {sum(rows_of_class)} of shard {number} has label {label}, but "
-                            f"{len(classes)} classes allow 0 to {len(classes) - 1}. Correct the label or give the full "
-                            "class list."
-                        )
-                    rows_of_class[label] += 1
+                    where = f"{target.where}: row {sum(rows_of_class)} of shard {number}"
+                    rows_of_class[_checked_label(row.label, len(classes), where)] += 1
                 images, labels, ids = zip(*group, strict=True)
                 columns = {IMAGE: images, LABEL: labels, ID: ids, SOURCE: [source] * len(group)}
                 table = pa.table(columns, schema=shard_schema(classes))
@@ -160,7 +179,23 @@ def write_shard(
         }
 
 
+def _checked_label(label: int, classes: int, where: str) -> int:
+    """Return the label as a plain integer.
+
+    Raises:
+        DataError: the label is below 0, or `classes` or above.
+    """
+    number = operator.index(label)
+    if not 0 <= number < classes:
+        raise DataError(
+            f"{where} has label {number}, but {classes} classes allow 0 to {classes - 1}. Correct the label or give "
+            "the full class list."
+        )
+    return number
+
+
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Divide rows into row groups, each within `ROWS_PER_GROUP` and `BYTES_PER_GROUP`."""
     group: list[Row] = []
     size = 0
     for row in rows:
@@ -174,12 +209,14 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def write_index(target: Location, classes: Sequence[str], shards: Sequence[dict[str, Any]]) -> None:
-    """Make a directory of shards a table.
+    """Write the index, which turns a directory of shards into a table.
 
     Args:
-        shards: what `write_shard` returned, in order.
+        target: directory of the table.
+        classes: class names of the table.
+        shards: the values that `write_shard` returned, in the order of the shards.
     Raises:
-        DataError: there are no rows.
+        DataError: there are no shards.
     """
     if not shards:
         raise DataError(f"{target.where}: found zero images, expected at least one. Check where the images come from.")

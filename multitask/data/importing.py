@@ -1,8 +1,9 @@
-"""Importing a data set: its images are copied, as they are, into the shards of a table, in parallel on Ray.
+"""Importing a data set: its images are copied unchanged into the shards of a table, in parallel on Ray.
 
-What goes where is planned before the first image is read, from the labels alone. Each shard is one Ray task, and a
-finished shard leaves a note of its counts and hash in the folder `.import`. An import that is broken off goes on at
-the first shard without a note, and ends with the same bytes.
+The labels alone decide which image goes into which shard, so this is planned before the first image is read. One Ray
+task writes one shard, and then a note with the shard's counts and hash in the folder `.import`. When an interrupted
+import is started again, it writes only the shards that have no note yet, and the table has the same bytes as if the
+import had never stopped.
 """
 
 import hashlib
@@ -23,31 +24,39 @@ from multitask.data.sources import Source
 from multitask.data.storage import DataError, Location, locate
 
 NOTES, PLAN = ".import", "plan.json"
+"""Folder of the notes about finished shards, and the file in it that describes the import."""
 JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One shard to write."""
+class PlannedShard:
+    """One shard that an import writes."""
 
     table: str
     """Name of the split, or "" for a single table."""
     number: int
+    """Number of the shard in its table, from 0."""
     rows: NDArray[np.int64]
-    """Rows of the source, in the order in which they are kept."""
+    """Rows of the source, in the order in which the shard stores them."""
+
+    @property
+    def note(self) -> str:
+        """Name of the note that says that this shard is finished."""
+        return f"{self.table or 'table'}-{self.number:05d}.json"
 
 
 def split_rows(labels: NDArray[np.int64], shares: Mapping[str, float], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Divide rows at random so that each class is divided in the same shares.
+    """Divide rows at random over splits, so that every split gets the same share of each class.
 
     Args:
-        labels: shape (rows,).
-        shares: split -> its share; they add up to 1. Within a class each split gets its share of the rows, rounded so
-            that none is lost.
+        labels: label of each row, shape (rows,).
+        shares: split -> its share. The shares add up to 1. They are rounded to whole rows within each class, and every
+            row goes to exactly one split.
+        seed: seed of the random choice.
     Returns:
         Split -> row numbers, in ascending order.
     Raises:
-        DataError: the shares are not above 0, or do not add up to 1.
+        DataError: a share is not above 0, or the shares do not add up to 1.
     """
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise DataError(f"Splits {dict(shares)}: expected shares above 0 that add up to 1. Correct the shares.")
@@ -74,26 +83,32 @@ def import_table(
     rows_per_shard: int = ROWS_PER_SHARD,
     on_rows: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, int]:
-    """Write a source as one table, or as one for each split; started again after a break, it goes on.
+    """Write a source as one table, or as one table for each split.
+
+    If an earlier call with the same arguments was interrupted, this call continues its work.
 
     Args:
-        target: where the table goes, or the folder of the splits' tables: a path or a URI.
-        splits: split -> share of each class; None writes one table of all rows.
-        shuffle: keep the rows in random order, so that a training window holds many classes; otherwise the source's.
-        seed: of splits and order.
-        max_side: pixels; a larger image is scaled down to this longer side and encoded anew as a JPEG of quality 95.
-            None keeps every image's bytes.
-        rows_per_shard: rows of every shard but a table's last.
-        on_rows: called with the rows that are written so far, and with all rows, whenever a shard is done.
+        source: the images and labels.
+        target: path or URI of the table or, with `splits`, of the folder of the tables.
+        splits: split -> its share of the rows of each class. None writes a single table with all rows.
+        shuffle: store the rows in random order, so that a shuffle window of training contains many classes. Without
+            it, the rows keep the order of the source.
+        seed: seed of the splits and of the order.
+        max_side: longest allowed side of an image, in pixels. A larger image is scaled down and encoded as a JPEG of
+            quality 95. None keeps the bytes of every image.
+        rows_per_shard: number of rows in every shard except the last one of a table.
+        on_rows: called at the start and after each finished shard, with the number of rows written so far and the
+            number of all rows.
     Returns:
-        Table ("" without splits) -> its rows.
+        Table ("" without splits) -> number of its rows.
     Raises:
-        DataError: there is another table or import at `target`, an image cannot be read, or the options do not fit.
+        DataError: `target` contains another table or another unfinished import, an image cannot be read, or an option
+            is out of range.
     """
     where = locate(target)
     classes = check_classes(source.classes, source.name)
     if max_side is not None and max_side < 8:
-        raise DataError(f"max_side is {max_side}, expected 8 pixels or more. Choose a larger one.")
+        raise DataError(f"max_side is {max_side}, expected 8 pixels or more. Choose a larger number.")
     tables = split_rows(source.labels, splits, seed) if splits else {"": np.arange(len(source.labels))}
     empty = [name or target for name, rows in tables.items() if not len(rows)]
     if empty:
@@ -102,12 +117,7 @@ def import_table(
         )
     notes = where.join(NOTES)
     _begin(where, notes, _plan(source, splits, shuffle, seed, max_side, rows_per_shard))
-    random = np.random.default_rng(seed)
-    shards = []
-    for name, rows in tables.items():
-        kept = random.permutation(rows) if shuffle else rows
-        starts = range(0, len(kept), rows_per_shard)
-        shards += [Shard(name, number, kept[start : start + rows_per_shard]) for number, start in enumerate(starts)]
+    shards = _planned_shards(tables, shuffle, seed, rows_per_shard)
     entries = _write_all(source, where, shards, max_side, on_rows)
     for name in tables:
         table = where.join(name) if name else where
@@ -119,8 +129,22 @@ def import_table(
     return {name: len(rows) for name, rows in tables.items()}
 
 
+def _planned_shards(
+    tables: Mapping[str, NDArray[np.int64]], shuffle: bool, seed: int, rows_per_shard: int
+) -> list[PlannedShard]:
+    """Divide the rows of each table over shards."""
+    random = np.random.default_rng(seed)
+    shards = []
+    for name, rows in tables.items():
+        ordered = random.permutation(rows) if shuffle else rows
+        starts = range(0, len(ordered), rows_per_shard)
+        parts = [ordered[start : start + rows_per_shard] for start in starts]
+        shards += [PlannedShard(name, number, part) for number, part in enumerate(parts)]
+    return shards
+
+
 def _plan(source: Source, splits: Mapping[str, float] | None, *options: Any) -> dict[str, Any]:
-    """What has to be the same for an import to go on where an earlier one stopped."""
+    """Return everything that must be equal for an import to continue an earlier one."""
     digest = hashlib.sha256(json.dumps(source.classes).encode())
     digest.update(source.labels.tobytes())
     for text in source.ids.to_pylist():
@@ -130,14 +154,18 @@ def _plan(source: Source, splits: Mapping[str, float] | None, *options: Any) -> 
 
 
 def _begin(target: Location, notes: Location, plan: dict[str, Any]) -> None:
-    """Note the plan of a new import, or make sure that it is the one that was broken off here."""
+    """Write down the plan of a new import, or check that it equals the plan of the unfinished import at `target`.
+
+    Raises:
+        DataError: `target` contains another unfinished import, or files that no import left there.
+    """
     if notes.size(PLAN) is not None:
         found = json.loads(notes.read(PLAN))
         differing = sorted(key for key in plan if found.get(key) != plan[key])
         if differing:
             raise DataError(
                 f"{target.where}: found an unfinished import with other {', '.join(differing)}, expected the same "
-                "to go on with it. Repeat the command that began it, or remove the folder."
+                "values, so that it can go on. Repeat the command that started it, or remove the folder."
             )
     elif target.names():
         raise DataError(
@@ -150,20 +178,24 @@ def _begin(target: Location, notes: Location, plan: dict[str, Any]) -> None:
 def _write_all(
     source: Source,
     target: Location,
-    shards: Sequence[Shard],
+    shards: Sequence[PlannedShard],
     max_side: int | None,
     on_rows: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """The index's entry of each shard; those without a note are written, as many at once as Ray has CPUs."""
+    """Write all shards that have no note yet, several at the same time.
+
+    Returns:
+        The entry of each shard for the index.
+    """
     notes = target.join(NOTES)
     noted = set(notes.names())
-    entries = {i: json.loads(notes.read(_note(shard))) for i, shard in enumerate(shards) if _note(shard) in noted}
+    entries = {i: json.loads(notes.read(shard.note)) for i, shard in enumerate(shards) if shard.note in noted}
     done, total = sum(entry["rows"] for entry in entries.values()), sum(len(shard.rows) for shard in shards)
     on_rows(done, total)
     shared_source = ray.put(source)
     write = ray.remote(_write_one).options(max_retries=3)
     left = iter([i for i in range(len(shards)) if i not in entries])
-    # A few more than there are CPUs: enough to keep them busy, few enough to stop soon after an error.
+    # Slightly more tasks than CPUs keep every CPU busy, and still end soon after an error.
     at_once = int(ray.cluster_resources().get("CPU", 1)) + 2
     running: dict[Any, int] = {}
     while True:
@@ -178,7 +210,7 @@ def _write_all(
         except ray.exceptions.RayTaskError as error:
             for call in running:
                 ray.cancel(call)
-            if running:  # nothing is written any more once the error is out
+            if running:  # wait, so that no task writes any more after the error is raised
                 ray.wait(list(running), num_returns=len(running))
             raise error.cause if isinstance(error.cause, DataError) else error from None
         done += entries[number]["rows"]
@@ -186,19 +218,16 @@ def _write_all(
     return [entries[i] for i in range(len(shards))]
 
 
-def _note(shard: Shard) -> str:
-    return f"{shard.table or 'table'}-{shard.number:05d}.json"
-
-
-def _write_one(source: Source, target: Location, shard: Shard, max_side: int | None) -> dict[str, Any]:
-    """Write one shard and its note. A task that is run again writes the same bytes."""
+def _write_one(source: Source, target: Location, shard: PlannedShard, max_side: int | None) -> dict[str, Any]:
+    """Write one shard and its note, and return its entry for the index. A repeated call writes the same bytes."""
     table = target.join(shard.table) if shard.table else target
     entry = write_shard(table, shard.number, _rows(source, shard.rows, max_side), source.classes, source=source.name)
-    target.join(NOTES).write_json(_note(shard), entry)
+    target.join(NOTES).write_json(shard.note, entry)
     return entry
 
 
 def _rows(source: Source, rows: NDArray[np.int64], max_side: int | None) -> Iterator[Row]:
+    """Read rows of the source, one after the other."""
     images = source.read(rows.tolist())
     for row, image in zip(rows.tolist(), images, strict=True):
         name = source.ids[row].as_py()
@@ -206,8 +235,14 @@ def _rows(source: Source, rows: NDArray[np.int64], max_side: int | None) -> Iter
 
 
 def limit_side(image: bytes, max_side: int, name: str) -> bytes:
-    """The image with its longer side at most `max_side` pixels; bytes of a small enough one are kept.
+    """Scale an encoded image down, so that its longer side has at most `max_side` pixels.
 
+    Args:
+        image: the encoded image.
+        max_side: longest allowed side, in pixels.
+        name: name of the image in messages.
+    Returns:
+        The same bytes if the image is small enough; else a JPEG of quality 95.
     Raises:
         DataError: the image cannot be decoded.
     """
@@ -215,12 +250,12 @@ def limit_side(image: bytes, max_side: int, name: str) -> bytes:
         opened = Image.open(io.BytesIO(image))
         if max(opened.size) <= max_side:
             return image
-        # A camera's note on how to turn the image is dropped: readers of the original bytes do not follow it either.
+        # The orientation in the image's EXIF data is dropped: readers of the original bytes ignore it too.
         pixels = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{name}: found an image that cannot be decoded ({error}), expected one to scale down. Remove it from the "
-            "source, or import without a maximum side."
+            f"{name}: found an image that cannot be decoded ({error}), but it has to be decoded to be scaled down. "
+            "Remove it from the source, or import without a maximum side."
         ) from error
     pixels.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     file = io.BytesIO()

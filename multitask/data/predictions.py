@@ -1,4 +1,8 @@
-"""Files of predictions: what a model answered on the images of a table."""
+"""Files of predictions: the answers of one model on the images of a table.
+
+A file is a Parquet table with one row for each image and three columns: `row` (the number of the image in its table),
+`label` (the right class) and `logits` (a list of floats, one for each class).
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,12 +18,19 @@ from patches.files import atomic_file
 ROW, LABEL, LOGITS = "row", "label", "logits"
 
 Write = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], None]
-"""Adds rows (n,), labels (n,) and logits (n, classes) to a file."""
+"""Function that adds images to a file: rows (n,), labels (n,) and logits (n, classes)."""
 
 
 @contextmanager
 def predictions_writer(path: str | os.PathLike[str], classes: int) -> Iterator[Write]:
-    """A function that adds images to a model's file, which is there, whole, when the block ends."""
+    """Write a file of predictions. The file appears complete when the `with` block ends, or not at all if it fails.
+
+    Args:
+        path: the file.
+        classes: number of classes.
+    Yields:
+        A function that adds images to the file.
+    """
     logits_type = pa.list_(pa.float32(), classes)
     schema = pa.schema([(ROW, pa.int64()), (LABEL, pa.int64()), (LOGITS, logits_type)])
     with atomic_file(path) as file, pq.ParquetWriter(file, schema) as writer:

@@ -1,29 +1,31 @@
-"""One decode for several tasks over the same images: each row is decoded once and resized for every reader."""
+"""One training stream for several tasks that read the same images: each row is decoded once and resized for all."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from multitask.data.batches import Drawn, TrainStream
+from multitask.data.stream import Drawn, TrainStream
 
 AHEAD = 16
-"""Batches kept for a reader that is behind."""
+"""Number of batches that are kept for a reader that is behind the others."""
 
 
 class SharedStream:
-    """The same training stream at the resolutions of several readers.
+    """One training stream at the resolutions of several readers.
 
-    A reader never waits for another one. Where readers keep pace, each image is decoded once; what one decodes is kept
-    for those who are behind, up to `AHEAD` batches each, and a reader further behind decodes for itself again. So the
-    batches of each reader are those of a `TrainStream` of its own, bit for bit.
+    Each reader gets the batches that a `TrainStream` of its own would give, bit for bit, and never waits for another
+    reader. When a reader decodes a batch, it also resizes the images for the readers that are behind, and the results
+    are kept for them, at most `ahead` batches for each reader. So readers at the same pace decode each image once. A
+    reader that is further behind decodes again for itself.
     """
 
     def __init__(
         self, make_stream: Callable[[int], TrainStream], resolutions: Mapping[str, int], ahead: int = AHEAD
     ) -> None:
         """Args:
-        make_stream: from a position to the stream that starts there.
-        resolutions: reader -> the resolution it asks for, in pixels.
+        make_stream: returns the stream that starts at a given position.
+        resolutions: reader -> its resolution, in pixels.
+        ahead: number of batches that are kept for a reader that is behind.
         """
         self._make_stream = make_stream
         self._resolutions = dict(resolutions)
@@ -32,21 +34,22 @@ class SharedStream:
         self._kept: dict[str, deque[tuple[int, Drawn]]] = {reader: deque() for reader in resolutions}
         self._streams: list[TrainStream] = []
         self.decoded = 0
-        """Batches decoded so far, for all readers together."""
+        """Number of batches decoded so far, for all readers together."""
 
     def seek(self, reader: str, position: int) -> None:
-        """Let a reader go on at a position of its stream, as `Batch.position` gives it."""
+        """Move a reader to a position of its stream, such as the `position` of a batch."""
         self._position[reader] = position
         self._kept[reader].clear()
 
     def next(self, reader: str) -> Drawn:
-        """The reader's next batch, at its own resolution alone."""
+        """Return the next batch of a reader, at the resolution of that reader only."""
         position, kept = self._position[reader], self._kept[reader]
         drawn = kept.popleft()[1] if kept and kept[0][0] == position else self._decode(reader, position)
         self._position[reader] = drawn.position
         return drawn
 
     def _decode(self, reader: str, position: int) -> Drawn:
+        """Decode the batch at a position for a reader, and keep it for the readers that are behind."""
         sizes = {reader: self._resolutions[reader]}
         for other, kept in self._kept.items():
             behind = self._position[other] <= position and (not kept or kept[-1][0] < position)
@@ -59,7 +62,7 @@ class SharedStream:
         return _at(drawn, sizes[reader])
 
     def _stream_at(self, position: int) -> TrainStream:
-        """The stream that stands at a position; one where no reader stands is let go, with its windows."""
+        """Return a stream at a position. Streams that no reader needs are dropped, which frees their windows."""
         self._streams = [stream for stream in self._streams if stream.position in self._position.values()]
         for stream in self._streams:
             if stream.position == position:
@@ -69,4 +72,5 @@ class SharedStream:
 
 
 def _at(drawn: Drawn, resolution: int) -> Drawn:
+    """Return the batch at one of its resolutions."""
     return replace(drawn, pixels={resolution: drawn.pixels[resolution]}) if drawn.pixels else drawn

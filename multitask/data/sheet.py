@@ -1,4 +1,4 @@
-"""Pictures of a table's images with their class names."""
+"""Contact sheets: pictures that show images of a table with their class names."""
 
 import io
 from collections.abc import Sequence
@@ -13,16 +13,21 @@ from multitask.data.table import ImageTable
 from multitask.data.transforms import decode
 
 CELL_INCHES = 1.3
+"""Width and height of one image on the sheet."""
 
 
 def contact_sheet(table: ImageTable, images: int, columns: int = 8) -> bytes:
-    """PNG of the first images, each under its class name; one that cannot be decoded is a grey field that says so.
+    """Return a PNG of the first images of a table, each under its class name.
 
     Args:
-        images: how many, 1 or more; all where the table has fewer.
+        table: the table.
+        images: number of images, 1 or more. A smaller table is shown completely.
+        columns: number of images in a line.
+    Raises:
+        DataError: `images` is below 1, or a shard cannot be read.
     """
     if images < 1:
-        raise DataError(f"{images} images: expected 1 or more. Ask for more.")
+        raise DataError(f"The number of images is {images}, expected 1 or more. Ask for a larger number.")
     rows = list(
         islice(
             chain.from_iterable(
@@ -35,10 +40,13 @@ def contact_sheet(table: ImageTable, images: int, columns: int = 8) -> bytes:
 
 
 def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> bytes:
-    """PNG of encoded images under their titles, line by line; None leaves a place empty.
+    """Return a PNG that shows images under their titles, line by line.
+
+    An image that cannot be decoded is replaced by a grey field that says so.
 
     Args:
-        cells: one or more images, each encoded, shape (bytes,), uint8, with its title.
+        cells: one or more pairs of an encoded image, shape (bytes,), uint8, and its title. None leaves a place empty.
+        columns: number of images in a line.
     """
     lines = -(-len(cells) // columns)
     figure = matplotlib.figure.Figure(figsize=(columns * CELL_INCHES, lines * (CELL_INCHES + 0.25)), dpi=120)
@@ -61,4 +69,5 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
 
 
 def _shortened(name: str, length: int = 18) -> str:
+    """Cut a long name so that it fits above an image."""
     return name if len(name) <= length else name[: length - 1] + "…"

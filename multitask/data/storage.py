@@ -1,4 +1,4 @@
-"""Directories on any pyarrow filesystem: where tables are read from and written to."""
+"""Directories on any pyarrow filesystem, from which tables are read and to which they are written."""
 
 import hashlib
 import json
@@ -13,62 +13,68 @@ import pyarrow as pa
 import pyarrow.fs
 
 BLOCK_BYTES = 1 << 22
+"""Bytes that are read at once while a file is hashed."""
 PARTIAL = ".partial"
+"""Ending of a file that is still being written."""
+REMAKE = "Copy the table again from where it came from, or write it anew."
+"""The advice of every error about a damaged table."""
 
 
 class DataError(ValueError):
-    """A table or an image in it cannot be used: the message says what was expected, what was found, what to do."""
+    """A table or an image cannot be used. The message says what was expected, what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A directory; picklable, so that other processes read the same one."""
+    """A directory on a filesystem. It can be pickled, so that other processes use the same directory."""
 
     filesystem: pa.fs.FileSystem
     root: str
     where: str
-    """How messages name it: a local path, or the URI as it was given."""
+    """Name of the directory in messages: a local path, or the URI that the user gave."""
 
     def join(self, name: str) -> "Location":
+        """Return the directory `name` inside this directory."""
         return Location(self.filesystem, f"{self.root}/{name}", f"{self.where}/{name}")
 
     def exists(self) -> bool:
+        """Return whether anything exists at this location."""
         return self.filesystem.get_file_info(self.root).type != pa.fs.FileType.NotFound
 
     def names(self) -> list[str]:
-        """Files and folders in the directory; none where it does not exist."""
+        """Return the names of all files and folders in the directory. The list is empty if there is no directory."""
         selector = pa.fs.FileSelector(self.root, allow_not_found=True)
         return [info.base_name for info in self.filesystem.get_file_info(selector)]
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None where there is none."""
+        """Return the size of a file in bytes, or None if there is no such file."""
         info = self.filesystem.get_file_info(f"{self.root}/{name}")
         return info.size if info.type == pa.fs.FileType.File else None
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file to read anywhere in it.
+        """Open a file for reading at any offset.
 
         Raises:
-            DataError: there is no such file, or it cannot be read.
+            DataError: the file does not exist or cannot be read.
         """
         try:
             return self.filesystem.open_input_file(f"{self.root}/{name}")
         except FileNotFoundError as error:
             raise DataError(
-                f"{self.where}/{name}: found no such file, expected a part of an image table. Copy the table again "
-                "from where it came from, or write it anew."
+                f"{self.where}/{name}: found no such file, expected a part of an image table. {REMAKE}"
             ) from error
         except OSError as error:
             raise DataError(
-                f"{self.where}/{name}: cannot be read ({error}). Check the location and the rights to read it."
+                f"{self.where}/{name}: cannot be read ({error}). Check the location and your permission to read it."
             ) from error
 
     def read(self, name: str) -> bytes:
+        """Return the content of a file."""
         with self.open(name) as file:
             return file.read()
 
     def sha256(self, name: str) -> str:
-        """Hash of a file, read in blocks."""
+        """Return the SHA-256 of a file as hexadecimal digits. The file is read block by block."""
         digest = hashlib.sha256()
         with self.open(name) as file:
             while block := file.read_buffer(BLOCK_BYTES):
@@ -76,18 +82,20 @@ class Location:
         return digest.hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
+        """Write a file as `writing` does."""
         with self.writing(name) as sink:
             sink.write(content)
 
     def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file as `writing` does."""
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     @contextmanager
     def writing(self, name: str) -> Iterator["Sink"]:
-        """A new file that appears whole when the block ends, or not at all.
+        """Write a new file that appears complete when the `with` block ends. If the block fails, no file appears.
 
-        On a local disk it is written beside its place, synchronised and renamed; object stores show an upload when it
-        is complete.
+        On a local disk, the content goes to a temporary file in the same directory, which is synchronised and then
+        renamed. An object store shows an upload only when it is complete.
         """
         self.filesystem.create_dir(self.root, recursive=True)
         target = f"{self.root}/{name}"
@@ -102,28 +110,28 @@ class Location:
                 os.replace(path, target)
                 _synchronise(self.root)
         except BaseException:
-            # Arrow completes an upload whenever its stream goes: the object is taken away again.
+            # Closing an Arrow stream always completes the upload, so the incomplete object has to be deleted.
             stream.close()
             self.filesystem.delete_file(path)
             raise
 
     def remove_partial(self) -> None:
-        """Take away files that a killed process left half-written."""
+        """Delete the incomplete files that a killed process left behind."""
         for name in self.names():
             if name.endswith(PARTIAL):
                 self.filesystem.delete_file(f"{self.root}/{name}")
 
     def delete(self, name: str) -> None:
-        """One file."""
+        """Delete one file."""
         self.filesystem.delete_file(f"{self.root}/{name}")
 
     def remove(self) -> None:
-        """The directory and everything in it."""
+        """Delete the directory and everything in it."""
         self.filesystem.delete_dir(self.root)
 
 
 class Sink:
-    """A stream that counts and hashes what goes through it; a file object for pyarrow."""
+    """A file object for pyarrow that counts and hashes the bytes written to it."""
 
     closed = False
 
@@ -131,6 +139,7 @@ class Sink:
         self._stream = stream
         self._digest = hashlib.sha256()
         self.bytes = 0
+        """Number of bytes written so far."""
 
     def write(self, content: Any) -> int:
         self._stream.write(content)
@@ -145,7 +154,7 @@ class Sink:
         pass
 
     def close(self) -> None:
-        """The block of `Location.writing` closes the stream."""
+        """Do nothing: `Location.writing` closes the stream at the end of its block."""
 
     def writable(self) -> bool:
         return True
@@ -161,10 +170,10 @@ class Sink:
 
 
 def locate(uri: str | os.PathLike[str]) -> Location:
-    """The directory at a local path or at the URI of any pyarrow filesystem (file://, s3://, gs://, ...).
+    """Return the directory at a local path or at the URI of any pyarrow filesystem (file://, s3://, gs://, ...).
 
     Raises:
-        DataError: no filesystem knows the URI, or the store that it names does not answer.
+        DataError: pyarrow has no filesystem for the URI, or the store behind it does not answer.
     """
     text = os.fspath(uri)
     if "://" not in text:
@@ -182,6 +191,7 @@ def locate(uri: str | os.PathLike[str]) -> Location:
 
 
 def _synchronise(path: str) -> None:
+    """Force the operating system to write a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

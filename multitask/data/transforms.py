@@ -1,6 +1,7 @@
-"""From encoded images to the float tensors a model reads.
+"""Decoding, cropping, resizing and normalising: from encoded images to the float tensors that a model reads.
 
-Axes: n image of a batch, c channel (red, green, blue), h and w pixels. Nothing here touches a global random state.
+Axes: n is the image of a batch, c the channel (red, green, blue), h and w are pixels. No function here uses or changes
+a global random state.
 """
 
 import math
@@ -15,17 +16,20 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 Augment = Literal["none", "crop_flip"]
+"""Random change of training images: none, or a crop and a flip."""
 CROP_AREA = (0.08, 1.0)
-"""Share of the image's area that a crop covers before it is resized."""
+"""Smallest and largest share of the image's area that a crop covers."""
 CROP_ASPECT = (3 / 4, 4 / 3)
-"""Width over height of a crop."""
+"""Smallest and largest ratio of a crop's width to its height."""
 CROP_TRIES = 10
+"""Number of random crops that are tried before the largest crop in the middle is taken."""
 STACKED_VALUES = 3 * 64 * 64
-"""Larger images are resized one by one: copying them side by side costs more than a call."""
+"""Largest number of values of an image that is resized together with others. Larger images are resized one by one,
+because copying them into one tensor takes longer than a separate call."""
 
 
 class Crop(NamedTuple):
-    """A part of an image, in pixels, and whether it is mirrored left to right."""
+    """A rectangle of an image, in pixels, and whether it is mirrored from left to right."""
 
     top: int
     left: int
@@ -35,16 +39,16 @@ class Crop(NamedTuple):
 
 
 def decode(encoded: Tensor) -> Tensor:
-    """Pixels of one PNG or JPEG; a grey image gets three equal channels, transparency is dropped.
+    """Decode one PNG or JPEG. A grey image gets three equal channels, and transparency is dropped.
 
     Args:
         encoded: shape (bytes,), uint8.
     Returns:
         Shape (3, h, w), uint8.
     Raises:
-        RuntimeError: the bytes are no whole image of a known format.
+        RuntimeError: the bytes are not a complete image of a known format, or are an animation.
     """
-    # torchvision 0.29 calls its decoders deprecated in favour of torchcodec; this is the only place that calls one.
+    # torchvision 0.29 deprecates its decoders in favour of torchcodec. This is the only call of one of them.
     image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
     if image_chw.ndim != 3:
         raise RuntimeError(f"Found an animation of {len(image_chw)} images, expected a single one.")
@@ -52,12 +56,14 @@ def decode(encoded: Tensor) -> Tensor:
 
 
 def draw_crop(height: int, width: int, key: Sequence[int]) -> Crop:
-    """A random crop of an image and, for every other one, a flip: the draw of torchvision's RandomResizedCrop.
+    """Draw a random crop, which is flipped with probability 1/2.
+
+    The distribution is that of torchvision's `RandomResizedCrop`.
 
     Args:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        key: numbers that fix the draw, such as (seed, epoch, row); each at least 0.
+        height: height of the image, in pixels.
+        width: width of the image, in pixels.
+        key: numbers that determine the draw, such as (seed, epoch, row), each at least 0.
     """
     random = np.random.default_rng(list(key))
     flip = bool(random.random() < 0.5)
@@ -69,27 +75,28 @@ def draw_crop(height: int, width: int, key: Sequence[int]) -> Crop:
             top = int(random.integers(height - crop_height + 1))
             left = int(random.integers(width - crop_width + 1))
             return Crop(top, left, crop_height, crop_width, flip)
-    # No crop fits in a long, thin image: take the largest one in its middle.
+    # No random crop fitted, as in a long, thin image: take the largest crop in the middle.
     crop_width = max(1, min(width, round(height * CROP_ASPECT[1])))
     crop_height = max(1, min(height, round(width / CROP_ASPECT[0])))
     return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)
 
 
 def cut(image_chw: Tensor, crop: Crop) -> Tensor:
-    """The part of an image, shape (3, h, w), that a crop keeps: shape (3, crop.height, crop.width)."""
+    """Apply a crop to an image of shape (3, h, w). The result has shape (3, crop.height, crop.width)."""
     part_chw = image_chw[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     return part_chw.flip(-1) if crop.flip else part_chw
 
 
 def resize_images(images: Iterable[Tensor], resolutions: Sequence[int], most: int) -> dict[int, Tensor]:
-    """Bring images of any sizes to one or several square sizes, bilinear with antialiasing.
+    """Resize images of any size to one or several square sizes, bilinearly with antialiasing.
 
-    Each image is resized as it comes, while its pixels are in the processor's cache. Small images of one size are
-    resized in one call, which is several times faster and changes no value.
+    A large image is resized as soon as it is decoded, while its pixels are in the processor's cache. Small images of
+    equal size are resized in one call, which is several times faster and changes no value.
 
     Args:
-        images: at most `most`, each of shape (3, h, w), uint8.
+        images: each of shape (3, h, w), uint8.
         resolutions: heights and widths of the results, in pixels, at least 2.
+        most: upper limit of the number of images.
     Returns:
         Resolution -> shape (n, resolution, resolution, 3), uint8.
     """
@@ -112,21 +119,21 @@ def resize_images(images: Iterable[Tensor], resolutions: Sequence[int], most: in
 
 
 def _resize(images_nhwc: Tensor, resolution: int) -> Tensor:
-    """Shape (n, resolution, resolution, 3), uint8."""
-    # What torchvision's resize calls, without the time its own code takes. The kernel works on (n, h, w, c), as the
-    # decoder writes it; from (n, c, h, w) it first makes that order, which takes as long as the resize.
+    """Resize images of shape (n, h, w, 3), uint8, to shape (n, resolution, resolution, 3)."""
+    # torchvision's resize makes the same call, but takes extra time around it. The kernel works on (n, h, w, c), the
+    # order that the decoder writes. Given (n, c, h, w), it would reorder first, which takes as long as the resize.
     images_nchw = images_nhwc.permute(0, 3, 1, 2)
     resized_nchw = interpolate(images_nchw, [resolution, resolution], mode="bilinear", antialias=True)
     return resized_nchw.permute(0, 2, 3, 1)
 
 
 def normalise(images_nchw: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels 0 to 255 as (pixel / 255 - mean) / std.
+    """Compute (pixel / 255 - mean) / std.
 
     Args:
         images_nchw: shape (n, 3, h, w), uint8.
-        mean: for each of the three channels, on the scale 0 to 1.
-        std: for each of the three channels, on the scale 0 to 1.
+        mean: one number for each channel, on the scale 0 to 1.
+        std: one number for each channel, on the scale 0 to 1.
     Returns:
         Shape (n, 3, h, w), float32.
     """

@@ -11,7 +11,7 @@ import torch
 
 from multitask.cluster.logs import log_to_stderr
 from multitask.data import prefetch
-from multitask.data.batches import Drawn
+from multitask.data.stream import Drawn
 from multitask.engines.loss import LOST, Actor
 from multitask.engines.remote import RemoteServer
 from multitask.job.job import Job

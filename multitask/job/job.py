@@ -13,9 +13,10 @@ from torch import Tensor
 import patches
 from multitask.cluster.memory import keep_freed_memory
 from multitask.data import Batch, ImageTable
-from multitask.data.batches import BatchView, TrainStream
+from multitask.data.batches import BatchView
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
+from multitask.data.stream import TrainStream
 from multitask.job.assignment import rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint

@@ -1,4 +1,7 @@
-"""Where images come from when a data set is imported: one builder for each kind, all giving a `Source`."""
+"""The kinds of data sets that can be imported.
+
+Each kind has one function, which checks a data set and returns it as a `Source`.
+"""
 
 from multitask.data.sources.huggingface import huggingface
 from multitask.data.sources.image_folder import image_folder

@@ -1,4 +1,4 @@
-"""Image files below one folder, and the checks on their paths: shared by all sources that name files."""
+"""Image files below one folder, and the checks of their paths, for all sources that consist of files."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,15 +10,15 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from multitask.data.format import DataError
+from multitask.data.storage import DataError
 
 OUTSIDE = r"^$|^/|(^|/)\.\.(/|$)"
-"""Matches a path that is empty, absolute, or climbs."""
+"""Matches a path that is empty, absolute, or contains '..'."""
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """One file for each image; its id is its path below `root`, with '/'."""
+    """A data set with one file for each image. The id of an image is its path below `root`, with '/'."""
 
     name: str
     classes: tuple[str, ...]
@@ -34,13 +34,17 @@ class FileSource:
 
 
 def read_file(filesystem: pafs.FileSystem, path: str, identity: str) -> bytes:
-    """All bytes of the file.
+    """Return all bytes of a file.
 
+    Args:
+        filesystem: the file system.
+        path: path of the file in it.
+        identity: id of the image in messages.
     Raises:
-        DataError: the file is gone, unreadable or empty; `identity` says which image it holds.
+        DataError: the file is missing, unreadable or empty.
     """
     try:
-        # Not open_input_stream: that one unpacks what ends in .gz.
+        # open_input_stream would decompress files whose names end in .gz.
         with filesystem.open_input_file(path) as file:
             content = file.read()
     except OSError as error:
@@ -53,7 +57,7 @@ def read_file(filesystem: pafs.FileSystem, path: str, identity: str) -> bytes:
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
-    """File system and path in it, of an absolute or relative local path or of a URI that pyarrow knows ('s3://...').
+    """Return the file system of a local path or of a URI that pyarrow knows ('s3://...'), and the path in it.
 
     Raises:
         DataError: pyarrow has no file system for the URI.
@@ -68,8 +72,11 @@ def locate(path: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
 
 
 def path_array(paths: Iterable[str], where: str) -> pa.Array:
-    """The paths as pa.string().
+    """Return paths as an array of type pa.string().
 
+    Args:
+        paths: the paths.
+        where: name of the data set in messages.
     Raises:
         DataError: a file name is not valid UTF-8.
     """
@@ -80,10 +87,13 @@ def path_array(paths: Iterable[str], where: str) -> pa.Array:
 
 
 def check_paths(paths: pa.Array, where: str) -> None:
-    """Every path stays inside its folder and none comes twice.
+    """Check that every path stays inside its folder, and that no path is listed twice.
 
+    Args:
+        paths: paths below the images' folder.
+        where: name of the data set in messages.
     Raises:
-        DataError: a path is null, empty, absolute, has a '..', or is there more than once.
+        DataError: a path is null, empty, absolute, contains '..', or is listed more than once.
     """
     outside = pc.fill_null(pc.match_substring_regex(paths, OUTSIDE), True)
     if (row := pc.index(outside, True).as_py()) >= 0:
@@ -95,9 +105,13 @@ def check_paths(paths: pa.Array, where: str) -> None:
 
 
 def check_unique(ids: pa.Array, where: str) -> None:
-    """
+    """Check that no image is listed twice.
+
+    Args:
+        ids: ids of the images.
+        where: name of the data set in messages.
     Raises:
-        DataError: an image is there more than once.
+        DataError: an image is listed more than once.
     """
     if pc.count_distinct(ids).as_py() == len(ids):
         return
@@ -110,10 +124,15 @@ def check_unique(ids: pa.Array, where: str) -> None:
 
 
 def check_exist(filesystem: pafs.FileSystem, root: str, paths: pa.Array, where: str) -> None:
-    """Every path is there below `root`. Lists each folder once instead of asking for each file.
+    """Check that every file exists below `root`. Each folder is listed once, which is faster than one query per file.
 
+    Args:
+        filesystem: the file system.
+        root: folder that the paths start from.
+        paths: paths below `root`.
+        where: name of the data set in messages.
     Raises:
-        DataError: files are missing; names the first and says how many.
+        DataError: files are missing. The message names the first one and says how many are missing.
     """
     folders = pc.unique(pc.replace_substring_regex(paths, "[^/]*$", "")).to_pylist()
     present = pa.array(
@@ -129,6 +148,7 @@ def check_exist(filesystem: pafs.FileSystem, root: str, paths: pa.Array, where: 
 
 
 def _names_in(filesystem: pafs.FileSystem, folder: str) -> list[bytes]:
+    """Return the names of the files and folders in a folder; an empty list if it does not exist."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         try:
             return os.listdir(os.fsencode(folder))

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face's `datasets` writes them: encoded images in the rows, class names in the metadata."""
+"""Parquet files that Hugging Face's `datasets` wrote: the rows contain encoded images, the metadata class names."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +14,18 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from multitask.data.format import DataError
 from multitask.data.sources.files import OUTSIDE, read_file
 from multitask.data.sources.labels import read_labels
 from multitask.data.sources.parquet import find_parquet, open_parquet
+from multitask.data.storage import DataError
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
-"""How the Hub names shards: the split first."""
+"""Matches a file name as the Hub gives it. It starts with the name of the split."""
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceSource:
-    """Images inside Parquet rows; ids are FILE/ROW."""
+    """Images inside Parquet rows. The id of an image is FILE/ROW."""
 
     name: str
     classes: tuple[str, ...]
@@ -35,11 +36,13 @@ class HuggingFaceSource:
     files: tuple[str, ...]
     image_column: str
     first_row: NDArray[np.int64]
-    """Shape (row groups,): row of this source that each row group starts with."""
+    """First row of each row group in this source, shape (row groups,)."""
     group: NDArray[np.int64]
-    """Shape (row groups, 2): position in `files`, number of the row group in that file."""
+    """Position in `files`, and number in that file, of each row group, shape (row groups, 2)."""
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
+        # When a row group is read, all of its images that `rows` asks for are kept until their turn comes. So each row
+        # group is read once, in whatever order the rows are.
         groups = (np.searchsorted(self.first_row, np.asarray(rows, np.int64), side="right") - 1).tolist()
         positions_in: dict[int, list[int]] = defaultdict(list)
         for position, group in enumerate(groups):
@@ -52,6 +55,7 @@ class HuggingFaceSource:
             yield held.pop(position)
 
     def _row_group(self, group: int) -> pa.ChunkedArray:
+        """Read the images of one row group."""
         file, number = self.group[group]
         try:
             with open_parquet(self.filesystem, self.files[file], [self.image_column]) as parquet:
@@ -60,6 +64,7 @@ class HuggingFaceSource:
             raise DataError(f"{self.files[file]}: cannot read row group {number} ({error}). Copy it again.") from error
 
     def _image(self, images: pa.ChunkedArray, group: int, row: int) -> bytes:
+        """Return the bytes of one image, from its row or from the file that the row names."""
         image = images[row - int(self.first_row[group])].as_py() or {}
         if image.get("bytes"):
             return image["bytes"]
@@ -78,18 +83,21 @@ def huggingface(
     label_column: str = "label",
     classes: Sequence[str] | None = None,
 ) -> HuggingFaceSource:
-    """A source from Parquet files of the Hugging Face Hub, in the order of the files' names and of their rows.
+    """Return a source of Parquet files from the Hugging Face Hub, in the order of the file names and of their rows.
+
+    Nothing is downloaded.
 
     Args:
-        files: one or several of: a Parquet file, a folder of one split's files, a local pattern
-            ('data/train-*.parquet'); local or a URI that pyarrow knows. Does not ask the Hub.
-        image_column: struct of `bytes` (binary) and `path` (string, used where bytes are missing: below the
-            Parquet's folder).
-        label_column: class numbers, or class names.
-        classes: class names. Without them, the ClassLabel's names in the files' metadata; without these too: sorted
-            names where labels are names, else numbers as text.
+        files: one or several places: a Parquet file, a folder with the files of one split, or a local pattern
+            ('data/train-*.parquet'). A place is a local path or a URI that pyarrow knows.
+        image_column: name of a column of structs with `bytes` (binary) and `path` (string). If the bytes of an image
+            are missing, it is read from `path`, below the folder of its Parquet file.
+        label_column: name of the column of class numbers or class names.
+        classes: class names. None gives the names of the ClassLabel in the metadata of the files. Without such
+            metadata, it gives the sorted names if labels are names, or else the numbers from 0 to the largest label.
     Raises:
-        DataError: no files, files of several splits or with different class names, or columns of another type.
+        DataError: there are no files, the files belong to several splits or have different class names, or a column is
+            missing or has another type.
     """
     filesystem, folder, paths = find_parquet(files)
     splits = {match[1] for path in paths if (match := SHARD.fullmatch(os.path.basename(path)))}
@@ -98,20 +106,8 @@ def huggingface(
             f"{folder} has the splits {sorted(splits)}, expected one. Give a pattern such as "
             f"'{folder}/{min(splits)}-*.parquet'."
         )
-    labels, ids, named, first_row, group = [], [], {}, [], []
-    rows = 0
-    for number, path in enumerate(paths):
-        with open_parquet(filesystem, path, [image_column, label_column]) as file:
-            _check_image_type(file.schema_arrow.field(image_column).type, image_column, path)
-            named[_class_names(file.schema_arrow, label_column)] = path
-            labels += file.read([label_column])[label_column].chunks
-            shown = os.path.relpath(path, folder).replace(os.sep, "/")
-            counted = pa.array(np.arange(file.metadata.num_rows)).cast(pa.string())
-            ids.append(pc.binary_join_element_wise(shown, counted, "/"))
-            for each in range(file.metadata.num_row_groups):
-                first_row.append(rows)
-                group.append((number, each))
-                rows += file.metadata.row_group(each).num_rows
+    parts = [_read_part(filesystem, folder, path, image_column, label_column) for path in paths]
+    named = {part.classes: path for part, path in zip(parts, paths, strict=True)}
     if classes is None and len(named) > 1:
         raise DataError(
             f"{', '.join(named.values())} have different class names for column '{label_column}'. Give `classes`, if "
@@ -119,25 +115,64 @@ def huggingface(
         )
     where = f"{folder}: column '{label_column}'"
     try:
-        column = pa.chunked_array(labels)
+        column = pa.chunked_array([chunk for part in parts for chunk in part.labels])
     except pa.ArrowException as error:
-        raise DataError(f"{where}: labels are not of one type in all files ({error}). Import them apart.") from error
-    numbers, names = read_labels(column, classes if classes is not None else next(iter(named)), where)
+        raise DataError(
+            f"{where}: labels are not of one type in all files ({error}). Import the files one by one."
+        ) from error
+    labels, names = read_labels(column, classes if classes is not None else next(iter(named)), where)
+    groups = [(number, group) for number, part in enumerate(parts) for group in range(len(part.group_rows))]
     return HuggingFaceSource(
         name=os.path.basename(folder),
         classes=names,
-        labels=numbers,
-        ids=pa.concat_arrays(ids),
+        labels=labels,
+        ids=pa.concat_arrays([part.ids for part in parts]),
         filesystem=filesystem,
         folder=folder,
         files=paths,
         image_column=image_column,
-        first_row=np.array(first_row, np.int64),
-        group=np.array(group, np.int64).reshape(-1, 2),
+        first_row=np.cumsum([0, *(rows for part in parts for rows in part.group_rows)], dtype=np.int64)[:-1],
+        group=np.array(groups, np.int64).reshape(-1, 2),
     )
 
 
+class _Part(NamedTuple):
+    """One Parquet file, without its images."""
+
+    classes: tuple[str, ...] | None
+    """Class names in the metadata of the file."""
+    labels: list[pa.Array]
+    """The column of labels, as chunks."""
+    ids: pa.Array
+    """Id of each image."""
+    group_rows: list[int]
+    """Number of rows of each row group."""
+
+
+def _read_part(filesystem: pafs.FileSystem, folder: str, path: str, image_column: str, label_column: str) -> _Part:
+    """Read the labels of one Parquet file, and check its columns.
+
+    Raises:
+        DataError: a column is missing or has another type.
+    """
+    with open_parquet(filesystem, path, [image_column, label_column]) as file:
+        _check_image_type(file.schema_arrow.field(image_column).type, image_column, path)
+        shown = os.path.relpath(path, folder).replace(os.sep, "/")
+        numbers = pa.array(np.arange(file.metadata.num_rows)).cast(pa.string())
+        return _Part(
+            classes=_class_names(file.schema_arrow, label_column),
+            labels=file.read([label_column])[label_column].chunks,
+            ids=pc.binary_join_element_wise(shown, numbers, "/"),
+            group_rows=[file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)],
+        )
+
+
 def _check_image_type(found: pa.DataType, column: str, path: str) -> None:
+    """Check that a column of images is a struct with `bytes`.
+
+    Raises:
+        DataError: the column has another type.
+    """
     names = {field.name: field.type for field in found} if pa.types.is_struct(found) else {}
     if not any(check(names.get("bytes", pa.null())) for check in (pa.types.is_binary, pa.types.is_large_binary)):
         raise DataError(
@@ -147,7 +182,7 @@ def _check_image_type(found: pa.DataType, column: str, path: str) -> None:
 
 
 def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
-    """What the metadata says a label means, or None."""
+    """Return the class names in the metadata of a file, or None if it has none."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label_column]
         return tuple(feature["names"]) if feature["_type"] == "ClassLabel" else None

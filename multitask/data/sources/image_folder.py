@@ -1,4 +1,4 @@
-"""Folders of images, one for each class: the layout of ImageNet and of torchvision's ImageFolder."""
+"""Data sets with one folder of images for each class, as ImageNet and torchvision's ImageFolder have them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,24 +7,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from multitask.data.format import DataError, check_classes
+from multitask.data.format import check_classes
 from multitask.data.sources.files import FileSource, path_array
 from multitask.data.sources.labels import name_classes
+from multitask.data.storage import DataError
 from patches.names import unknown_name_message
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings of the files that count as images, in any case, as in torchvision."""
+"""Endings of the files that count as images, in upper or lower case. The list is that of torchvision."""
 
 
 def image_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = None) -> FileSource:
-    """A source from root/CLASS/**/file, with the classes and the order of torchvision.datasets.ImageFolder.
+    """Return a source of the files root/CLASS/**/FILE, with the classes and order of torchvision.datasets.ImageFolder.
 
     Args:
-        root: local folder whose folders are the classes; files directly in it, and files that are no images by their
-            ending, are ignored. Links are followed.
-        classes: names for label 0, 1, ...; a class may have no folder. Without them: the folders, sorted.
+        root: local folder that contains one folder for each class. Files directly in it, and files without the ending
+            of an image, are ignored. Links are followed.
+        classes: names of the labels 0, 1, ... Some of them may have no folder. None gives the names of the folders,
+            sorted.
     Raises:
-        DataError: there is no class folder, one has no image or is not in `classes`.
+        DataError: there is no class folder, or one has no image or is not in `classes`.
     """
     top = os.path.abspath(os.path.expanduser(os.fspath(root)))
     if not os.path.isdir(top):
@@ -60,7 +62,7 @@ def image_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = N
 
 
 def _images(top: str, folder: str) -> Iterator[str]:
-    """Paths below `top`, with '/', in torchvision's order: folders by their whole path, then files by name."""
+    """Yield paths below `top`, with '/', in torchvision's order: folders by their whole path, then files by name."""
     walk = os.walk(os.path.join(top, folder), followlinks=True, onerror=_refuse)
     for parent, _, files in sorted(walk):
         below = os.path.relpath(parent, top).replace(os.sep, "/")
@@ -68,5 +70,5 @@ def _images(top: str, folder: str) -> Iterator[str]:
 
 
 def _refuse(error: OSError) -> None:
-    """os.walk would leave out a folder that it cannot list."""
+    """Raise the error of a folder that cannot be listed. By default, os.walk would silently skip that folder."""
     raise DataError(f"{error.filename}: cannot list this folder ({error}). Correct its permissions.") from error

@@ -1,4 +1,4 @@
-"""What every kind of data set becomes before it is written to a table of ours."""
+"""The interface that the importer reads every kind of data set through."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -9,33 +9,33 @@ from numpy.typing import NDArray
 
 
 class Source(Protocol):
-    """Encoded images and labels of a data set as it lies on disk, in a fixed order.
+    """The encoded images and the labels of a data set on disk, in a fixed order.
 
-    Picklable: Ray tasks read parts of it. What grows with the rows is held in Arrow and numpy buffers, so that two
-    million rows travel without being copied.
+    A source can be pickled, because Ray tasks read parts of it. Everything that grows with the number of rows is stored
+    in Arrow and NumPy buffers, so that two million rows pass to other processes without a copy.
     """
 
     @property
     def name(self) -> str:
-        """Short name of the origin: the folder's, the list file's or the data set's."""
+        """Short name of the data set: the name of its folder, of its list file, or its own name."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; label i means classes[i]."""
+        """Class names. Label i means `classes[i]`."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Shape (rows,): positions in `classes`."""
+        """Position of each row's class in `classes`, shape (rows,)."""
 
     @property
     def ids(self) -> pa.Array:
-        """pa.string(), shape (rows,): unique in this source, and the same on every machine."""
+        """Name of each image, of type pa.string(), shape (rows,): unique in the source, and equal on every machine."""
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
-        """Encoded images of these rows, in this order, with their bytes exactly as stored.
+        """Yield the encoded images of some rows, in the given order, with exactly the bytes that are stored.
 
         Args:
-            rows: positions, 0 to len(labels) - 1, in any order; a few thousand at most.
+            rows: row numbers, 0 to len(labels) - 1, in any order, at most a few thousand.
         Raises:
-            DataError: an image is gone, empty or cut short; the message names its id and its file.
+            DataError: an image is missing, empty or incomplete. The message names its id and its file.
         """

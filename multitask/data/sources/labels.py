@@ -1,4 +1,4 @@
-"""Labels and class lists: the checks that all kinds of sources share."""
+"""Checks of labels and class lists, for all kinds of sources."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from multitask.data.format import DataError, check_classes
+from multitask.data.format import check_classes
+from multitask.data.storage import DataError
 
 MOST_UNNAMED_CLASSES = 100_000
-"""Without a class list a larger label is taken for a mistake, such as an identity number, and not for a class."""
+"""Limit of labels without a class list. A label above it is probably a mistake, such as an identity number."""
 
 
 def name_classes(labels: NDArray[np.int64], classes: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """The class list after a check of every label; without a list, the numbers 0 to the largest label as text.
+    """Check every label, and return the class list.
 
     Args:
         labels: shape (rows,).
-        classes: class names, or None.
-        where: what the labels belong to, for the message.
+        classes: class names. None gives the numbers from 0 to the largest label as names.
+        where: name of the data set in messages.
     Raises:
-        DataError: there are no rows, the class list is wrong, or a label is outside of it.
+        DataError: there are no rows, the class list is invalid, or a label lies outside the class list.
     """
     if not len(labels):
         raise DataError(f"{where}: found zero images, expected at least one. Check the path.")
@@ -39,14 +40,15 @@ def name_classes(labels: NDArray[np.int64], classes: Sequence[str] | None, where
 def read_labels(
     column: pa.ChunkedArray, classes: Sequence[str] | None, where: str
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels and class list from an Arrow column of class numbers or of class names.
+    """Return labels and class list, given an Arrow column of class numbers or class names.
 
     Args:
-        column: shape (rows,), of any integer or string type, or a dictionary of these.
-        classes: class names. Without them: sorted names where the column holds names, else numbers as text.
-        where: file and column, for the message.
+        column: shape (rows,), of any integer or string type, or a dictionary of one.
+        classes: class names. None gives the sorted names if the column contains names, or else the numbers from 0 to
+            the largest label as names.
+        where: file and column in messages.
     Raises:
-        DataError: an entry is missing, of another type, or not in the class list.
+        DataError: an entry is missing, has another type, or is not in the class list.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

@@ -1,4 +1,4 @@
-"""Finding and opening Parquet files, for the sources that come as Parquet."""
+"""Finding and opening Parquet files, for the kinds of data sets that consist of them."""
 
 import glob
 import os
@@ -8,20 +8,22 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from multitask.data.format import DataError
 from multitask.data.sources.files import locate
+from multitask.data.storage import DataError
 
 
 def find_parquet(
     files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> tuple[pafs.FileSystem, str, tuple[str, ...]]:
-    """File system, common folder and the Parquet files, in order.
+    """Find Parquet files.
 
     Args:
-        files: one or several of: a Parquet file, a folder of them at any depth, a local pattern ('train-*.parquet').
-            Local paths or URIs of one file system.
+        files: one or several places: a Parquet file, a folder with such files at any depth, or a local pattern
+            ('train-*.parquet'). All of them are local paths, or all are URIs of one file system.
+    Returns:
+        The file system, the folder that contains all files, and the files in order.
     Raises:
-        DataError: nothing is found.
+        DataError: a place has no Parquet file, or the places are on several file systems.
     """
     given = [files] if isinstance(files, str | os.PathLike) else list(files)
     located = [locate(each) for each in given]
@@ -40,6 +42,7 @@ def find_parquet(
 
 
 def _files_at(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    """Return the Parquet files at one place, sorted."""
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [path]
@@ -50,10 +53,10 @@ def _files_at(filesystem: pafs.FileSystem, path: str) -> list[str]:
 
 
 def open_parquet(filesystem: pafs.FileSystem, path: str, columns: Sequence[str]) -> pq.ParquetFile:
-    """The file, which has these columns.
+    """Open a Parquet file and check that it has the given columns.
 
     Raises:
-        DataError: the file is gone or no Parquet, or has no such column.
+        DataError: the file is missing or is not a Parquet file, or a column is missing.
     """
     try:
         file = pq.ParquetFile(path, filesystem=filesystem)

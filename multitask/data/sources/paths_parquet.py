@@ -1,4 +1,4 @@
-"""Parquet tables whose rows name image files."""
+"""Data sets given as Parquet files whose rows contain the path of an image file and its label."""
 
 import os
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from multitask.data.format import DataError
 from multitask.data.sources.files import FileSource, check_exist, check_paths, locate
 from multitask.data.sources.labels import read_labels
 from multitask.data.sources.parquet import find_parquet, open_parquet
+from multitask.data.storage import DataError
 
 
 def paths_parquet(
@@ -19,16 +19,18 @@ def paths_parquet(
     root: str | os.PathLike[str] | None = None,
     classes: Sequence[str] | None = None,
 ) -> FileSource:
-    """A source from Parquet rows of (path of an image file, label), in their order.
+    """Return a source of the images that the rows of Parquet files name, in the order of the rows.
 
     Args:
-        file: Parquet file, folder or pattern, local or a URI that pyarrow knows.
-        path_column: strings, relative to `root` or absolute below it.
-        label_column: class numbers or class names.
-        root: folder of the images, local or a URI; without it, the folder of the Parquet.
-        classes: class names; without them: sorted names where labels are names, else numbers as text.
+        file: one or several Parquet files, folders or patterns, as local paths or as URIs that pyarrow knows.
+        path_column: name of the column of paths. A path is relative to `root`, or absolute and below `root`.
+        label_column: name of the column of class numbers or class names.
+        root: folder of the images, as a local path or URI. None means the folder of the Parquet files.
+        classes: class names. None gives the sorted names if labels are names, or else the numbers from 0 to the
+            largest label as names.
     Raises:
-        DataError: a column or an entry is missing or of another type; a path leaves `root`, comes twice or has no file.
+        DataError: a column or an entry is missing or has another type, or a path leaves `root`, is listed twice or has
+            no file.
     """
     filesystem, folder, files = find_parquet(file)
     columns = [path_column, label_column]
@@ -38,7 +40,9 @@ def paths_parquet(
         table = pa.concat_tables(tables, promote_options="permissive")
         paths = pa.concat_arrays(table[path_column].cast(pa.string()).chunks or [pa.array([], pa.string())])
     except pa.ArrowException as error:
-        raise DataError(f"{where}: paths are not strings of one type in all files ({error}). Rewrite them.") from error
+        raise DataError(
+            f"{where}: paths are not strings of one type in all files ({error}). Write the files anew with one type."
+        ) from error
     labels, names = read_labels(table[label_column], classes, where)
     images, top = (filesystem, folder) if root is None else locate(root)
     prefix = top.rstrip("/") + "/"

@@ -1,4 +1,4 @@
-"""Places-365 by its own list files, wherever its images were unpacked."""
+"""Places-365, read from the list files that come with it."""
 
 import os
 import re
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from multitask.data.format import DataError, check_classes
+from multitask.data.format import check_classes
 from multitask.data.sources.files import FileSource, check_exist, check_paths, locate, path_array
 from multitask.data.sources.labels import name_classes
+from multitask.data.storage import DataError
 
 CATEGORY = re.compile(r"/\w/(\S+) (\d+)")
 IMAGE = re.compile(r"/?(\S+) (\d+)")
@@ -17,22 +18,22 @@ IMAGE = re.compile(r"/?(\S+) (\d+)")
 def places365(
     images: str | os.PathLike[str], file_list: str | os.PathLike[str], categories: str | os.PathLike[str]
 ) -> FileSource:
-    """A source from Places-365's list of images and list of categories.
+    """Return a source of the images of Places-365, in the order of its list of images.
 
     Args:
         images: folder that the listed paths start from, such as data_256_standard or val_256.
         file_list: places365_train_standard.txt (lines '/a/airfield/00000001.jpg 0'), places365_train_challenge.txt or
             places365_val.txt (lines 'Places365_val_00000001.jpg 165').
-        categories: categories_places365.txt (lines '/a/airfield 0'). A class is named without its letter.
+        categories: categories_places365.txt (lines '/a/airfield 0'). The class names leave out the letter, here '/a/'.
     Raises:
-        DataError: a line is malformed, a path leaves the folder, a number is unknown, or a file is missing.
+        DataError: a line has another form, a path leaves the folder, a category is unknown, or a file is missing.
     Source: Zhou et al., "Places: A 10 million Image Database for Scene Recognition", TPAMI 2017.
     """
     numbered = sorted((number, name) for name, number in _lines(categories, CATEGORY, "/a/airfield 0"))
     if [number for number, _ in numbered] != list(range(len(numbered))):
         raise DataError(
             f"{os.fspath(categories)}: category numbers are not 0 to {len(numbered) - 1}, each once. "
-            "Take the list as Places-365 ships it."
+            "Use the list as it comes with Places-365."
         )
     names = check_classes([name for _, name in numbered], os.fspath(categories))
     where = os.fspath(file_list)
@@ -51,7 +52,7 @@ def places365(
 
 
 def _lines(file: str | os.PathLike[str], pattern: re.Pattern[str], example: str) -> Iterator[tuple[str, int]]:
-    """Name and number of each line."""
+    """Yield the path or name, and the number, of each line of a list file."""
     path = os.path.expanduser(os.fspath(file))
     try:
         with open(path, encoding="utf-8") as lines:
@@ -60,7 +61,7 @@ def _lines(file: str | os.PathLike[str], pattern: re.Pattern[str], example: str)
                 if match is None:
                     raise DataError(
                         f"{path}, line {count}: found {line.rstrip()!r}, expected a line such as '{example}'. "
-                        "Correct the line, or take the list as Places-365 ships it."
+                        "Correct the line, or use the list as it comes with Places-365."
                     )
                 yield match[1], int(match[2])
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Any classification data set of torchvision.datasets that is on disk: its files' bytes, or its pixels as PNG."""
+"""Classification data sets of torchvision.datasets that are already on disk."""
 
 import io
 import os
@@ -13,35 +13,37 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 from PIL import Image
 
-from multitask.data.format import DataError
 from multitask.data.sources.files import FileSource, check_exist, check_paths, path_array
 from multitask.data.sources.interface import Source
 from multitask.data.sources.labels import name_classes
+from multitask.data.storage import DataError
 from patches.names import unknown_name_message
 
 PAIRS = ("samples", "_samples", "imgs")
 FILES = ("_image_files", "_images")
 LABELS = ("targets", "_labels", "labels", "y")
 CLASSES = ("wnids", "classes", "categories")
-"""Attributes that torchvision 0.29's data sets keep their files, labels and class names in, the best first. `wnids`:
-ImageNet's class names are synonyms, and two of its classes are called 'crane'."""
+"""Attributes in which the data sets of torchvision 0.29 keep their pairs of file and label, their files, their labels
+and their class names. The first attribute that exists is used. `wnids` comes before `classes` because ImageNet's
+`classes` are lists of synonyms, in which two classes are called 'crane'."""
 
 DISK_ORDER = ("INaturalist", "Omniglot")
-"""Their files come in the order in which this machine's disk lists them, and their items do not tell the file."""
+"""Data sets that cannot be imported: the order of their items depends on the disk, and an item has no file name."""
 
 
 def torchvision_dataset(name: str, root: str | os.PathLike[str], **options: Any) -> Source:
-    """A source from torchvision.datasets.NAME(root, **options), in that data set's order.
+    """Return a source of torchvision.datasets.NAME(root, **options), in the order of that data set.
 
-    Data sets of image files hand over the files as they are; ids are the files' paths below `root`. The others hand
-    over each item as a PNG of the same pixels; ids are the row numbers. Nothing is downloaded.
+    If the data set consists of image files, their bytes are used, and an id is the path of the file below `root`.
+    Otherwise, each item becomes a PNG with the same pixels, and an id is the row number. Nothing is downloaded.
 
     Args:
-        name: class in torchvision.datasets, such as 'CIFAR10'.
-        root: what the class calls root.
-        options: its other arguments, such as split='test' or train=False.
+        name: name of a class in torchvision.datasets, such as 'CIFAR10'.
+        root: the argument `root` of that class.
+        options: other arguments of that class, such as split='test' or train=False.
     Raises:
-        DataError: unknown name, data not found under `root`, or items other than an image with a class number.
+        DataError: the name is unknown, the data is not found under `root`, or an item is something other than an image
+            with a class number.
     """
     dataset = _open(name, root, options)
     where = f"torchvision data set '{name}' in {os.fspath(root)}"
@@ -61,7 +63,7 @@ def torchvision_dataset(name: str, root: str | os.PathLike[str], **options: Any)
     ids = path_array((os.path.abspath(file).removeprefix(top + os.sep).replace(os.sep, "/") for file in files), where)
     check_paths(ids, where)
     check_exist(pafs.LocalFileSystem(), top, ids, where)
-    if name == "SUN397":  # The one of these that lists its files in the disk's order.
+    if name == "SUN397":  # the only data set of files whose order depends on the disk
         order = np.argsort(ids.to_numpy(zero_copy_only=False))
         ids, labels = ids.take(pa.array(order)), labels[order]
     return FileSource(name=name, classes=classes, labels=labels, ids=ids, filesystem=pafs.LocalFileSystem(), root=top)
@@ -69,7 +71,7 @@ def torchvision_dataset(name: str, root: str | os.PathLike[str], **options: Any)
 
 @dataclass(frozen=True, eq=False)
 class ItemSource:
-    """Items of a data set as PNG."""
+    """A data set whose items are written as PNG."""
 
     name: str
     classes: tuple[str, ...]
@@ -91,6 +93,11 @@ class ItemSource:
 
 
 def _open(name: str, root: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+    """Make torchvision's data set object without a download.
+
+    Raises:
+        DataError: the name is unknown, the data set cannot be imported, or it does not open.
+    """
     from torchvision import datasets
 
     known = [each for each in datasets.__all__ if isinstance(getattr(datasets, each), type)]
@@ -117,12 +124,12 @@ def _open(name: str, root: str | os.PathLike[str], options: dict[str, Any]) -> A
 
 
 def _first(dataset: Any, attributes: Sequence[str]) -> Any:
-    """The first of these attributes that the data set has, or None."""
+    """Return the first of these attributes that the data set has, or None if it has none of them."""
     return next((getattr(dataset, each) for each in attributes if getattr(dataset, each, None) is not None), None)
 
 
 def _labels(dataset: Any, pairs: Any, where: str) -> NDArray[np.int64]:
-    """Shape (rows,). Only a data set that keeps no list of labels decodes its images for them."""
+    """Return the labels, shape (rows,). All images are decoded for them if the data set has no list of labels."""
     given = [label for _, label in pairs] if pairs else _first(dataset, LABELS)
     try:
         if given is None:
@@ -130,7 +137,7 @@ def _labels(dataset: Any, pairs: Any, where: str) -> NDArray[np.int64]:
         labels = np.asarray(given, np.int64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: labels are no class numbers ({error}). Choose a split with class labels.") from error
-    if labels.ndim == 2:  # QMNIST: the first column is the class, the others tell who wrote the digit.
+    if labels.ndim == 2:  # in QMNIST, the first column is the class, and the others are about the writer
         labels = labels[:, 0].copy()
     if labels.shape != (len(dataset),):
         raise DataError(
@@ -141,7 +148,13 @@ def _labels(dataset: Any, pairs: Any, where: str) -> NDArray[np.int64]:
 
 
 def _check_item(item: Any, label: int, row: int, where: str) -> None:
-    """An item is what a source can hand over, and options did not give it another label than the list's."""
+    """Check that an item is an image with a label, and that its label equals that of the data set's list.
+
+    The two labels differ if an option of the data set changes labels.
+
+    Raises:
+        DataError: the item is something else, or its label differs.
+    """
     parts = item if isinstance(item, tuple) else (item,)
     if len(parts) != 2 or not isinstance(parts[0], Image.Image):
         found = ", ".join(type(part).__name__ for part in parts)

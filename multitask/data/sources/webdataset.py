@@ -1,4 +1,4 @@
-"""WebDataset tars: each is indexed once by its headers, then images are read at their offsets."""
+"""WebDataset tars. The headers of each tar are read once; later, images are read at their offsets."""
 
 import glob
 import json
@@ -13,20 +13,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from multitask.data.format import DataError
 from multitask.data.sources.files import check_unique, path_array
 from multitask.data.sources.labels import name_classes
+from multitask.data.storage import DataError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
-"""Key and ending of a member, split at the first dot of its base name, as the webdataset library does."""
+"""Matches the key and the ending of a member, split at the first dot of its base name, as in the webdataset library."""
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-"""First two bytes of compressed files."""
+"""First two bytes of a compressed file -> name of the compression."""
 
 
 @dataclass(frozen=True, eq=False)
 class WebDatasetSource:
-    """Images inside uncompressed tars; ids are TAR/KEY."""
+    """Images inside uncompressed tars. The id of an image is TAR/KEY."""
 
     name: str
     classes: tuple[str, ...]
@@ -34,9 +34,11 @@ class WebDatasetSource:
     ids: pa.Array
     tars: tuple[str, ...]
     tar: NDArray[np.int32]
-    """Shape (rows,): position in `tars`."""
+    """Position in `tars` of the tar that contains each image, shape (rows,)."""
     offset_bytes: NDArray[np.int64]
+    """Offset of each image in its tar, shape (rows,)."""
     size_bytes: NDArray[np.int64]
+    """Size of each image, shape (rows,)."""
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         for tar, of_tar in groupby(rows, key=lambda row: int(self.tar[row])):
@@ -62,16 +64,19 @@ def webdataset(
     image_keys: Sequence[str] = ("jpg", "jpeg", "png", "webp", "img"),
     label_key: str = "cls",
 ) -> WebDatasetSource:
-    """A source from local WebDataset tars, in the order of the tars and of the samples in them.
+    """Return a source of the samples of local WebDataset tars, in the order of the tars and of the samples in them.
 
     Args:
-        tars: one or several of: a tar, a folder of them, a pattern ('train-{000000..000146}.tar', 'train-*.tar').
-        classes: class names; without them the numbers 0 to the largest label as text.
-        image_keys: endings of the images, without the dot; of several in one sample the first here is taken.
-        label_key: ending of the member that holds the class number as text. Where a sample has none, "label" in its
-            .json member counts.
+        tars: one or several places: a tar, a folder of tars, or a pattern ('train-{000000..000146}.tar',
+            'train-*.tar').
+        classes: class names. None gives the numbers from 0 to the largest label as names.
+        image_keys: endings of image members, without the dot. If a sample has several of them, the first one in this
+            list is used.
+        label_key: ending of the member that contains the class number as text. A sample without this member needs a
+            .json member with the class number under "label".
     Raises:
-        DataError: no tars; a tar is compressed, cut short, or has a key twice; a sample has no image or no label.
+        DataError: no tar is found; a tar is compressed, incomplete, or has a key twice; or a sample has no image or no
+            label.
     """
     given = [tars] if isinstance(tars, str | os.PathLike) else list(tars)
     paths = [path for each in given for path in _expand(os.path.expanduser(os.fspath(each)))]
@@ -103,7 +108,7 @@ def webdataset(
 
 
 def _expand(pattern: str) -> list[str]:
-    """Absolute paths of the tars that the pattern means."""
+    """Return the absolute paths of the tars at one place."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(f"{pattern}: tars are read from local disk only. Copy them, then give the local path.")
     pattern = os.path.abspath(pattern)
@@ -111,6 +116,7 @@ def _expand(pattern: str) -> list[str]:
         return sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
     if os.path.exists(pattern):
         return [pattern]
+    # Braces are expanded as a shell does: the pieces are text, first number, last number, text, and so on.
     pieces = BRACES.split(pattern)
     choices = [_numbers(first, last) for first, last in zip(pieces[1::3], pieces[2::3], strict=True)]
     paths: list[str] = []
@@ -122,14 +128,14 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _numbers(first: str, last: str) -> list[str]:
-    """As a shell does: zeros are filled in if either end has a leading one."""
+    """Return the numbers from `first` to `last` as a shell does: padded with zeros if one of them starts with zero."""
     padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
     width = max(len(first), len(last)) if padded else 0
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
 
 
 def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator[tuple[str, int, int, int]]:
-    """Key, offset and size of the image in bytes, and label, of each sample of one tar."""
+    """Yield key, image offset in bytes, image size in bytes, and label of each sample of one tar."""
     key = "(none yet)"
     try:
         with open(path, "rb") as file:
@@ -149,7 +155,7 @@ def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator
                     if ending in members:
                         raise DataError(f"{path}: sample '{key}' has '.{ending}' twice. Write the tar anew.")
                     members[ending] = member
-                # tarfile takes any damaged header but the first for the end.
+                # tarfile treats a damaged header as the end of the tar, unless it is the first header.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark")
@@ -162,7 +168,7 @@ def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator
 
 
 def _is_note(name: str) -> bool:
-    """Whether the webdataset library would pass over this member as a note on the tar."""
+    """Return whether a member describes the tar itself. The webdataset library skips these members."""
     return "/" not in name and name.startswith("__") and name.endswith("__")
 
 
@@ -174,6 +180,11 @@ def _sample(
     image_keys: tuple[str, ...],
     label_key: str,
 ) -> tuple[str, int, int, int]:
+    """Return key, image offset in bytes, image size in bytes, and label of one sample.
+
+    Raises:
+        DataError: the sample has no image or no label.
+    """
     image = next((members[ending] for ending in image_keys if ending in members), None)
     if image is None or not image.size:
         raise DataError(

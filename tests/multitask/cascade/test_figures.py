@@ -19,7 +19,7 @@ from multitask.report.plots import DARK, LIGHT
 from multitask.report.report import write_report
 from tests.conftest import MakeData, png
 from tests.multitask.cascade.pools import costs_of_pool, make_predictions
-from tests.multitask.test_report import make_results
+from tests.multitask.report.test_report import make_results
 
 
 @pytest.fixture(scope="module")

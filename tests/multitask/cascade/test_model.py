@@ -25,7 +25,7 @@ from multitask.cascade import (
     save_package,
 )
 from multitask.cascade.greedy import MIN_GAP
-from multitask.cascade.model import _pixels
+from multitask.cascade.model import pixels
 from multitask.cascade.rules import features
 from patches import PatchedModel
 from tests.patches.helpers import randomised, small_backbone
@@ -66,13 +66,13 @@ def models(images: list[Tensor], views: dict[str, View]) -> dict[str, PatchedMod
     backbone.network.train()
     with torch.no_grad():  # statistics of these images: else every image looks the same to it
         for _ in range(10):
-            backbone.network(_pixels(images, views["r16"], torch.device("cpu")))
+            backbone.network(pixels(images, views["r16"], torch.device("cpu")))
     backbone.network.eval()
     found = {}
     for number, (name, view) in enumerate(views.items()):
         method = "scale_bias+last_layer" if name.startswith("r") else "last_layer"
         found[name] = patches.attach(backbone, method, 5, seed=number)
-        learn(found[name], _pixels(images, view, torch.device("cpu")), reverse=name == "other16")
+        learn(found[name], pixels(images, view, torch.device("cpu")), reverse=name == "other16")
     return found
 
 
@@ -94,7 +94,7 @@ def predictions(images: list[Tensor], models: dict[str, PatchedModel], views: di
     """Logits as evaluation computes them; labels that the smaller models know where they are sure."""
     with torch.no_grad():
         logits = {
-            name: model(_pixels(images, views[name], torch.device("cpu"))).numpy() for name, model in models.items()
+            name: model(pixels(images, views[name], torch.device("cpu"))).numpy() for name, model in models.items()
         }
     labels = logits["r16"].argmax(axis=1)
     for name in ("r12", "r8"):
@@ -165,9 +165,9 @@ def test_only_undecided_images_go_on_and_shared_steps_run_once(
 
     model = CascadeModel(cascade, models, views)
     stem, heads = [], {}
-    model._trunk.network.get_submodule("features.0").register_forward_pre_hook(lambda _, x: stem.append(len(x[0])))
+    model.trunk.network.get_submodule("features.0").register_forward_pre_hook(lambda _, x: stem.append(len(x[0])))
     for name in ("last16", "other16"):
-        head = model._models[name].network.get_submodule("classifier.1")
+        head = model.models[name].network.get_submodule("classifier.1")
         head.register_forward_pre_hook(lambda _, x, name=name: heads.update({name: len(x[0])}))
     answers = model(images)
 

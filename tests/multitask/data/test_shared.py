@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multitask.data import ImageTable, open_table, write_table
-from multitask.data.batches import Drawn, TrainStream
 from multitask.data.shared import SharedStream
+from multitask.data.stream import Drawn, TrainStream
 from tests.multitask.data.tables import png
 
 SIZES = {"a": 8, "b": 12, "c": 8, "d": 20}

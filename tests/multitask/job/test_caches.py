@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multitask.data import batches as batches_module
-from multitask.data import write_table
+from multitask.data import ImageTable, write_table
 from multitask.data.loading import ImageLoader
 from multitask.job import caches
 from multitask.job.job import Job
@@ -65,7 +64,7 @@ def run(job: Job) -> Work:
         return first(self, x, start, stop)
 
     def counted_load(self: ImageLoader, rows: Any, resolutions: Any) -> Any:
-        counts["decoded"] += len(rows) if "/train" in self._table.uri else 0
+        counts["decoded"] += len(rows) if "/train" in self.table.uri else 0
         return load(self, rows, resolutions)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +228,7 @@ def test_a_stored_epoch_reads_nothing_of_the_table(make_spec: MakeSpec, tmp_path
     run(Job(spec))
     job = Job(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module._Windows, "_fetch", lambda *_: pytest.fail("a row group was fetched"))
+        patch.setattr(ImageTable, "read_group", lambda *_: pytest.fail("a row group was fetched"))
         batch = next(job.make_batches("pets/0"))
 
     assert batch.pixels is None
