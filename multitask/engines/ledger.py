@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from multitask.engines.loss import Actor, LastAnswer, begun
+from multitask.engines.loss import Actor, LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
@@ -120,7 +120,7 @@ class LedgerActor:
 
     @property
     def _server(self) -> ParameterServer:
-        return begun(self._held)
+        return require_begun(self._held)
 
     def _restart(self) -> None:
         self._restored = job = self._job.restored(self._store.latest())
@@ -139,7 +139,7 @@ class LedgerActor:
 
     async def begin_group(self) -> int:
         """A new group of ranks starts, at the latest checkpoint; returns its number."""
-        begun(self._held)
+        require_begun(self._held)
         self._notify()
         self._restart()
         return self._group
