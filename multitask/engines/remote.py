@@ -18,7 +18,10 @@ RETRY_S = 0.2
 
 
 class RemoteServer:
-    """The server as a worker in another process sees it; it goes on when the server's process is started again."""
+    """The server as a worker in another process sees it (`multitask.worker.Server`).
+
+    It goes on when the server's process is lost and started again.
+    """
 
     def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
         self._server, self._shards = server, shards

@@ -85,7 +85,10 @@ class ServedWorker:
     # Calls between the phases.
 
     def answer_requests(self) -> None:
-        """Answer snapshot requests after the last step, while other workers still train."""
+        """Answer snapshot requests after the last step, while other workers still train.
+
+        `multitask.engines.interface` describes the way of a snapshot.
+        """
         self.worker.answer_requests(self._server)
 
     def run_phases(self, phases: Sequence[str]) -> Any:

@@ -33,8 +33,8 @@ GROWING = {"pets": {"workers": 2, "min_workers": 1}}
 class FakeServer:
     """A server for the driver, whose answers a test sets."""
 
-    def __init__(self, job: Job) -> None:
-        self.progress = job.progress
+    def __init__(self, job: Job, outcome: Outcome) -> None:
+        self.progress, self.outcome = job.progress, outcome
         self.pausing = False
         self.records: list[Any] = []
         self.restored: Callable[[], bool] = lambda: False
@@ -58,11 +58,9 @@ class FakeServer:
     def note_loss(self, what: str, _: str) -> None:
         self.outcome.note_loss(what)
 
-    outcome: Outcome
-
 
 class FakeCrew:
-    """A crew whose workers are all in one process, with calls that are answered unless they have to wait."""
+    """A crew whose calls are answered at once, except those that `waits` holds back."""
 
     recovery = Recovery.REPLACE
     shards = ()
@@ -71,18 +69,25 @@ class FakeCrew:
         self.job, self.store = job, store_of(job)
         self.server: Any = None
         self.shares_process = True
+        """Whether all workers are in one process, or each in a process of its own."""
         self.sent: list[tuple[str, str]] = []
         self.lost: dict[tuple[str, str], Exception] = {}
         """Call -> the error that it meets once."""
         self.waits: Callable[[tuple[str, str]], bool] = lambda _: False
         self.replaced: list[str] = []
         self.killed: list[str] = []
-        monkeypatch.setattr(served.ray, "wait", lambda calls, **_: ([c for c in calls if not self.waits(c)], []))
+        self.looks = 0
+        monkeypatch.setattr(served.ray, "wait", self.wait)
         monkeypatch.setattr(served.ray, "get", self.get)
 
     def call(self, name: str, method: str, *_: object) -> tuple[str, str]:
         self.sent.append((name, method))
         return name, method
+
+    def wait(self, calls: list[tuple[str, str]], **_: object) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        self.looks += 1
+        assert self.looks < 100, f"the run waits for {calls} for ever"
+        return [call for call in calls if not self.waits(call)], []
 
     def get(self, call: tuple[str, str]) -> None:
         if call in self.lost:
@@ -109,8 +114,8 @@ class Session:
     """A run with a fake server and a fake crew."""
 
     def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.crew, self.server, self.outcome = FakeCrew(job, monkeypatch), FakeServer(job), Outcome()
-        self.server.outcome = self.outcome
+        self.outcome = Outcome()
+        self.crew, self.server = FakeCrew(job, monkeypatch), FakeServer(job, self.outcome)
         driver = Driver(lambda *_: None, self.crew.store)
         self.run = served.ServedRun(self.crew, self.server, driver, self.outcome)  # type: ignore[arg-type]
 
