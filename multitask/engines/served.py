@@ -6,7 +6,7 @@ Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`b
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -187,7 +187,7 @@ class ServedRun:
         moved: list[str] = []
         for call in done:
             name = self._calls.pop(call)
-            if name in moved:  # its process was the one of another worker whose loss was seen before
+            if name in moved:  # it shared the process of another worker, which is replaced already
                 continue
             try:
                 results[name] = ray.get(call)
@@ -212,9 +212,8 @@ class ServedRun:
         self._log_nodes(nodes)
         return list(nodes)
 
-    def _run_again(self, moved: Iterable[str], phases: Sequence[str]) -> None:
+    def _run_again(self, moved: Collection[str], phases: Sequence[str]) -> None:
         """Let workers that are in another process now run all phases up to the present one there."""
-        moved = list(moved)
         self._calls = {call: name for call, name in self._calls.items() if name not in moved}
         for name in moved:
             self._call(name, "run_phases", phases)
