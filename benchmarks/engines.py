@@ -180,7 +180,7 @@ class TimedWorker(WorkerActor):
     def prepare(self, decoder: Any = None) -> None:
         super().prepare(decoder)
         self._clock = BlockedTime(self._server)
-        self._loop: Iterator[None] = train_steps(self._worker, self._clock, self._job.spec.steps, self._in_flight)
+        self._loop: Iterator[None] = train_steps(self.worker, self._clock, self._job.spec.steps, self._in_flight)
 
     def run(self, steps: int) -> list[Mark]:
         return run_steps(self._loop, self._clock, steps)

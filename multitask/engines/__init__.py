@@ -1,4 +1,4 @@
-"""Engines: how the gradients of all workers meet. One function each, with the same arguments and result."""
+"""Engines: how the gradients of all workers meet. Each engine is a function, with the same arguments and result."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
 """Engine `allreduce`: a worker group of Ray Train whose workers sum their gradients among themselves.
 
-Gradients meet as under `sync`, in one weighted mean per round; what differs is the way they take. Each worker is one
-rank, holds the values of all groups that its task uses and applies every update itself; `multitask.engines.ranks` has
-what runs inside the ranks.
+Gradients meet as under `sync`, in one weighted mean per round, but no process collects them. Each worker is one rank.
+It holds the values of all groups that its task uses, and applies every update itself. `multitask.engines.ranks` has the
+code that runs inside the ranks.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import importlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,22 @@ from multitask.cluster.arithmetic import Demand
 from multitask.cluster.memory import FOR_ALL_THREADS
 from multitask.cluster.places import check_places, cluster_nodes, demands
 from multitask.cluster.session import ray_session
-from multitask.engines.interface import Driver, Outcome, take
+from multitask.engines.caller import POLL_S, PatientCaller
+from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
+from multitask.engines.interface import WHOLE_RUN, Driver, Outcome, take
 from multitask.engines.ledger import WAIT, GroupStatus, LedgerActor
-from multitask.engines.loss import LOST, Actor, NotBegunError
+from multitask.engines.loss import LOST, Actor, NotBegunError, start_timeout
 from multitask.engines.ranks import train_rank
-from multitask.engines.served import ALL, POLL_S, RESTARTS_WITHOUT_A_STEP, not_started
 from multitask.errors import TrainingError, failure
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
 
 HEALTH_CHECK_S = 0.5
-"""Between two looks of Train at its workers: so long a loss goes unnoticed."""
+"""Seconds between two looks of Train at its workers, and so the time that a loss may go unnoticed."""
 TRAIN_START_S = 60.0
-"""How long Train's own processes and the ranks may take to start, beside the wait for places."""
+"""Seconds that Train's own processes and the ranks may take to start, in addition to the wait for places."""
 END_S = 60.0
-"""How long Train may take to start a group before its end, and to end."""
+"""Seconds that the end of a run waits for Train to finish starting a group, and again for Train to end."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 def run(job: Job, driver: Driver) -> Outcome:
     """Train in a worker group of Ray Train, on the Ray that this process is connected to or on one started here.
 
-    When a rank is lost, Train starts the group again, and all ranks and the ledger go back to the last checkpoint.
+    When a rank is lost, Train starts the group again, and all ranks and the ledger go back to the latest checkpoint.
 
     Raises:
         PlacementError: the cluster has no room for all workers.
@@ -53,8 +54,8 @@ def run(job: Job, driver: Driver) -> Outcome:
     outcome = Outcome()
     with ray_session():
         check_places(job.spec)
-        with rank_group(job, driver.store) as crew:
-            AllreduceRun(job, driver, outcome, crew).run()
+        with rank_group(job, driver.store) as ranks:
+            AllreduceRun(job, driver, outcome, ranks).run()
     return outcome
 
 
@@ -63,7 +64,7 @@ class StartError(RuntimeError):
 
 
 class RankGroup:
-    """The ledger, and Train's work as something to wait for."""
+    """The processes of a run: the ledger, and Ray Train with the ranks."""
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
         self._job, self._store = job, store
@@ -71,30 +72,32 @@ class RankGroup:
         self.start()
 
     def begin(self) -> "ray.ObjectRef[None]":
-        """Tell the ledger what to work on."""
+        """Hand the ledger the job, which it takes at the latest checkpoint."""
         begun: ray.ObjectRef[None] = self.ledger.begin.remote(self._job, self._store)
         return begun
 
     def start(self) -> None:
+        """Let Train start a group of ranks; `fit` is the call of Train, which lasts until the ranks have ended."""
         resources = self._job.spec.resources
-        demand = next(iter(demands(self._job.spec, cluster_nodes()).values()))  # the spec sees to it that all are alike
+        demand = next(iter(demands(self._job.spec, cluster_nodes()).values()))  # the spec allows no differences
         strategy = "SPREAD" if resources.placement == "spread" else "PACK"
         folder = self._job.spec.run_directory.resolve() / "train"
         variables = {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
-            # Ranks read data where the spec says, which may be relative to the folder that the run began in.
+            # The spec may name data relative to the folder that the run was started in, so ranks stay there.
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
-            # Train runs a rank in a thread.
+            # Train runs each rank in a thread of its process, not in the main thread.
             **FOR_ALL_THREADS,
         }
         task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
         self.fit = task.remote(self.ledger, len(self._job.workers), demand, strategy, folder)
 
     def end(self) -> None:
-        # Train hears a cancel as a Ctrl-C, on which alone it gives back its places on the cluster; while it starts a
-        # group it hears nothing, and would leave the group's places behind. A cancel that went on to Train's own calls
-        # would look to it like a lost rank.
+        """End all processes and give their places back."""
+        # A cancel reaches Train as a Ctrl-C, and only then does Train give back its places on the cluster. While Train
+        # starts a group it ignores a cancel, and would leave the group's places behind. The cancel is not recursive,
+        # because Train would take a cancel of its own calls for a lost rank.
         deadline = time.monotonic() + END_S
         while self._is_starting() and not self._has_ended() and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -117,30 +120,32 @@ class RankGroup:
 
 @contextlib.contextmanager
 def rank_group(job: Job, store: CheckpointStore) -> Iterator[RankGroup]:
-    """The processes of a run, ended with the block."""
-    crew = RankGroup(job, store)
+    """Start the processes of a run, and end them with the block."""
+    ranks = RankGroup(job, store)
     try:
-        yield crew
+        yield ranks
     finally:
-        crew.end()
+        ranks.end()
 
 
 def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path) -> None:
-    """Let Ray Train run groups of ranks, one after the other as ranks are lost, until one comes to its end.
+    """Let Ray Train run a group of ranks, and another one whenever a rank is lost, until a group has ended its work.
 
     Args:
-        demand: what each of them asks of the cluster.
-        strategy: of their placement group.
-        folder: for files of Train's own.
+        workers: number of ranks.
+        demand: resources and labels that each rank asks of the cluster.
+        strategy: strategy of the ranks' placement group.
+        folder: folder for Train's own files.
     Raises:
-        StartError: they found no places in time, or were lost while they started.
+        StartError: the ranks found no places in time, or were lost while they started.
     """
-    # Here, because it takes a second and no other engine needs it; Any, because its types are those of its version 1.
+    # Train is imported here, because the import takes a second and no other engine needs it. It is typed as Any,
+    # because Train's type annotations describe its version 1.
     train: Any = importlib.import_module("ray.train")
     train_torch: Any = importlib.import_module("ray.train.torch")
 
     class Losses(train.UserCallback):
-        """Tells the ledger when Train has noticed that a rank is gone."""
+        """Tells the ledger when Train has noticed that a rank is lost."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
             texts = [f"rank {rank}: {str(error).splitlines()[0]}" for rank, error in worker_exceptions.items()]
@@ -164,7 +169,7 @@ def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path
         run_config=train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            # For ever: who is lost without a step made in between, the driver counts.
+            # Train restarts without a limit; the driver counts the losses without a step made in between.
             failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=0),
             callbacks=[Losses()],
             logging_config=train.LoggingConfig(log_level="ERROR"),
@@ -177,117 +182,117 @@ def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path
 
 
 class AllreduceRun:
-    """The driver's side, from the start of Train's group to its end."""
+    """Watches the ranks from the start of Train's first group to the end of the run."""
 
-    def __init__(self, job: Job, driver: Driver, outcome: Outcome, crew: RankGroup) -> None:
-        self._job, self._driver, self._outcome, self._crew = job, driver, outcome, crew
+    def __init__(self, job: Job, driver: Driver, outcome: Outcome, ranks: RankGroup) -> None:
+        self._job, self._driver, self._outcome, self._ranks = job, driver, outcome, ranks
+        self._timeout_s = job.spec.resources.start_timeout_s
+        self._caller = PatientCaller("The ledger of the run", self._hand_out_job, self._on_lost_ledger, self._timeout_s)
+        self._reports = itertools.count(1)
         self._pausing = False
-        self._numbers = itertools.count(1)
-        """Of reports."""
-        self._losses = 0
-        self._made_steps = False
-        self._late = list(job.workers)
-        """Ranks that are missing."""
-        self._late_since: float | None = time.monotonic()
+        """Whether the ledger was told to let all ranks stop."""
+        self._losses = LossCounter()
+        self._records = 0
+        """Number of step records that the driver was told."""
+        self._missing = MissingRanks(tuple(job.workers), time.monotonic())
 
     def run(self) -> None:
+        """Watch the ranks until all of them have done their work."""
         while True:
-            done, _ = ray.wait([self._crew.fit], timeout=POLL_S)
-            report = self._poll()
+            done, _ = ray.wait([self._ranks.fit], timeout=POLL_S)
+            report = self._poll()  # asked for after Train has ended, if it has
             if done and self._has_ended(report):
                 break
         _, _, progress = report.news
-        self._outcome.paused = min(worker.step for worker in progress.workers.values()) < self._job.spec.steps
+        self._outcome.paused = is_paused((worker.step for worker in progress.workers.values()), self._job.spec.steps)
 
     def _has_ended(self, report: GroupStatus) -> bool:
-        """False where Train was lost, and with it the ranks, or the ledger after them: then all start again.
+        """Return whether the run has ended, when Train has; if it has not, all ranks start again.
 
         Args:
-            report: one that was asked for after Train had ended.
+            report: a report that was asked for after Train had ended.
+        Raises:
+            TrainingError: Train failed, or the ranks found no places in time.
         """
-        try:
-            ray.get(self._crew.fit)
-        except (StartError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
-            if isinstance(error, StartError) and self._late_s() > self._job.spec.resources.start_timeout_s:
-                raise not_started(self._job, self._late) from None
-            lost = f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0]
-        except RayTaskError as error:
-            raise TrainingError(f"Ray Train gave up: {error}") from None
-        else:
-            if report.ended:
+        result, error = self._train_result()
+        missing_s = self._missing.seconds(time.monotonic())
+        match after_train(result, all_reported=report.ended, missing_s=missing_s, start_timeout_s=self._timeout_s):
+            case AfterTrain.END:
                 return True
-            lost = "the ledger, when all ranks had ended"
-        # `_poll` hears of it from the ledger, as of lost ranks.
-        self._call("lose", lost)
-        self._crew.start()
+            case AfterTrain.NO_PLACES:
+                raise start_timeout(self._job, self._missing.names)
+            case AfterTrain.FAIL:
+                raise TrainingError(f"Ray Train gave up: {error}")
+        lost = f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0]
+        # The next report has this loss, as it has the losses of ranks.
+        self._call("lose", "the ledger, when all ranks had ended" if error is None else lost)
+        self._ranks.start()
         return False
 
+    def _train_result(self) -> tuple[TrainResult, Exception | None]:
+        try:
+            ray.get(self._ranks.fit)
+        except StartError as error:
+            return TrainResult.NOT_STARTED, error
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+            return TrainResult.LOST, error
+        except RayTaskError as error:
+            return TrainResult.RAISED, error
+        return TrainResult.RETURNED, None
+
     def _poll(self) -> GroupStatus:
-        """Tell the driver what happened; count what was lost."""
-        report: GroupStatus = self._call("report", self._job.spec.resources.step_timeout_s, next(self._numbers))
+        """Tell the driver what happened, and count the losses."""
+        report: GroupStatus = self._call("report", self._job.spec.resources.step_timeout_s, next(self._reports))
         records, completed, progress = report.news
-        # The ranks hand in all values, so the ledger keeps none.
+        # The ranks report all values of a snapshot, so there are none to fetch from the ledger.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})
-        if records:  # before anything that may meet the next loss
-            self._outcome.back(ALL)
+        if records:  # noted before a call that may meet the next loss
+            self._outcome.note_recovery(WHOLE_RUN)
         if completed:
             self._call("drop_snapshot", list(completed))
         if report.failure is not None:
             name, why = report.failure
             raise failure(name, self._job.workers[name], progress.workers[name].step, why)
-        self._made_steps = self._made_steps or bool(records)
+        self._records += len(records)
         for name in report.silent:
             about = {"task": self._job.workers[name], "worker": name, "step": progress.workers[name].step}
             log.warning("Worker '%s' made no step for too long; its process is ended.", name, extra=about)
         for message in report.lost:
-            self._lose(message)
-        self._await_start(report)
+            self._note_loss(message)
+        self._check_start(report.processes)
         if self._driver.wants_pause() and not self._pausing:
             self._pausing = True
             self._call("pause")
         return report
 
-    def _lose(self, message: str) -> None:
-        self._outcome.lose(ALL)
-        self._losses = 1 if self._made_steps else self._losses + 1
-        self._made_steps = False
-        if self._losses > RESTARTS_WITHOUT_A_STEP:
-            raise TrainingError(f"The worker group was lost {self._losses} times without a step made: {message}")
+    def _note_loss(self, message: str) -> None:
+        self._outcome.note_loss(WHOLE_RUN)
+        loss = self._losses.add(WHOLE_RUN, self._records)
+        if loss.too_often:
+            raise TrainingError(f"The worker group was lost {loss.count} times without a step made: {message}")
         where = self._driver.store.where() or "the start"
         log.warning("The worker group was lost (%s). All workers go back to %s.", message, where)
 
-    def _await_start(self, report: GroupStatus) -> None:
-        self._late = [name for name in self._job.workers if name not in report.processes]
-        if not self._late:
-            self._late_since = None
-            return
-        self._late_since = self._late_since or time.monotonic()
-        # Train waits as long for their places, and ends in good order when there are none.
-        if self._late_s() > self._job.spec.resources.start_timeout_s + TRAIN_START_S:
-            raise not_started(self._job, self._late)
+    def _check_start(self, joined: Collection[str]) -> None:
+        """Fail when ranks have been missing for too long.
 
-    def _late_s(self) -> float:
-        """How long ranks have been missing."""
-        return 0.0 if self._late_since is None else time.monotonic() - self._late_since
+        Train waits for places for `start_timeout_s`, and ends in good order when it finds none. So this check gives
+        Train more time, and finds the groups that hang for another reason.
+        """
+        now = time.monotonic()
+        self._missing = self._missing.updated(self._job.workers, joined, now)
+        if self._missing.seconds(now) > self._timeout_s + TRAIN_START_S:
+            raise start_timeout(self._job, self._missing.names)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Ask the ledger, from its beginning on, until it is back where it was lost."""
-        timeout_s = self._job.spec.resources.start_timeout_s
-        deadline = time.monotonic() + timeout_s
-        begin = False
-        while True:
-            try:
-                if begin:
-                    ray.get(self._crew.begin(), timeout=timeout_s)
-                if begin and self._pausing:
-                    ray.get(self._crew.ledger.pause.remote(), timeout=timeout_s)
-                return ray.get(getattr(self._crew.ledger, method).remote(*arguments), timeout=timeout_s)
-            except LOST as error:
-                begin = isinstance(error, NotBegunError)
-                if not begin:
-                    self._outcome.lose(ALL)
-                if time.monotonic() > deadline:
-                    raise TrainingError(f"The ledger of the run did not come back within {timeout_s:g} s.") from error
-                time.sleep(POLL_S)
-            except GetTimeoutError:
-                raise TrainingError(f"The ledger of the run did not answer within {timeout_s:g} s.") from None
+        """Call a method of the ledger."""
+        return self._caller.ask(lambda: getattr(self._ranks.ledger, method).remote(*arguments))
+
+    def _hand_out_job(self) -> None:
+        ray.get(self._ranks.begin(), timeout=self._timeout_s)
+        if self._pausing:
+            ray.get(self._ranks.ledger.pause.remote(), timeout=self._timeout_s)
+
+    def _on_lost_ledger(self, error: Exception) -> None:
+        if not isinstance(error, NotBegunError):  # a ledger that has just been started for the first time is not lost
+            self._outcome.note_loss(WHOLE_RUN)

@@ -1,99 +1,113 @@
 """The actors of a run under the engines `async`, `bounded` and `sync`: the server, its shards and the workers."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from multitask.cluster.places import chooses_places, cluster_nodes, demands, reserve
+from multitask.engines.decisions import Recovery, assign_hosts, recovery, worker_to_make_room
 from multitask.engines.loss import ENDED, Actor
 from multitask.engines.server_actors import ServerActor, ShardActor
-from multitask.engines.workers import DecodeActor, WorkerActor
-from multitask.job.assignment import rank_of
+from multitask.engines.workers import WorkerActor
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
 from multitask.job.rules import make_rules
 
 
+@dataclass(frozen=True)
+class StartingProcess:
+    """A process that is to take over a guest, and waits for room on the cluster or is starting."""
+
+    actor: Actor
+    node: "ray.ObjectRef[str]"
+    """Ray's name of the process's node; it arrives when the process runs."""
+
+
 class Crew:
-    """The actors of a run."""
+    """The actors of a run.
+
+    Each worker is in a process of its own, or is a guest in the process of its host, another worker of its task.
+    """
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
         self.job, self.store = job, store
-        # Under `sync` a lost server takes everything back to the checkpoint, so there it is not started again alone.
-        self.heals = not make_rules(job.spec).together
-        restarts = {"num_cpus": 0, "max_restarts": -1 if self.heals else 0}
+        self.recovery = recovery(make_rules(job.spec).together)
+        # Ray starts no single process again where all of them start again together.
+        self._restarts = {"num_cpus": 0, "max_restarts": -1 if self.recovery is Recovery.REPLACE else 0}
         self._demands = demands(job.spec, cluster_nodes())
         self._group = reserve(job.spec, self._demands)
-        shard_class, server_class = ray.remote(ShardActor), ray.remote(ServerActor)
-        self.shards: list[Actor] = [
-            shard_class.options(**restarts, scheduling_strategy=self._place(number)).remote()
-            for number in range(1, job.shards)
-        ]
-        self.server: Actor = server_class.options(**restarts, scheduling_strategy=self._place(0)).remote()
+        self.shards: list[Actor] = [self._start_server_process(ShardActor, number) for number in range(1, job.shards)]
+        self.server: Actor = self._start_server_process(ServerActor, 0)
         self._worker_class: Any = ray.remote(WorkerActor)
-        self.hosts = {
-            name: f"{task}/{rank_of(name) % job.task(task).needed_workers}"
-            for name, task in job.workers.items()
-            if rank_of(name) >= job.task(task).needed_workers
-        }
-        """Worker that has no place from the start -> in whose process it is a guest until it has one."""
-        self._placed = [name for name in job.workers if name not in self.hosts]
+        self.hosts = assign_hosts(job.workers, {task.name: task.needed_workers for task in job.spec.tasks})
+        """Worker that starts as a guest -> its host."""
+        self._needed = [name for name in job.workers if name not in self.hosts]
+        """Workers that need a process of their own from the start."""
         self.incarnations = dict.fromkeys(job.workers, 0)
         self._shared_job = ray.put(job)
-        self.workers = {name: self._start(self._shared_job, name, 0) for name in self._placed}
-        """Worker -> its own process, for those that have one."""
-        self._coming: dict[str, tuple[Actor, ray.ObjectRef[str]]] = {}
-        """Guest -> the process that it is to have, and the node of that once it runs."""
+        self.workers = {name: self._start_worker(self._shared_job, name, 0) for name in self._needed}
+        """Worker with a process of its own -> this process."""
+        self._starting: dict[str, StartingProcess] = {}
+        """Guest -> the process that is to take it over."""
         self._grown: dict[str, str] = {}
-        """Worker that was a guest -> the node of its own process."""
+        """Worker that was a guest and has a process of its own now -> Ray's name of the process's node."""
 
-    def _start(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
-        """A worker's process; another one that takes its place asks for the same."""
+    def _start_server_process(self, kind: type, number: int) -> Actor:
+        actor: Any = ray.remote(kind)
+        return actor.options(**self._restarts, scheduling_strategy=self._place(number)).remote()
+
+    def _start_worker(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
+        """Start a process for a worker; every incarnation asks the cluster for the same resources."""
         task = self.job.task(self.job.workers[name])
-        asked = self._demands[task.name].resources
-        if name in self.hosts:  # its place is not one of those that were given out at the start
+        resources = self._demands[task.name].resources
+        if name in self.hosts:  # no place was reserved for this worker
             spread = "DEFAULT" if self.job.spec.resources.placement == "pack" else "SPREAD"
-            place: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "scheduling_strategy": spread if chooses_places(self.job.spec) else None,
                 "label_selector": task.labels or None,
             }
         else:
             guests = sum(host == name for host in self.hosts.values())
-            place = {
-                "scheduling_strategy": self._place(self.job.shards + self._placed.index(name)),
+            options = {
+                "scheduling_strategy": self._place(self.job.shards + self._needed.index(name)),
                 "max_concurrency": 2 + guests if guests else 1,
             }
         starter = self._worker_class.options(
-            num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), resources=task.resources, **place
+            num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), resources=task.resources, **options
         )
         return starter.remote(job, name, incarnation, self.server, self.shards)
 
     def _place(self, number: int) -> Any:
-        """A shard's place in the group, or a worker's, which come after them.
+        """Return the scheduling strategy of a process: its reserved place where there is one.
 
-        Without one Ray looks for any; for the worker of a sweep's trial, which has CPUs, among the trial's own.
+        Without a reserved place Ray looks for any place. In a trial of a sweep Ray looks for a worker's place, which
+        needs CPUs, among the places of the trial.
+
+        Args:
+            number: counts the server's shards, and after them the workers that need a process of their own.
         """
         if self._group is not None and number < self._group.bundle_count:
             return PlacementGroupSchedulingStrategy(self._group, number)
         return "DEFAULT" if number < self.job.shards else None
 
     def begin(self) -> "ray.ObjectRef[None]":
-        """Hand the server and its shards what the latest checkpoint has, or the start."""
+        """Hand the server and its shards the job at the latest checkpoint, or at the start if there is none."""
         job = ray.put(self.job.restored(self.store.latest()))
         incarnations = [shard.begin.remote(job, number) for number, shard in enumerate(self.shards, start=1)]
         begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *incarnations)
         return begun
 
     def process(self, name: str) -> Actor:
-        """Where a worker is."""
+        """Return the process that a worker is in: its own, or its host's."""
         return self.workers[name if name in self.workers else self.hosts[name]]
 
     def call(self, name: str, method: str, *arguments: Any) -> "ray.ObjectRef[Any]":
-        """Call a worker, wherever it is."""
+        """Call a method of a worker, in whichever process it is."""
         call: ray.ObjectRef[Any]
         if name in self.workers:
             call = getattr(self.workers[name], method).remote(*arguments)
@@ -101,21 +115,26 @@ class Crew:
             call = self.process(name).host.remote(name, self.incarnations[name], method, *arguments)
         return call
 
-    def together(self, name: str) -> list[str]:
-        """All workers in the process of one."""
+    def sharing_process(self, name: str) -> list[str]:
+        """Return all workers in the process of a worker, itself included."""
         process = self.process(name)
         return [other for other in self.job.workers if self.process(other) == process]
 
+    def kill_process(self, name: str) -> None:
+        """End the process that a worker is in."""
+        ray.kill(self.process(name))
+
     def replace(self, name: str) -> list[str]:
-        """Where the process of a worker is lost, start another one, from the latest checkpoint, unless its worker can
-        be a guest again.
+        """Start another process, at the latest checkpoint, in place of a worker's lost one.
+
+        A worker that can be a guest gets no new process, and goes on in the process of its host.
 
         Returns:
-            The workers that go on elsewhere: those that were in the lost process, and one that made room for another.
+            The workers that go on in another process: those of the lost process, and one that made room for it.
         """
-        lost = self.together(name)
+        lost = self.sharing_process(name)
         needed = [other for other in lost if other not in self.hosts]
-        moved = lost + (self._dispensable(lost) if needed else [])
+        moved = lost + (self._make_room(lost) if needed else [])
         for process in {self.process(other) for other in moved}:
             ray.kill(process)
         for other in moved:
@@ -124,42 +143,42 @@ class Crew:
             self._grown.pop(other, None)
         for other in needed:
             job = ray.put(self.job.restored(self.store.latest()))
-            self.workers[other] = self._start(job, other, self.incarnations[other])
+            self.workers[other] = self._start_worker(job, other, self.incarnations[other])
         return moved
 
-    def _dispensable(self, lost: Collection[str]) -> list[str]:
-        """Who makes room, one of the same task if possible: nodes may be too few now for it and one that is needed."""
-        tasks = {self.job.workers[name] for name in lost}
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        grown = [name for name, node in self._grown.items() if node in alive and name not in lost]
-        return sorted(grown, key=lambda name: self.job.workers[name] in tasks)[-1:]
+    def _make_room(self, lost: Collection[str]) -> list[str]:
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return worker_to_make_room(lost, self._grown, nodes, self.job.workers)
 
     def grow(self, names: Collection[str]) -> dict[str, str]:
-        """Let Ray look for a place for each guest among these workers, and for no other (an autoscaler acts on it), and
-        give those for which a process runs to it. Their hosts make no more steps of them.
+        """Look for a process for each guest among these workers, and hand over the guests whose process runs.
+
+        Ray looks for room until the next call without the guest, and an autoscaler acts on it. A host makes no more
+        steps for a guest that was handed over.
 
         Returns:
-            Worker that has its own process now -> Ray's name of the node.
+            Worker that was handed over by this call -> Ray's name of the node of its process.
         """
-        for name in self._coming.keys() - set(names):
-            ray.kill(self._coming.pop(name)[0])
-        moved: dict[str, str] = {}
+        for name in self._starting.keys() - set(names):
+            ray.kill(self._starting.pop(name).actor)
+        handed_over: dict[str, str] = {}
         for name in [name for name in self.hosts if name in names and name not in self.workers]:
-            if name not in self._coming:
-                actor = self._start(self._shared_job, name, self.incarnations[name] + 1)
-                self._coming[name] = actor, actor.node.remote()
-            actor, node = self._coming[name]
-            if not ray.wait([node], timeout=0)[0]:
+            if name not in self._starting:
+                actor = self._start_worker(self._shared_job, name, self.incarnations[name] + 1)
+                self._starting[name] = StartingProcess(actor, actor.node.remote())
+            process = self._starting[name]
+            if not ray.wait([process.node], timeout=0)[0]:
                 continue
-            del self._coming[name]
-            with contextlib.suppress(*ENDED):  # lost while it started; another one is asked for the next time
-                moved[name] = self._grown[name] = ray.get(node)
+            del self._starting[name]
+            with contextlib.suppress(*ENDED):  # lost while it started; the next call starts another process
+                handed_over[name] = self._grown[name] = ray.get(process.node)
                 self.process(name).dismiss.remote(name)
-                self.workers[name] = actor
+                self.workers[name] = process.actor
                 self.incarnations[name] += 1
-        return moved
+        return handed_over
 
     def end(self) -> None:
+        """End all processes and give their places back."""
         self.grow(())
         for actor in (*self.workers.values(), self.server, *self.shards):
             ray.kill(actor)
@@ -169,31 +188,9 @@ class Crew:
 
 @contextlib.contextmanager
 def actors(job: Job, store: CheckpointStore) -> Iterator[Crew]:
-    """The server and all workers as actors, ended with the block."""
+    """Start the server and all workers as actors, and end them with the block."""
     crew = Crew(job, store)
     try:
         yield crew
     finally:
         crew.end()
-
-
-@contextlib.contextmanager
-def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
-    """Worker -> the actor that decodes for it, where workers on one node read the same rows; ended with the block.
-
-    Args:
-        nodes: worker -> Ray's name of its node.
-    """
-    shared_job = ray.put(job)
-    decoder_of: dict[str, Actor] = {}
-    for node in set(nodes.values()):
-        for readers in job.sharing(name for name in job.workers if nodes[name] == node):
-            if len(readers) > 1:
-                here = NodeAffinitySchedulingStrategy(node, soft=False)
-                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=here)
-                decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
-    try:
-        yield decoder_of
-    finally:
-        for decoder in set(decoder_of.values()):
-            ray.kill(decoder)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import ray
 
-from multitask.engines.loss import Actor, LastAnswer, begun
+from multitask.engines.loss import Actor, LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.engines.operations import Ledger, Operation
 from multitask.job.checkpoint import CheckpointStore
@@ -133,7 +133,7 @@ class LedgerActor:
         Raises:
             NotBegunError: `begin` was not called.
         """
-        return begun(self._group).server
+        return require_begun(self._group).server
 
     def _restart(self) -> None:
         self._group = GroupState(self._job.restored(self._store.latest()))
@@ -145,9 +145,9 @@ class LedgerActor:
 
     async def begin_group(self) -> int:
         """Start a new group of ranks at the latest checkpoint; return its incarnation."""
-        begun(self._group).notify()
+        require_begun(self._group).notify()
         self._restart()
-        return begun(self._group).incarnation
+        return require_begun(self._group).incarnation
 
     async def job(self, incarnation: int) -> Job:
         """Return the job at the checkpoint that the group starts from: all ranks must start from the same one."""
@@ -246,7 +246,7 @@ class LedgerActor:
         return self._last_status.to(number, lambda: self._status(silent_s))
 
     def _status(self, silent_s: float) -> GroupStatus:
-        group = begun(self._group)
+        group = require_begun(self._group)
         busy = busy_workers(
             starting=self._starting,
             joined=self._actors.keys(),

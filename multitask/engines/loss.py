@@ -1,45 +1,72 @@
-"""How the loss of a process shows itself to those who call it."""
+"""How callers see that a process is lost, and what the driver tells of a loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
+
+from multitask.errors import TrainingError
+from multitask.job.job import Job
 
 
 class NotBegunError(RuntimeError):
-    """This process has just started, perhaps in the place of one that was lost, and has no values yet."""
+    """The called process has just started, perhaps in place of a lost one, and has no values yet."""
+
+
+class RestartAllError(RuntimeError):
+    """A process is lost, and all processes have to start again from the latest checkpoint."""
 
 
 ENDED = (RayActorError, OutOfMemoryError)
-"""What a call of a process meets when that is gone; the second where Ray's memory monitor has ended it."""
+"""Errors of a call whose process is gone; OutOfMemoryError where Ray's memory monitor has ended the process."""
 LOST = (*ENDED, ObjectLostError, NotBegunError)
-"""What a call of the server, or a look at its values, meets when its process or node is gone."""
+"""Errors of a call of the server, or of a read of its values, when its process or node is gone."""
 Actor = Any
-"""A handle; Ray's own types differ between a class and its options."""
+"""A handle of an actor. Ray gives a class and the same class with options different types."""
 Answer = TypeVar("Answer")
 
 
-def begun(what: Answer | None) -> Answer:
-    """What an actor has held since its `begin`."""
-    if what is None:
-        raise NotBegunError("Its values are still to come.")
-    return what
+def require_begun(held: Answer | None) -> Answer:
+    """Return what an actor holds since its `begin`.
+
+    Raises:
+        NotBegunError: `begin` has not been called in this process.
+    """
+    if held is None:
+        raise NotBegunError("This process has not begun: it has no values yet.")
+    return held
 
 
 class LastAnswer:
-    """What was handed out last, for one who asks again because the answer was lost: it may have been made or not."""
+    """Keeps the last answer to a question that may be asked only once.
+
+    The caller numbers its questions. When the connection breaks, the caller cannot know whether its question arrived,
+    so it asks again under the same number and gets the same answer.
+    """
 
     def __init__(self) -> None:
         self._number = 0
         self._answer: Any = None
 
     def to(self, number: int, make: Callable[[], Answer]) -> Answer:
-        """Args:
-        number: of the question, from 1; the same where it is asked again.
-        make: gives out what it gives out once.
+        """Return the answer to a question.
+
+        Args:
+            number: number of the question, from 1; the number of the last question returns its answer again.
+            make: makes the answer to a new question.
         """
         if number != self._number:
             self._answer = make()
             self._number = number
         answer: Answer = self._answer
         return answer
+
+
+def start_timeout(job: Job, missing: Iterable[str]) -> TrainingError:
+    """Return the error of a run whose workers `missing` did not start in time."""
+    return TrainingError(
+        f"Workers {list(missing)} did not start within {job.spec.resources.start_timeout_s:g} s. The cluster has "
+        f"{ray.cluster_resources()}, of which {ray.available_resources()} is free. Stop other jobs, or lower "
+        "resources.cpus_per_worker or resources.gpus_per_worker."
+    )

@@ -1,4 +1,4 @@
-"""What Ray's own metrics show of a parameter server: dashboards and Prometheus read them from the cluster."""
+"""Metrics of a parameter server in Ray's own format, which dashboards and Prometheus read from the cluster."""
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -6,28 +6,29 @@ from multitask.job.job import Job
 from multitask.server.messages import StepRecord
 
 STEP_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+"""Upper bounds of the bins of the histogram of step times."""
 
 
 class ServerMetrics:
-    """Counts what one server process applies; rates (per second) are made of counters where they are shown."""
+    """Counts the pushes of one server process. Dashboards compute rates per second from the counters."""
 
     def __init__(self, job: Job) -> None:
         self._bytes_of = {task.name: job.pushed_bytes(task.name) for task in job.spec.tasks}
-        of_task = {"tag_keys": ("task",)}
-        self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **of_task)
-        self._images = Counter("multitask_images", "Images that applied pushes learned from.", **of_task)
-        self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **of_task)
-        self._rejected = Counter("multitask_refused_pushes", "Pushes rejected.", **of_task)
-        self._staleness = Gauge("multitask_staleness", "Versions by which the latest push was behind.", **of_task)
+        by_task = {"tag_keys": ("task",)}
+        self._pushes = Counter("multitask_pushes", "Pushes applied to shared tensors.", **by_task)
+        self._images = Counter("multitask_images", "Images that applied pushes learned from.", **by_task)
+        self._bytes = Counter("multitask_pushed_bytes", "Bytes of gradients that arrived.", **by_task)
+        self._rejected = Counter("multitask_refused_pushes", "Pushes rejected.", **by_task)
+        self._staleness = Gauge("multitask_staleness", "Versions by which the latest push was behind.", **by_task)
         self._queue = Gauge("multitask_queue", "Workers that wait for others.")
         self._step_s = Histogram(
-            "multitask_step_seconds", "From loading a batch to the end of backward.", STEP_BOUNDARIES_S, **of_task
+            "multitask_step_seconds", "From loading a batch to the end of backward.", STEP_BOUNDARIES_S, **by_task
         )
 
     def note(self, record: StepRecord) -> None:
-        """One push that was dealt with."""
+        """Count a push that was applied, redone or rejected."""
         tags = {"task": record.task}
-        if self._bytes_of[record.task]:  # Ray counts nothing but what is above zero
+        if self._bytes_of[record.task]:  # a Counter of Ray accepts only amounts above zero
             self._bytes.inc(self._bytes_of[record.task], tags)
         self._queue.set(record.queue)
         if record.rejected is not None:

@@ -14,10 +14,14 @@ from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Pu
 from multitask.worker import Values
 
 RETRY_S = 0.2
+"""Seconds between two tries to reach a server that is lost."""
 
 
 class RemoteServer:
-    """The server as a worker in another process sees it; it outlives the server's process."""
+    """The server as a worker in another process sees it (`multitask.worker.Server`).
+
+    It goes on when the server's process is lost and started again.
+    """
 
     def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
         self._server, self._shards = server, shards
@@ -26,33 +30,33 @@ class RemoteServer:
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
         self._timeout_s = job.spec.resources.start_timeout_s
         self._made: tuple[int, int] | None = None
-        """Steps made, those included whose push is not answered yet, and the stream's position after them."""
+        """Steps that this worker has pushed, answered or not, and the stream's position after them."""
         self._connection = 0
-        """Counts the times that the server was lost: what was sent before is lost too."""
+        """Number of times that the server was lost; what was sent before the last time is lost, too."""
         self._joined = 0
-        """The connection that knows this worker."""
+        """Value of `_connection` when this worker last joined: only this connection's server knows the worker."""
 
     def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
-        """Make the worker known, and pull.
+        """Make the worker known to the server, and pull.
 
         Args:
-            made: steps that the private tensors which it holds have learned from, and the position after them; None
-                if it holds none and has just started.
+            made: steps that the worker's private tensors have learned from, and the stream's position after them; None
+                for a worker that has just started and holds no private tensors.
         """
         step, position = made or (None, 0)
         reply, values = self._retry(
-            lambda: _take([self._server.join.remote(self._worker, self._incarnation, step, position)])
+            lambda: fetch_values([self._server.join.remote(self._worker, self._incarnation, step, position)])
         )
         self._made = made or (reply.step, reply.position)
         self._joined = self._connection
         return reply, values
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
-        return self._retry(lambda: _take([self._server.pull.remote(worker)]))
+        return self._retry(lambda: fetch_values([self._server.pull.remote(worker)]))
 
     def push(self, push: Push, gradients: Gradients) -> tuple[int, list["ray.ObjectRef[Any]"]]:
         if self._joined != self._connection:
-            # The values that these gradients were computed on are lost; the server stands at a version before them.
+            # The server went back to a version before the one that these gradients were computed on.
             reply, _ = self.join(self._made)
             push = replace(push, version=min(push.version, reply.version))
         self._made = push.step + 1, push.position
@@ -70,10 +74,10 @@ class RemoteServer:
         connection, answer = handle
         if connection == self._connection:
             try:
-                return _take(answer)
-            except (*LOST, OutOfStepError):  # a restored server may get what was meant for the one before it
+                return fetch_values(answer)
+            except (*LOST, OutOfStepError):  # a push that was sent before the loss may reach the restored server
                 self._connection += 1
-        # The pushes that were on their way may have been applied or not; none is sent again.
+        # Pushes without an answer may have been applied before the loss or not; none of them is sent again.
         return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
 
     def snapshot(self, version: int, worker: str) -> Values | None:
@@ -104,7 +108,7 @@ class RemoteServer:
         return self._retry(lambda: ray.get(self._server.call.remote(method, *arguments)))
 
     def _retry(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask until the server answers: after a loss it takes seconds to come back."""
+        """Ask until the server answers; after a loss it takes the server seconds to come back."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -116,21 +120,23 @@ class RemoteServer:
                 time.sleep(RETRY_S)
 
 
-_TAKING = threading.Lock()
+FETCHING = threading.Lock()
+"""Held while a thread of this process fetches values."""
 
 
-def _take(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
-    """Wait for an answer, and fetch the values that it names.
+def fetch_values(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
+    """Wait for an answer of the server, and fetch the values that it refers to.
 
-    Workers that share a process take theirs one after another. When the last reference of a process to an object goes,
-    Ray (2.60.0) forgets it in two steps; a reference that another thread receives between the two is forgotten with it,
-    and its `get` never ends. So all references, the answer's own too, go before another thread receives any.
+    Workers that share a process fetch their values one after another. When a process gives up its last reference to an
+    object, Ray (2.60.0) forgets the object in two steps. If another thread receives a reference between the two steps,
+    Ray forgets this reference too, and a `get` of it never ends. So this function gives up all its references, the one
+    to the answer included, before another thread may receive any.
 
     Args:
-        answer: the only reference to it; taken out.
+        answer: holds the only reference to the answer, which is taken out.
     """
     ray.wait(answer)
-    with _TAKING:
+    with FETCHING:
         reply, shards = ray.get(answer.pop())
         names = list(shards[0])
         found = iter(ray.get([refs[name] for name in names for refs in shards]))

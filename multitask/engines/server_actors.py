@@ -1,6 +1,7 @@
 """The parameter server and its shards as Ray actors."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -9,77 +10,86 @@ from typing import Any
 import ray
 import torch
 
-from multitask.engines.loss import Actor, LastAnswer, NotBegunError, begun
+from multitask.engines.loss import Actor, LastAnswer, NotBegunError, require_begun
 from multitask.engines.metrics import ServerMetrics
-from multitask.engines.workers import log
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord
 from multitask.server.parameter_server import CompleteSnapshot, ParameterServer
 from multitask.server.progress import Progress
 from multitask.server.shard import Shard, Update
 
+log = logging.getLogger(__name__)
+
 GRACE_S = 1.0
-"""How long published values stay after newer ones have taken their place: Ray was seen to free some that an answer
-carried before its reader had said that it holds them."""
+"""Seconds for which published values are kept after newer ones have replaced them. Ray was seen to free values that an
+answer refers to before the reader of the answer had told Ray that it holds them."""
 Refs = dict[str, "ray.ObjectRef[GroupValues]"]
-"""Group -> one shard's range of its values, in the object store."""
+"""Group -> reference to one shard's range of its values in Ray's object store."""
 
 
-class _Published:
-    """A shard's values in the object store: one copy for all who read them, until they change."""
+class Published:
+    """Keeps one copy of a shard's newest values in Ray's object store, for all workers that read them."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
         self._refs: dict[str, tuple[int, ray.ObjectRef[GroupValues]]] = {}
-        self._earlier: deque[tuple[float, ray.ObjectRef[GroupValues]]] = deque()
+        self._replaced: deque[tuple[float, ray.ObjectRef[GroupValues]]] = deque()
 
     def refs(self, names: Iterable[str]) -> Refs:
+        """Return references to the newest values of groups; groups that have changed are put into the store again."""
         now = time.monotonic()
-        while self._earlier and now - self._earlier[0][0] > GRACE_S:
-            self._earlier.popleft()
+        while self._replaced and now - self._replaced[0][0] > GRACE_S:
+            self._replaced.popleft()
         for name in names:
             group = self._shard.groups[name]
             if self._refs.get(name, (-1, None))[0] != group.updates:
                 if name in self._refs:
-                    self._earlier.append((now, self._refs[name][1]))
+                    self._replaced.append((now, self._refs[name][1]))
                 self._refs[name] = group.updates, ray.put(group.view())
         return {name: self._refs[name][1] for name in names}
 
 
 class ShardActor:
-    """A shard of the server beside the first one; it is empty until `begin`."""
+    """A shard of the server other than the first one, which is in `ServerActor`. It holds no values until `begin`."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self.incarnation = time.time_ns()
-        self._begun: tuple[Shard, _Published] | None = None
+        self._begun: tuple[Shard, Published] | None = None
         self._followed = 0
-        """Changes of the first shard that this one has made too."""
+        """Number of changes of the first shard that this shard has made, too."""
 
     def begin(self, job: Job, number: int) -> int:
-        """Take the values of a job, which may be those of a checkpoint.
+        """Take this shard's values from a job, which may stand at a checkpoint.
 
+        Args:
+            number: number of this shard, from 1.
         Returns:
-            A number that tells this process from those before it.
+            This process's incarnation.
         """
         shard = job.make_shard(number)
-        self._begun, self._followed = (shard, _Published(shard)), 0
+        self._begun, self._followed = (shard, Published(shard)), 0
         return self.incarnation
 
     def ping(self) -> int:
+        """Return this process's incarnation."""
         return self.incarnation
 
     def stash(self, key: Key, gradients: Gradients, names: Sequence[str]) -> str | None:
-        return begun(self._begun)[0].stash(key, gradients, names)
+        """Call `Shard.stash`."""
+        return require_begun(self._begun)[0].stash(key, gradients, names)
 
     def follow(self, number: int, method: str, *arguments: Any) -> None:
-        """Do what the first shard did. If any of it is missed, this shard's values are no longer of the server's
-        version: it lets them go and is as one that was started again, so that all go back together.
+        """Make a change that the first shard has made.
+
+        A shard that misses a change no longer has the values of the server's version. So it drops its values and takes
+        a new incarnation, as if it had been started again; then the server goes back to a checkpoint with all shards.
 
         Args:
-            number: counts from 1.
+            number: number of the change since `begin`, from 1.
+            method: the method of `Shard` that makes the change.
         """
-        shard, _ = begun(self._begun)
+        shard, _ = require_begun(self._begun)
         self._followed += 1
         try:
             if number != self._followed:
@@ -91,40 +101,44 @@ class ShardActor:
             raise
 
     def read(self, names: Sequence[str]) -> Refs:
-        return begun(self._begun)[1].refs(names)
+        """Return references to this shard's newest values of groups."""
+        return require_begun(self._begun)[1].refs(names)
 
     def snapshot(self, version: int) -> dict[str, GroupValues] | None:
-        return begun(self._begun)[0].snapshot(version)
+        """Call `Shard.snapshot`."""
+        return require_begun(self._begun)[0].snapshot(version)
 
 
-class _RemoteShards:
-    """The other shards, told and not waited for: calls from one process arrive in order, and a shard notices one that
-    does not arrive."""
+class RemoteShards:
+    """Sends the changes of the first shard to the other shards, and does not wait for them.
+
+    Calls from one process arrive in order, and the numbers of the changes let a shard notice a call that got lost.
+    """
 
     def __init__(self, shards: Sequence[Actor]) -> None:
         self._shards = shards
-        self._told = 0
+        self._sent = 0
 
     def apply(self, update: Update, done: Iterable[Key]) -> None:
-        self._tell("apply", update, list(done))
+        self._send("apply", update, list(done))
 
     def take_snapshot(self, version: int, slots: bool) -> None:
-        self._tell("take_snapshot", version, slots)
+        self._send("take_snapshot", version, slots)
 
     def drop_snapshot(self, version: int) -> None:
-        self._tell("drop_snapshot", version)
+        self._send("drop_snapshot", version)
 
-    def _tell(self, method: str, *arguments: Any) -> None:
-        self._told += 1
+    def _send(self, method: str, *arguments: Any) -> None:
+        self._sent += 1
         for shard in self._shards:
-            shard.follow.remote(self._told, method, *arguments)
+            shard.follow.remote(self._sent, method, *arguments)
 
 
 class ServerActor:
-    """The parameter server with its first shard; it knows nothing until `begin`.
+    """The parameter server with its first shard. It has no job until `begin`.
 
-    Not in the constructor, whose arguments Ray would keep for when it starts the process again: then there is a newer
-    checkpoint, too.
+    The constructor takes no job, because Ray would keep the constructor's arguments and use them when it starts the
+    process again, when there may be a newer checkpoint.
     """
 
     def __init__(self) -> None:
@@ -135,43 +149,57 @@ class ServerActor:
         self._changed: asyncio.Event | None = None
 
     def begin(self, job: Job, shards: Sequence[Actor] = (), *incarnations: int) -> None:
-        """Take the values and the progress of a job, which may be those of a checkpoint.
+        """Take the values and the progress of a job, which may stand at a checkpoint.
 
         Args:
-            shards: the other ones, which have begun with the same job.
-            incarnations: what their `begin` returned.
+            shards: the other shards, which have begun with the same job.
+            incarnations: the results of their `begin`.
         """
         self._others = list(shards)
         self._incarnations = [time.time_ns(), *incarnations]
-        others = _RemoteShards(shards) if shards else None
+        others = RemoteShards(shards) if shards else None
         self._held = job.make_server(others=others, on_record=ServerMetrics(job).note)
-        self._published = _Published(self._held.shard)
+        self._published = Published(self._held.shard)
 
     @property
     def _server(self) -> ParameterServer:
-        return begun(self._held)
+        return require_begun(self._held)
 
     def ping(self) -> list[int]:
-        """A number for this server and for each other shard as it was when this server began."""
-        return begun(self._incarnations)
+        """Return the incarnations of this server and of each other shard when this server began."""
+        return require_begun(self._incarnations)
 
     async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:
+        """Call `ParameterServer.join`; return the reply and each shard's values."""
         self._server.join(worker, incarnation, step, position)
         return await self._answer(worker)
 
     async def pull(self, worker: str) -> tuple[Reply, list[Refs]]:
+        """Return the reply to a worker, and each shard's values, as soon as the worker may go on."""
         return await self._answer(worker)
 
     async def push(self, push: Push, gradients: Gradients, *problems: str | None) -> tuple[Reply, list[Refs]]:
-        while self._server.is_early(push):  # Ray starts a call when all that it carries is there, whichever came first
-            await self._change()
+        """Call `ParameterServer.push`; return the reply and each shard's values as soon as the worker may go on.
+
+        Args:
+            problems: the answers of the other shards to `stash`.
+        """
+        # Ray starts a call when all its arguments have arrived, so a call may overtake the one that was sent before it.
+        while self._server.is_early(push):
+            await self._wait_for_change()
         self._server.push(push, gradients, problems)
-        # Pushes that have arrived meanwhile come first: the values are then published once for all of them.
+        # Let pushes that have arrived meanwhile be applied first, so that values are published once for all of them.
         await asyncio.sleep(0)
         return await self._answer(push.worker, push.step)
 
     async def snapshot(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:
-        """A version put aside: all groups, or those of a worker's task; None where it is not known (any more)."""
+        """Return a snapshot's groups, each as one range per shard.
+
+        Args:
+            worker: return only the groups that this worker's task uses; None for all groups.
+        Returns:
+            None where the server has no such snapshot, or no longer has it.
+        """
         parts = [self._server.shard.snapshot(version)]
         parts += [await shard.snapshot.remote(version) for shard in self._others]
         if any(part is None for part in parts):
@@ -180,28 +208,29 @@ class ServerActor:
         return {name: [part[name] for part in parts if part is not None] for name in names or ()}
 
     async def drain(self, number: int) -> tuple[list[StepRecord], dict[int, CompleteSnapshot], Progress]:
-        """As `ParameterServer.drain`; under the number of the last call, the same once more."""
+        """Call `ParameterServer.drain`; the number of the last call returns the last answer again."""
         return self._drained.to(number, self._server.drain)
 
     async def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `ParameterServer`."""
         answer = getattr(self._server, method)(*arguments)
-        self._notify()
+        self._notify_change()
         return answer
 
     async def _answer(self, worker: str, step: int | None = None) -> tuple[Reply, list[Refs]]:
-        self._notify()
+        self._notify_change()
         while (reply := self._server.reply(worker, step)) is None:
-            await self._change()
+            await self._wait_for_change()
         names = self._server.groups_of(worker)
         others = [shard.read.remote(names) for shard in self._others]
         return reply, [self._published.refs(names), *[await other for other in others]]
 
-    async def _change(self) -> None:
+    async def _wait_for_change(self) -> None:
         self._changed = self._changed or asyncio.Event()
         await self._changed.wait()
 
-    def _notify(self) -> None:
-        """Let those who wait look again."""
+    def _notify_change(self) -> None:
+        """Wake up all calls that wait for a change."""
         if self._changed is not None:
             self._changed.set()
             self._changed = None

@@ -1,8 +1,7 @@
-"""The processes of task workers as Ray actors."""
+"""The processes of workers as Ray actors, under the engines `async`, `bounded` and `sync`."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 
 from multitask.cluster.logs import log_to_stderr
 from multitask.data import prefetch
-from multitask.data.stream import Drawn
-from multitask.engines.loss import LOST, Actor
+from multitask.engines.decoding import batches_from
+from multitask.engines.loss import Actor
 from multitask.engines.remote import RemoteServer
 from multitask.job.job import Job
 from multitask.worker import ONE_AT_A_TIME, train_steps
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ServedWorker:
-    """One task worker, whatever process it is in."""
+    """A worker that trains with a parameter server, in its own process or as a guest."""
 
     def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
         self._job, self._name, self._incarnation = job, name, incarnation
@@ -29,74 +28,86 @@ class ServedWorker:
         self._server = RemoteServer(job, name, incarnation, server, shards)
         about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
         self.about: Callable[[], dict[str, object]] = lambda: about
-        """What a line of the log says of itself."""
+        """Returns the fields that every line of this worker's log carries."""
         self.dismissed = False
-        """Another process makes this worker's steps now."""
+        """Whether another process makes this worker's steps now."""
 
     def node(self) -> str:
-        """Ray's name of this node."""
+        """Return Ray's name of this process's node."""
         name: str = ray.get_runtime_context().get_node_id()
         return name
+
+    # The phases of a worker, in the order in which the driver calls them.
 
     def prepare(self, decoder: Actor | None = None) -> None:
         """Build the model and open the training stream.
 
         Args:
-            decoder: the actor that decodes for several workers of this node; None decodes here.
+            decoder: the actor that decodes for several workers of this node; None decodes in this process.
         """
         start = self._job.start_of(self._name)
         holds_private = self._job.holds_private(self._name)
         reply, _ = self._server.join(start if holds_private else None)
-        if not holds_private:  # nothing is lost with this worker's process: it goes on where the server stands
+        if not holds_private:  # the server has all that this worker learned, so the worker goes on where the server is
             start = reply.step, reply.position
         if decoder is None:
             batches = prefetch(self._job.make_batches(self._name, start[1]))
         else:
-            drawn = _drawn_ahead(decoder, self._job, self._name)
+            drawn = batches_from(decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
-        with ONE_AT_A_TIME:  # a network's structure comes with random numbers
-            self._worker = self._job.make_worker(self._name, batches, start, self._incarnation)
-        about, worker = self.about(), self._worker
+        with ONE_AT_A_TIME:  # building a network draws random numbers
+            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+        about, worker = self.about(), self.worker
         self.about = lambda: {**about, "step": worker.step}
 
     def train(self) -> None:
+        """Make all steps, or all steps until a pause."""
         log.info("Trains to step %d.", self._job.spec.steps, extra=self.about())
-        for _ in train_steps(self._worker, self._server, self._job.spec.steps, self._in_flight):
+        for _ in train_steps(self.worker, self._server, self._job.spec.steps, self._in_flight):
             if self.dismissed:
                 return
 
     def confirm_finished(self) -> int:
-        """Once more say that the last step was made, to a server that may have been restored since.
+        """Tell the server once more that this worker has made its last step: it may have been restored since.
 
         Returns:
-            Steps made.
+            The number of steps made.
         """
-        self._server.join((self._worker.step, self._worker.position))
-        if self._worker.step == self._job.spec.steps:
+        self._server.join((self.worker.step, self.worker.position))
+        if self.worker.step == self._job.spec.steps:
             self._server.finish(self._name)
-        return self._worker.step
-
-    def answer_requests(self) -> None:
-        """Hand in what is asked for after the last step, while others still train."""
-        self._worker.answer_requests(self._server)
+        return self.worker.step
 
     def answer_last_requests(self) -> None:
-        """Hand in what is still asked for."""
-        self._worker.answer_last_requests(self._server)
+        """Answer the snapshot requests that are left when all workers have stopped."""
+        self.worker.answer_last_requests(self._server)
 
-    def catch_up(self, phases: Sequence[str]) -> Any:
-        """For a process that takes another's place: everything up to the last of these methods, in order."""
+    # Calls between the phases.
+
+    def answer_requests(self) -> None:
+        """Answer snapshot requests after the last step, while other workers still train.
+
+        `multitask.engines.interface` describes the way of a snapshot.
+        """
+        self.worker.answer_requests(self._server)
+
+    def run_phases(self, phases: Sequence[str]) -> Any:
+        """Run several phases in order, in a process that takes the place of a lost one.
+
+        Returns:
+            The result of the last phase.
+        """
         return [getattr(self, phase)() for phase in phases][-1]
 
     def private_state(self) -> dict[str, torch.Tensor]:
-        """Copies of the task's private tensors as this worker holds them."""
-        return {name: tensor.clone() for name, tensor in self._worker.model.private_state().items()}
+        """Return copies of the task's private tensors as this worker holds them."""
+        return {name: tensor.clone() for name, tensor in self.worker.model.private_state().items()}
 
 
 class WorkerActor(ServedWorker):
-    """The process of a worker, and for as long as they have none of their own, of others of its task: its guests.
+    """The process of a worker, which also hosts other workers of its task while they have no process of their own.
 
-    They train in threads of their own, one at a time where they compute, each with a model of its own.
+    Each guest has a model and a thread of its own; only one worker of the process computes at a time.
     """
 
     def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
@@ -104,48 +115,16 @@ class WorkerActor(ServedWorker):
         super().__init__(job, name, incarnation, server, shards)
         self._server_and_shards = server, shards
         self._guests: dict[str, ServedWorker] = {}
-        of_all = {"run": job.spec.name, "task": job.workers[name]}
-        log_to_stderr(lambda: of_all if self._guests else self.about())
+        about_task = {"run": job.spec.name, "task": job.workers[name]}
+        # With guests the log cannot tell which worker a line of the process comes from.
+        log_to_stderr(lambda: about_task if self._guests else self.about())
 
     def host(self, name: str, incarnation: int, method: str, *arguments: Any) -> Any:
-        """Call a method of a guest, which begins with the first call."""
+        """Call a method of a guest; the first call creates the guest."""
         if name not in self._guests:
             self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
         return getattr(self._guests[name], method)(*arguments)
 
     def dismiss(self, name: str) -> None:
-        """Let a guest go, whose steps another process makes now: its model takes memory."""
+        """Drop a guest whose steps another process makes now, and with it the memory of its model."""
         self._guests.pop(name).dismissed = True
-
-
-class DecodeActor:
-    """Decodes each image once for several workers of one node."""
-
-    def __init__(self, job: Job, workers: Sequence[str]) -> None:
-        torch.set_num_threads(1)
-        log_to_stderr(lambda: {"run": job.spec.name})
-        self._stream = job.make_stream(workers)
-
-    def next(self, worker: str) -> Drawn:
-        return self._stream.next(worker)
-
-    def decoded(self) -> int:
-        """Batches decoded so far."""
-        return self._stream.decoded
-
-
-def _drawn_ahead(decoder: Actor, job: Job, worker: str) -> Iterator[Drawn]:
-    """A worker's batches from another process, two of them asked for ahead; if it is lost, from a stream of its own."""
-    waiting = deque(decoder.next.remote(worker) for _ in range(2))
-    position = job.start_of(worker)[1]
-    try:
-        while True:
-            drawn: Drawn = ray.get(waiting.popleft())
-            waiting.append(decoder.next.remote(worker))
-            position = drawn.position
-            yield drawn
-    except LOST:
-        stream = job.make_stream([worker])
-        stream.seek(worker, position)
-        while True:
-            yield stream.next(worker)

@@ -14,7 +14,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from benchmarks._processes import own_actors
 from multitask.cluster.places import PlacementError
-from multitask.engines import allreduce
+from multitask.engines import allreduce, decisions
 from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
@@ -158,13 +158,13 @@ def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(make
 def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allreduce, "RESTARTS_WITHOUT_A_STEP", 0)
+    monkeypatch.setattr(decisions, "RESTARTS_WITHOUT_A_STEP", 0)
     monkeypatch.setattr(allreduce, "END_S", 300)
     killed = []
 
     def watch(new: list[StepRecord], *_: object) -> None:
         if new and not killed:
-            killed.append(new[0].process)
+            killed.append(new[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
     job = Job(make_spec(engine=ALLREDUCE, steps=100_000, evaluate_every=100_000))

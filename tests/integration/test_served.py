@@ -12,7 +12,8 @@ import torch
 
 from multitask.cluster.places import PlacementError
 from multitask.data import write_table
-from multitask.engines.crew import actors, decoders
+from multitask.engines.crew import actors
+from multitask.engines.decoding import decoders
 from multitask.engines.server_actors import Refs, ServerActor
 from multitask.errors import TrainingError
 from multitask.job.job import Job
@@ -124,7 +125,7 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
         ray.get([worker.prepare.remote() for worker in workers.values()])
         start = ray.get(workers["pets/0"].private_state.remote())
         ray.get([worker.train.remote() for worker in workers.values()])
-        ray.get([worker.complete.remote() for worker in workers.values()])
+        ray.get([worker.answer_last_requests.remote() for worker in workers.values()])
         first, second = ray.get([workers[f"pets/{rank}"].private_state.remote() for rank in range(2)])
         records, _, _ = ray.get(crew.server.call.remote("drain"))
 
@@ -258,13 +259,13 @@ def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_nee
     job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
     with actors(job, store_of(job)) as crew:
         wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
-        assert crew.together("cars/1") == ["cars/1"]
+        assert crew.sharing_process("cars/1") == ["cars/1"]
 
         moved = crew.replace("pets/0")
 
         assert moved == ["pets/0", "cars/1"]
-        assert crew.together("cars/1") == ["cars/0", "cars/1"]
-        assert crew.together("pets/0") == ["pets/0"]
+        assert crew.sharing_process("cars/1") == ["cars/0", "cars/1"]
+        assert crew.sharing_process("pets/0") == ["pets/0"]
 
 
 # Engine `sync`, shards.

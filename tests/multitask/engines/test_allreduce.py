@@ -1,4 +1,4 @@
-"""How engine `allreduce` sees that a run has ended, without processes."""
+"""How engine `allreduce` notices that a run has ended, without processes."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,26 +21,26 @@ MakeSpec = Callable[..., JobSpec]
 STEPS = 2
 
 
-class FakeCrew:
-    """A crew whose groups are at their end as soon as they start; its ledger has just been started by Ray."""
+class FakeRanks:
+    """Ranks that have done all their work as soon as they start, and a ledger that Ray has just started."""
 
     def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
         self._job, self._ledger = job, LedgerActor()
         self.starts = 0
         self.trains = True
-        """False for groups whose ledger is lost before the driver hears of their end."""
+        """False for ranks whose ledger is lost before the driver hears that they have ended."""
         self.pause_at: int | None = None
-        """A step before which a pause is asked for."""
+        """Step before which a pause is asked for; None for no pause."""
         self.fit = lambda: None
         monkeypatch.setattr(allreduce.ray, "wait", lambda calls, **_: (calls, []))
         monkeypatch.setattr(allreduce.ray, "get", lambda call, **_: call())
 
     @property
-    def ledger(self) -> "FakeCrew":
+    def ledger(self) -> "FakeRanks":
         return self
 
     def __getattr__(self, method: str) -> Any:
-        """A method of the ledger as Ray would call it."""
+        """Return a method of the ledger in the form in which Ray offers it."""
         return SimpleNamespace(remote=lambda *arguments: partial(self.call, method, *arguments))
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -59,7 +59,7 @@ class FakeCrew:
         await asyncio.gather(*(self._rank(group, name) for name in self._job.workers))
 
     async def _rank(self, group: int, name: str) -> None:
-        """What a rank asks of the ledger."""
+        """Make the calls of the ledger that a rank makes."""
         ledger = self._ledger
         reply, _ = await ledger.join(group, name, 0, None)
         step = reply.step
@@ -98,32 +98,32 @@ def job(make_spec: MakeSpec) -> Job:
 
 
 @pytest.fixture
-def crew(job: Job, monkeypatch: pytest.MonkeyPatch) -> FakeCrew:
-    return FakeCrew(job, monkeypatch)
+def ranks(job: Job, monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
+    return FakeRanks(job, monkeypatch)
 
 
-def run(job: Job, crew: FakeCrew) -> Outcome:
+def run(job: Job, ranks: FakeRanks) -> Outcome:
     outcome = Outcome()
-    allreduce.AllreduceRun(job, Driver(lambda *_: None, store_of(job)), outcome, crew).run()  # type: ignore[arg-type]
+    allreduce.AllreduceRun(job, Driver(lambda *_: None, store_of(job)), outcome, ranks).run()  # type: ignore[arg-type]
     return outcome
 
 
 def test_when_the_ledger_is_lost_after_the_ranks_ended_all_go_on_from_the_checkpoint(
-    job: Job, crew: FakeCrew, caplog: pytest.LogCaptureFixture
+    job: Job, ranks: FakeRanks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    outcome = run(job, crew)
+    outcome = run(job, ranks)
 
-    assert crew.starts == 1
+    assert ranks.starts == 1
     assert not outcome.paused
     assert outcome.versions["last"].version == STEPS
     lost = "The worker group was lost (the ledger, when all ranks had ended). All workers go back to the start."
     assert caplog.messages == [lost]
 
 
-def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_run(job: Job, crew: FakeCrew) -> None:
-    crew.trains = False
+def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_run(job: Job, ranks: FakeRanks) -> None:
+    ranks.trains = False
     with pytest.raises(TrainingError, match="lost 4 times without a step made: the ledger"):
-        run(job, crew)
+        run(job, ranks)
 
 
 @pytest.mark.parametrize(
@@ -141,18 +141,18 @@ def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_ru
     ],
 )
 def test_a_run_whose_ranks_have_handed_in_everything_has_ended(
-    job: Job, crew: FakeCrew, made: tuple[int, int], pause_at: int | None, paused: bool
+    job: Job, ranks: FakeRanks, made: tuple[int, int], pause_at: int | None, paused: bool
 ) -> None:
     for worker, step in zip(job.progress.workers.values(), made, strict=True):
         worker.step = step
     job.progress.version = max(made)
-    crew.pause_at = pause_at
-    crew.begin()()
-    asyncio.run(crew.train())
+    ranks.pause_at = pause_at
+    ranks.begin()()
+    asyncio.run(ranks.train())
 
-    outcome = run(job, crew)
+    outcome = run(job, ranks)
 
-    assert crew.starts == 0
+    assert ranks.starts == 0
     assert outcome.paused == paused
     assert paused or outcome.versions["last"].version == job.progress.version + STEPS - min(made)
     assert (store_of(job).latest() is not None) == (pause_at is not None)

@@ -1,4 +1,4 @@
-"""What every engine gives back."""
+"""What every engine hands back."""
 
 from collections.abc import Callable
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from multitask.engines import workers as actors
+from multitask.engines import server_actors
 from multitask.engines.server_actors import ServerActor
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, OutOfStepError, Push, PushRejectedError, Reply
@@ -15,7 +15,7 @@ from multitask.spec.schema import JobSpec
 
 @pytest.fixture
 def job(make_spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr(actors.ray, "put", lambda values: values)
+    monkeypatch.setattr(server_actors.ray, "put", lambda values: values)
     return Job(make_spec({"pets": {}}, engine={"name": "async", "in_flight": 1}))
 
 
@@ -25,7 +25,7 @@ def push_of(job: Job, step: int) -> tuple[Push, Gradients]:
 
 
 async def overtaking(job: Job) -> tuple[ServerActor, "asyncio.Task[tuple[Reply, object]]"]:
-    """A server, and a push that has come before the one that was sent before it."""
+    """Return a server, and a push that has overtaken the push that was sent before it."""
     server = ServerActor()
     server.begin(job)
     await server.join("pets/0", 0, None, 0)

@@ -1,4 +1,4 @@
-"""Shards beside the server's own, without processes."""
+"""The shards of the server other than the first one, without processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from multitask.engines.loss import NotBegunError
-from multitask.engines.server_actors import ShardActor, _RemoteShards
+from multitask.engines.server_actors import RemoteShards, ShardActor
 from multitask.job.job import Job
 from multitask.server.shard import GroupUpdate
 from multitask.spec.schema import JobSpec
@@ -18,8 +18,8 @@ def job(make_spec: Callable[..., JobSpec]) -> Job:
     return Job(make_spec(engine={"name": "async", "shards": 2}))
 
 
-def told(shard: ShardActor, lost: int | None) -> _RemoteShards:
-    """What tells a shard, with one call that does not arrive."""
+def told(shard: ShardActor, lost: int | None) -> RemoteShards:
+    """Return the sender of changes to a shard; the call with the number `lost` does not arrive."""
 
     def follow(number: int, *what: Any) -> None:
         if number != lost:
@@ -27,7 +27,7 @@ def told(shard: ShardActor, lost: int | None) -> _RemoteShards:
 
     handle = Mock()
     handle.follow.remote = follow
-    return _RemoteShards([handle])
+    return RemoteShards([handle])
 
 
 @pytest.mark.parametrize("lost", [None, 2])
