@@ -126,9 +126,8 @@ def _recipe(methods: Sequence[str], key: str) -> Recipe:
     change = f"Set the whole {key} in the spec: its name and all keys that it requires."
     unknown = [method for method in methods if method not in RECIPES]
     if unknown:
-        raise ValueError(
-            f"{key}: method '{unknown[0]}' has no recipe; the methods with one are {', '.join(RECIPES)}. {change}"
-        )
+        known = ", ".join(RECIPES)
+        raise ValueError(f"{key}: method '{unknown[0]}' has no recipe; the methods with one are {known}. {change}")
     for method in methods[1:]:
         if RECIPES[method] != RECIPES[methods[0]]:
             raise ValueError(f"{key}: methods '{methods[0]}' and '{method}' have different recipes. {change}")

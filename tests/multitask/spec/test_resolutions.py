@@ -85,7 +85,10 @@ def test_a_group_survives_a_round_trip_as_its_tasks() -> None:
     ("change", "message"),
     [
         ({"resolution": []}, "tasks[1].resolution: expected one or more resolutions, each only once, found []"),
-        ({"resolution": [16, 16]}, "tasks[1].resolution: expected one or more resolutions, each only once, found [16"),
+        (
+            {"resolution": [16, 16]},
+            "tasks[1].resolution: expected one or more resolutions, each only once, found [16, 16]",
+        ),
         ({"resolution": [16, 4]}, "tasks[1].resolution: Input should be greater than or equal to 8, found 4"),
         ({"resolution": [16, "big"]}, "tasks[1].resolution: Input should be a valid integer"),
         ({"batch_size": 0}, "tasks[1].batch_size: Input should be greater than or equal to 1, found 0"),
