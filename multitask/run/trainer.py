@@ -19,7 +19,7 @@ from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
 from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointStore
-from multitask.job.job import Job, Loaded
+from multitask.job import Job, LoadedInputs
 from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.run.live import STATUS, Request, read_status, requests
 from multitask.run.tracking import Tracker
@@ -44,7 +44,7 @@ class Trial:
     """MLflow's run of the sweep."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """MLflow params of the trial beside its spec."""
-    loaded: Loaded | None = None
+    loaded: LoadedInputs | None = None
     """What trials share."""
     on_evaluation: Callable[[Evaluation], None] = lambda _: None
     """Told of each evaluation; training waits for its return."""
@@ -238,7 +238,7 @@ class _Training:
         for request in requests(self._directory):
             try:
                 # What does not fit is said before anybody has to stop, and what is new is read and checked here alone.
-                job = Job(_changed(self._job.spec, request), loaded=self._job.loaded())
+                job = Job(_changed(self._job.spec, request), loaded=self._job.inputs())
                 check_places(job.spec)
             except Exception as error:  # also a filesystem's: whatever is wrong with a request, the run goes on
                 request.answer(str(error) or repr(error))
@@ -257,7 +257,7 @@ class _Training:
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         spec = changed.spec
-        self._job = Job(spec, checkpoint, changed.loaded())
+        self._job = Job(spec, checkpoint, changed.inputs())
         write_spec(self._directory / "spec.yaml", spec)
         # A task that comes back under its old name is another one.
         (self._directory / "best.safetensors").unlink(missing_ok=True)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multitask.data import batches as batches_module
-from multitask.data import write_table
+from multitask.data import ImageTable, write_table
 from multitask.data.loading import ImageLoader
 from multitask.job import caches
 from multitask.job.job import Job
@@ -229,7 +228,7 @@ def test_a_stored_epoch_reads_nothing_of_the_table(make_spec: MakeSpec, tmp_path
     run(Job(spec))
     job = Job(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module._Windows, "_fetch", lambda *_: pytest.fail("a row group was fetched"))
+        patch.setattr(ImageTable, "read_group", lambda *_: pytest.fail("a row group was fetched"))
         batch = next(job.make_batches("pets/0"))
 
     assert batch.pixels is None
@@ -267,9 +266,9 @@ def test_less_room_than_the_caches_take_is_refused(
     total = Job(spec).caches["pets"].total_bytes
     usage = shutil.disk_usage(tmp_path)
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, total))
     Job(spec)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, total - 1))
     with pytest.raises(SpecError, match="still to be written"):
         Job(spec)
 

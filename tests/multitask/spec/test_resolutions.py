@@ -139,8 +139,8 @@ def test_by_default_scales_biases_and_statistics_are_private_and_all_else_is_sha
     job = Job(group_spec(make_spec, "scale_bias"))
 
     names = names_of(job.groups)
-    every = set(job._backbone.network.state_dict())
-    norms = {name for name in every if name.rpartition(".")[0] in job._backbone.batch_norms()}
+    every = set(job.backbone.network.state_dict())
+    norms = {name for name in every if name.rpartition(".")[0] in job.backbone.batch_norms()}
     tasks = ("pets@8", "pets@10", "pets@12")
     assert names == {f"shared:{'+'.join(tasks)}": every - norms} | {f"private:{task}": norms for task in tasks}
     assert {"classifier.1.weight", "classifier.1.bias"} <= names["shared:pets@8+pets@10+pets@12"]
@@ -149,13 +149,13 @@ def test_by_default_scales_biases_and_statistics_are_private_and_all_else_is_sha
 def test_all_shared_is_one_group_statistics_too(make_spec: MakeSpec) -> None:
     job = Job(group_spec(make_spec, "shared"))
 
-    assert names_of(job.groups) == {"shared:pets@8+pets@10+pets@12": set(job._backbone.network.state_dict())}
+    assert names_of(job.groups) == {"shared:pets@8+pets@10+pets@12": set(job.backbone.network.state_dict())}
 
 
 def test_all_private_has_a_group_for_each_resolution(make_spec: MakeSpec) -> None:
     job = Job(group_spec(make_spec, "full"))
 
-    every = set(job._backbone.network.state_dict())
+    every = set(job.backbone.network.state_dict())
     assert names_of(job.groups) == {f"private:pets@{size}": every for size in (8, 10, 12)}
 
 
@@ -211,7 +211,7 @@ def test_with_nothing_private_the_tasks_are_one_network(make_spec: MakeSpec) -> 
 
     backbone, private = job.state(run_engine(job).outcome.versions["last"].groups)
 
-    start = job._backbone.network.state_dict()
+    start = job.backbone.network.state_dict()
     assert private == {"pets@8": {}, "pets@10": {}, "pets@12": {}}
     assert not torch.equal(backbone["features.0.1.running_mean"], start["features.0.1.running_mean"])
 
