@@ -141,7 +141,9 @@ def test_where_every_checkpoint_is_damaged_the_error_names_them(tmp_path: Path) 
     store = stored(tmp_path, 2)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*checkpoint-000000.*checkpoint-000001.*remove"):
+    with pytest.raises(
+        CheckpointError, match=r"found only damaged files.*checkpoint-000000.*checkpoint-000001.*remove"
+    ):
         store.latest()
 
 
@@ -219,6 +221,24 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
     assert read_status(spec.run_directory)["state"] == "lost"
     status.unlink()
     assert multitask.resume(spec.run_directory).result["last"]["round"] == 100
+
+
+def test_a_run_that_stopped_under_version_0_1_goes_on(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=50)
+    path = spec.run_directory / "status.json"
+    thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
+    with pytest.raises(multitask.Stopped):
+        multitask.train(spec)
+    thread.join()
+    text = path.read_text()
+    assert '"rejected_calls"' in text
+    assert '"rejected"' in text
+    path.write_text(text.replace('"rejected_calls"', '"turned_away"').replace('"rejected"', '"refused"'))
+
+    result = multitask.resume(spec.run_directory).result
+
+    assert (result["rejected_calls"], result["tasks"]["pets"]["rejected_pushes"]) == (0, 0)
+    assert result["last"]["round"] == 50
 
 
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
