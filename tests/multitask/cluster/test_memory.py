@@ -12,7 +12,7 @@ FAULTS = """
 import resource
 import threading
 import torch
-from multitask.memory import keep_freed_memory
+from multitask.cluster.memory import keep_freed_memory
 
 def step():
     kept = [torch.ones(size) for size in (30_000_000, 3_000_000, 500_000)]
