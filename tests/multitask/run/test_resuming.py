@@ -141,9 +141,7 @@ def test_where_every_checkpoint_is_damaged_the_error_names_them(tmp_path: Path) 
     store = stored(tmp_path, 2)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"only damaged files.*checkpoint-000000.*checkpoint-000001.*remove"
-    ):
+    with pytest.raises(CheckpointError, match=r"only damaged files.*checkpoint-000000.*checkpoint-000001.*remove"):
         store.latest()
 
 
