@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from statistics import NormalDist
+from typing import cast
 
 from multitask.capacity.costs import SERVER_COSTS, ServerCosts
-from multitask.spec.schema import EngineSpec
+from multitask.spec.schema import AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server's shards", "the network"
 """Values of `Estimate.limit`: the workers' own steps, or a resource that is full."""
@@ -282,6 +283,7 @@ def best_shards(deployment: Deployment) -> Deployment:
     """
     if deployment.engine.worker_group:
         return deployment
-    more = replace(deployment, engine=replace(deployment.engine, shards=2 * deployment.shards))
+    served = cast(AsyncSpec | BoundedSpec | SyncSpec, deployment.engine)
+    more = replace(deployment, engine=replace(served, shards=2 * deployment.shards))
     worth_it = estimate(more).images_per_s > NOTABLE * estimate(deployment).images_per_s
     return best_shards(more) if worth_it else deployment
