@@ -88,8 +88,10 @@ Point = tuple[int, float, float]
 
 
 def pushes_per_s(row: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
-    """Return the pushes per second of a row of `benchmarks.server_throughput`, which counts bytes in both
-    directions."""
+    """Return the pushes per second of a row of `benchmarks.server_throughput`.
+
+    The row counts the bytes of pushes and of replies.
+    """
     floats = figures["settings"]["floats"][row["model"]]
     return float(row["GB/s"]) * 1e9 / (2 * FLOAT_BYTES * floats)
 

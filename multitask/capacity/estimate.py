@@ -125,8 +125,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """Seconds of one step in which a worker's gradients are combined with those of other workers (see
-    `ServerCosts`)."""
+    """Seconds that the push of one step takes, divided as in `ServerCosts`."""
 
     trip_s: float
     own_s: float = 0.0
@@ -145,14 +144,14 @@ def estimate(deployment: Deployment) -> Estimate:
     else:
         paces = _paces_alone(deployment, meetings)
 
-    def a_second(amounts: Sequence[float]) -> float:
+    def per_second(amounts: Sequence[float]) -> float:
         """Return how much all workers take per second while nothing is full, from the amount of each kind's step."""
         return sum(kind.workers * amount / pace for kind, amount, pace in zip(kinds, amounts, paces, strict=True))
 
-    thread_load = a_second([meeting.thread_s for meeting in meetings])
-    at_server = a_second([meeting.cores_s - meeting.own_s for meeting in meetings])
-    at_workers = a_second([kind.cpu_s + meeting.own_s for kind, meeting in zip(kinds, meetings, strict=True)])
-    node_bytes = _node_bytes(deployment, paces[0], a_second([kind.pushed_bytes for kind in kinds]))
+    thread_load = per_second([meeting.thread_s for meeting in meetings])
+    at_server = per_second([meeting.cores_s - meeting.own_s for meeting in meetings])
+    at_workers = per_second([kind.cpu_s + meeting.own_s for kind, meeting in zip(kinds, meetings, strict=True)])
+    node_bytes = _node_bytes(deployment, paces[0], per_second([kind.pushed_bytes for kind in kinds]))
     alone = cluster.nodes == 1
     full = {
         CORES: (at_workers * deployment.densest + (at_server if alone else 0.0)) / cluster.cores,
@@ -160,13 +159,13 @@ def estimate(deployment: Deployment) -> Estimate:
         NETWORK: 8 * node_bytes / (1e9 * cluster.network_gbit),
     }
     if together:
-        # The server starts with the first push of a round. When the last push arrives, all others come before it.
+        # The server starts with the first push of a round, and the last push has to wait for all others.
         waiting = sum(kind.workers * meeting.thread_s for kind, meeting in zip(kinds, meetings, strict=True))
         waiting -= max(meeting.thread_s for meeting in meetings)
         full[SERVER] = (paces[0] - longest + shortest + waiting) / paces[0]
     limit = max(full, key=lambda resource: full[resource])
     slowdown = max(1.0, full[limit])
-    images_per_s = a_second([kind.images for kind in kinds]) / slowdown
+    images_per_s = per_second([kind.images for kind in kinds]) / slowdown
     mean_s = sum(kind.workers * kind.step_s for kind in kinds) / deployment.workers
     return Estimate(
         workers=deployment.workers,
@@ -218,8 +217,7 @@ def _paces_alone(deployment: Deployment, meetings: Sequence[_Meeting]) -> list[f
 
 
 def _node_bytes(deployment: Deployment, round_s: float, pushed_per_s: float) -> float:
-    """Return the bytes per second over the link of the node with the most workers and with shards, in each
-    direction."""
+    """Return the bytes per second in each direction over the link of a node with shards and the most workers."""
     if deployment.engine.worker_group:
         largest = max(kind.pushed_bytes for kind in deployment.kinds)
         return _ring_share(deployment) * largest / round_s if deployment.cluster.nodes > 1 else 0.0
@@ -243,8 +241,10 @@ def extremes(kinds: Sequence[Kind]) -> tuple[float, float]:
 
 
 def doublings(deployment: Deployment, workers: int) -> Iterator[Estimate]:
-    """Estimate the job as it is, twice as large, and so on, until it has this many workers. Nodes grow with the
-    workers."""
+    """Estimate the job as it is, twice as large, and so on, until it has this many workers.
+
+    Nodes grow with the workers.
+    """
     factor = 1
     while True:
         found = estimate(deployment.times(factor))

@@ -39,8 +39,7 @@ class Checkpoint:
         return all(is_finite(tensor) for tensor in self.tensors.values())
 
     def shared_steps(self) -> dict[str, float]:
-        """Return the steps that the optimizer has counted for each shared tensor; empty for optimizers without a
-        count."""
+        """Return the steps that the optimizer has counted for each shared tensor, if it counts steps."""
         prefix = "scalars/step/backbone/"
         return {n.removeprefix(prefix): float(count) for n, count in self.tensors.items() if n.startswith(prefix)}
 

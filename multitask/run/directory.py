@@ -36,8 +36,10 @@ class Export:
 
 
 class Run:
-    """A finished run in its directory: spec.yaml, best.safetensors, last.safetensors, result.json and perhaps
-    export/."""
+    """The directory of a finished run.
+
+    It holds spec.yaml, best.safetensors, last.safetensors and result.json, and export/ after an export.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Open the directory of a finished run.

@@ -1,5 +1,4 @@
-"""The monitor of a run: it shows the run's progress in bars, and records it in MLflow, the status file and the
-result."""
+"""The monitor of a run, which shows its progress in bars and records it in MLflow, status file and result."""
 
 import contextlib
 import logging

@@ -224,10 +224,10 @@ class _Training:
             self._trial.on_evaluation(evaluation)
 
     def _is_best(self, evaluation: Evaluation) -> bool:
-        """Return whether an evaluation is better than the best version on disk, if that one has the same tasks.
+        """Return whether an evaluation is better than the best version on disk.
 
-        The file decides, and not the server, because a server that went back to a checkpoint does not know the
-        evaluations that came after it.
+        It also is if there is no such file, or if the file has other tasks. The file decides, and not the server,
+        because a server that went back to a checkpoint does not know the evaluations after that checkpoint.
         """
         best = self._directory / "best.safetensors"
         tasks = read_about(best)["tasks"] if best.is_file() else {}

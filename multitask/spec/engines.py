@@ -102,8 +102,7 @@ class AllreduceSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LocalSpec:
-    """All workers run in the process that started the job. It is the numerical reference, and breakpoints work in
-    it."""
+    """All workers run in the job's own process: the numerical reference, in which breakpoints work."""
 
     bound: ClassVar[None] = None
     shards: ClassVar[int] = 1

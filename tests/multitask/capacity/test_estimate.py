@@ -1,4 +1,4 @@
-"""The plan on paper: against the server's measured points, and the rules that no plan may break."""
+"""The estimate meets the server's measured points, and keeps the rules that every estimate has to keep."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ from multitask.spec.schema import AllreduceSpec, AsyncSpec, BoundedSpec, EngineS
 
 FIGURES = Path(__file__).parents[3] / "benchmarks" / "results" / "server_throughput_2cpu_2026-11-27.json"
 WITHIN = 0.16
-"""Of the server's measured throughput; the plan promises a quarter of a job's."""
+"""Largest relative error of the server's throughput. For a job's throughput the plan promises a quarter."""
 RESNET50 = 102_440_640
 """Bytes of a push."""
 
@@ -71,8 +71,8 @@ def test_the_shipped_laws_are_those_of_the_shipped_figures() -> None:
 
 
 def test_the_model_meets_the_servers_points() -> None:
-    """Workers that only push, all on one machine: the smallest and the largest numbers of them made the laws, and the
-    others had no part in them."""
+    """The workers only push, all on one machine. The laws were fitted to the smallest and the largest number of
+    workers, and not to the others."""
     rows = [row for row in figures()["rows"] if "GB/s" in row]
     counts = sorted({row["workers"] for row in rows})
     assert (counts[0], counts[-1]) == (1, 16)
@@ -155,7 +155,7 @@ def test_no_byte_leaves_a_single_node() -> None:
 
 
 def test_a_thousand_workers_saturate_one_shard_and_more_shards_help() -> None:
-    """On paper: each with a node of its own, links that carry everything."""
+    """Every worker has a node of its own, and the links carry everything."""
     start = deployment(gbit=1e6)
     factor = saturation(start)
     assert factor is not None

@@ -1,4 +1,4 @@
-"""The files through which a running job shows itself and is asked."""
+"""The status file of a running job, and requests to change its tasks."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Checkpoints, going on from them, and tasks that come and go: with engine `local`, where every bit can be compared."""
+"""Checkpoints, resumed runs and changes of tasks, with engine `local`, where every bit can be compared."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def pause_after(polls: int) -> Callable[[], bool]:
 @pytest.mark.parametrize("engine", [TURNS, ROUNDS])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "sgd"])
 def test_a_paused_run_goes_on_as_if_nothing_had_been(make_spec: MakeSpec, engine: dict, optimizer: str) -> None:
-    """Values, statistics, optimiser slots, schedule and the images that come next: to the last bit."""
+    """Values, statistics, optimizer slots, schedule and the next images are equal to the last bit."""
     changes = {
         "engine": engine,
         "optimizer": {"name": optimizer, "rate": 0.01},
@@ -109,7 +109,7 @@ def test_checkpoints_go_to_any_filesystem(make_spec: MakeSpec) -> None:
 
 
 def stored(folder: Path, versions: int) -> CheckpointStore:
-    """A store with checkpoints of the versions 0, 1, ..."""
+    """Return a store with checkpoints of the versions 0, 1, ..."""
     store = CheckpointStore(str(folder), keep=2)
     for version in range(versions):
         store.save(Checkpoint(Progress(version=version), {"values/backbone/weight": torch.ones(9)}))
@@ -117,7 +117,7 @@ def stored(folder: Path, versions: int) -> CheckpointStore:
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A driver killed while it wrote the last one leaves a part, where files show before they are whole."""
+    """Some filesystems show incomplete files, so a driver that is killed while it writes one leaves a part of it."""
     store = stored(tmp_path, 3)
     older, newer = tmp_path / "checkpoint-000001.safetensors", tmp_path / "checkpoint-000002.safetensors"
     newer.write_bytes(newer.read_bytes()[:-20])
@@ -157,7 +157,7 @@ def test_what_a_killed_driver_left_half_written_goes_with_the_next_checkpoint(tm
 
 
 def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading.Thread:
-    """Ctrl-C, as soon as the status file says so."""
+    """Press Ctrl-C as soon as the status file meets a condition."""
 
     def wait() -> None:
         while not ((directory / "status.json").is_file() and enough(read_status(directory))):

@@ -15,7 +15,7 @@ ROUNDS = {"every_rounds": 521}
 
 
 def load(methods: list[str] | None = None, **changes: object) -> JobSpec:
-    """SPEC without its optimizer."""
+    """Load SPEC without its optimizer, with changes."""
     tasks = [
         {**TASK, "name": f"task{number}", "method": method} for number, method in enumerate(methods or ["depthwise"])
     ]

@@ -1,4 +1,4 @@
-"""One entry of a job spec, several resolutions: the tasks it makes, and what they share."""
+"""An entry of a job spec with several resolutions: the tasks that it stands for, and the tensors that they share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +128,7 @@ def test_one_task_that_joins_a_job_has_one_resolution(tmp_path: Path) -> None:
         load_task(tmp_path / "task.yaml")
 
 
-# What is shared by whom.
+# The tensors that the resolutions share.
 
 
 def names_of(groups: dict[str, Group]) -> dict[str, set[str]]:
@@ -164,7 +164,7 @@ def test_all_private_has_a_group_for_each_resolution(make_spec: MakeSpec) -> Non
 def test_a_resolution_of_mobilenet_v2_costs_its_patch_and_no_more(
     count: int, method: str, parameters: int, floats: int
 ) -> None:
-    """The base: 3,504,872 parameters, and as many running means and variances as one patch has parameters."""
+    """The backbone has 3,504,872 parameters, and as many running means and variances as one patch has parameters."""
     backbone = patches.load_backbone("mobilenet_v2", num_classes=1000)
     models = {}
     for task in range(count):

@@ -9,7 +9,7 @@ from multitask.spec.schema import JobSpec
 
 FILES = sorted((Path(__file__).parents[3] / "jobs" / "specs").glob("*.yaml"))
 SPECS = [path for path in FILES if not path.stem.startswith("sweep_")]
-"""Sweeps have specs of their own: tests/multitask/sweep/test_plan.py."""
+"""Job specs that are shipped. The specs of sweeps are tested in tests/multitask/sweep/test_plan.py."""
 
 TASK = {"name": "pets", "data": "somewhere", "method": "scale_bias", "resolution": 16}
 SPEC = {
