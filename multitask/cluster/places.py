@@ -23,7 +23,7 @@ class PlacementError(TrainingError):
 def check_places(spec: JobSpec) -> None:
     """Check that the cluster has room for the workers that a run starts with, before any of them is started.
 
-    An existing cluster may still get nodes, so there a lack of room is only a warning, and `resources.start_timeout_s`
+    An existing cluster may still get nodes. A lack of room is then only a warning, and `resources.start_timeout_s`
     limits the wait.
 
     Raises:
