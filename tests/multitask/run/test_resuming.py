@@ -378,7 +378,7 @@ def test_a_request_reads_the_new_tables_alone_and_none_ends_the_run(
         read.append(f"{task.name}/{split}")
         return open_split(task, split)
 
-    monkeypatch.setattr("multitask.job.job.open_split", open_or_fail)
+    monkeypatch.setattr("multitask.job.inputs.open_split", open_or_fail)
 
     def change() -> None:
         while not ((directory / "status.json").is_file() and read_status(directory)["tasks"]["pets"]["made"] > 0):
