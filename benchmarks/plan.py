@@ -21,7 +21,7 @@ from benchmarks._common import Goal, at_most, environment, finish, make_parser
 from benchmarks._turns import WARM_UP, started, take_turn
 from benchmarks.engines import ALLREDUCE, BATCH, OVERLAPPED, RESOLUTIONS, SYNC, Setting, make_rows, write_tables
 from multitask.capacity.estimate import estimate
-from multitask.capacity.timing import cores_here, lay_out
+from multitask.capacity.timing import cores_here, time_deployment
 from multitask.cluster.session import ray_session
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def compare(setting: Setting, rounds: int, steps: int) -> dict[str, list[Round]]
             engines[name] = alive.enter_context(started(rows[name]))
             engines[name].turn(WARM_UP)
         for number in range(rounds):
-            layout = lay_out(specs[OVERLAPPED], nodes=1, cores=cores_here(), network_gbit=NETWORK_GBIT)
+            layout = time_deployment(specs[OVERLAPPED], nodes=1, cores=cores_here(), network_gbit=NETWORK_GBIT)
             (kind,) = layout.kinds
             for name, engine in engines.items():
                 planned = estimate(replace(layout, engine=specs[name].engine))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from multitask.capacity.estimate import Estimate, Layout
+    from multitask.capacity.estimate import Deployment, Estimate
 
 LARGE = 1000
 """Workers up to which the plan is drawn."""
@@ -33,8 +33,9 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
 ) -> None:
     """Time a few steps here, and estimate a cluster: steps, images/s, load of server and network, and the limit."""
-    from multitask.capacity.estimate import SERVER_COSTS, best_shards, doublings, estimate, fit, saturation
-    from multitask.capacity.timing import cores_here, lay_out
+    from multitask.capacity.costs import SERVER_COSTS, fit
+    from multitask.capacity.estimate import best_shards, doublings, estimate, saturation
+    from multitask.capacity.timing import cores_here, time_deployment
     from multitask.spec.reading import load_spec
 
     job = load_spec(spec)
@@ -42,7 +43,9 @@ def plan(
         tasks = tuple(replace(task, workers=workers, min_workers=None) for task in job.tasks)
         job = replace(job, workers=None, tasks=tasks)
     costs = SERVER_COSTS if figures is None else fit(json.loads(figures.read_text(encoding="utf-8")))
-    layout = lay_out(job, nodes=nodes, cores=cpus_per_node or cores_here(), network_gbit=network_gbit, costs=costs)
+    layout = time_deployment(
+        job, nodes=nodes, cores=cpus_per_node or cores_here(), network_gbit=network_gbit, costs=costs
+    )
     estimates = list(doublings(layout, LARGE))
     factor = saturation(layout)
     if json_output:
@@ -71,7 +74,7 @@ def plan(
         )
 
 
-def _show(layout: "Layout", estimates: list["Estimate"]) -> None:
+def _show(layout: "Deployment", estimates: list["Estimate"]) -> None:
     steps = Table("tasks", "workers", "images", "step ms here", "spread", "step ms planned", "MB pushed")
     for kind, step_s in zip(layout.kinds, estimates[0].steps_s, strict=True):
         numbers = 1000 * kind.step_s, 1000 * kind.spread_s, 1000 * step_s, kind.pushed_bytes / 1e6

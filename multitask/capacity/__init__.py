@@ -1,1 +1,1 @@
-"""What a job would do on a given cluster: measured times of its steps, and an estimate made of them."""
+"""Capacity planning: measured times of a job's steps, and an estimate of the job on a given cluster."""

@@ -1,4 +1,4 @@
-"""How long the steps of a job's workers take on this machine, with no server to meet."""
+"""Measurement of the steps of a job's workers on this machine, without a server."""
 
 import os
 import time
@@ -14,54 +14,61 @@ from statistics import mean, median
 import numpy as np
 import torch
 
-from multitask.capacity.estimate import FLOAT_BYTES, SERVER_COSTS, Cluster, Kind, Layout, ServerCosts
+from multitask.capacity.costs import FLOAT_BYTES, SERVER_COSTS, ServerCosts
+from multitask.capacity.estimate import Cluster, Deployment, Kind
 from multitask.data import prefetch
 from multitask.evaluation import torch_threads
 from multitask.job.job import Job
 from multitask.server.messages import Reply
 from multitask.spec.errors import SpecError
-from multitask.spec.schema import JobSpec, LocalSpec, TaskSpec
+from multitask.spec.schema import JobSpec, TaskSpec
 
 WARM_UP, FEWEST, MOST = 2, 4, 12
-"""Steps that count for nothing, and those that are timed."""
+"""Number of steps before the measurement, and smallest and largest number of steps that are timed."""
 ENOUGH_S = 15.0
-"""After so long no step is begun beyond the fewest."""
+"""Time after which no further step is begun, once the smallest number of steps is timed."""
 COPIES = 21
+"""Number of copies whose median time counts."""
 SMALLEST_COPY = 1 << 20
+"""Smallest size of a timed copy in bytes."""
 _barrier: Barrier | None = None
-"""Where processes that time steps at the same time wait for each other, so that none computes alone."""
+"""Barrier at which processes that time steps side by side wait for each other, so that none computes alone."""
 UNCHANGED = Reply(version=0, applied_version=0, rate=0.0)
-"""An answer after which a worker goes on with the values that it has."""
+"""A reply after which a worker keeps its values."""
 
 
 def cores_here() -> int:
+    """Return the number of cores of this machine."""
     return os.cpu_count() or 1
 
 
-def lay_out(
+def time_deployment(
     spec: JobSpec, *, nodes: int, cores: float, network_gbit: float, costs: ServerCosts = SERVER_COSTS
-) -> Layout:
-    """Time a few steps of a job here, with as many workers at once as a node has, and put the job on a cluster.
+) -> Deployment:
+    """Time a few steps of a job on this machine, and describe the job on a cluster of such machines.
+
+    As many workers compute at once as a node would have.
 
     Args:
-        cores, network_gbit: as `Cluster` has them.
+        nodes, cores, network_gbit: as for `Cluster`.
+        costs: the costs of a push at the server.
     Raises:
-        SpecError: engine `local`; or workers that need a GPU, where there is none.
+        SpecError: the engine is `local`, or the workers need a GPU and this machine has none.
     """
     _check(spec)
-    # Without caches every step computes everything, as in a first epoch, and nothing is written.
+    # Feature caches are left out: every step then computes everything, as in the first epoch, and writes no file.
     job = Job(replace(spec, tasks=tuple(replace(task, cache_features=None) for task in spec.tasks)))
     a_node = ceil(len(job.workers) / nodes)
     at_once = 1 if spec.resources.gpus_per_worker else min(a_node, cores_here() // spec.resources.threads_per_worker)
     kinds = time_kinds(job, max(1, at_once))
     copies = copy_bytes_per_s(max(kind.pushed_bytes for kind in kinds))
-    return Layout(kinds, spec.engine, Cluster(nodes, cores, network_gbit, copies), costs)
+    return Deployment(kinds, spec.engine, Cluster(nodes, cores, network_gbit, copies), costs)
 
 
 def _check(spec: JobSpec) -> None:
-    if isinstance(spec.engine, LocalSpec):
+    if not spec.engine.uses_ray:
         raise SpecError(
-            "engine.name is 'local': all workers in one process, on one node. To plan for a cluster set async, "
+            "engine.name is 'local', which runs all workers in one process. To plan for a cluster set it to async, "
             "bounded, sync or allreduce."
         )
     if spec.resources.gpus_per_worker and not torch.cuda.is_available():
@@ -72,10 +79,11 @@ def _check(spec: JobSpec) -> None:
 
 
 def time_kinds(job: Job, at_once: int) -> tuple[Kind, ...]:
-    """Time one task of each kind: tasks that differ in nothing but their name make equal steps.
+    """Time one task of each kind. Tasks that differ only in their names and workers make equal steps.
 
     Args:
-        at_once: equal workers that compute at the same time, as on a node: memory, caches and clock rates are shared.
+        at_once: number of equal workers that compute at the same time, because workers on a node share its memory,
+            caches and clock rates.
     """
     alike: dict[tuple[str, int], list[TaskSpec]] = {}
     for task in job.spec.tasks:
@@ -85,6 +93,7 @@ def time_kinds(job: Job, at_once: int) -> tuple[Kind, ...]:
 
 
 def _time_kind(job: Job, tasks: list[TaskSpec], at_once: int) -> Kind:
+    """Time the first of some tasks that make equal steps."""
     first = tasks[0]
     timed = _time_at_once(job, f"{first.name}/0", at_once)
     runs = [steps_s for steps_s, _ in timed]
@@ -101,18 +110,20 @@ def _time_kind(job: Job, tasks: list[TaskSpec], at_once: int) -> Kind:
 
 
 def spread(runs: Sequence[Sequence[float]]) -> float:
-    """Standard deviation of a step about its neighbours in time.
+    """Return the standard deviation of step times, computed from the differences of successive steps.
 
-    What changes slowly, as the speed of a shared machine does, meets all workers alike and makes none wait for another.
+    This leaves out slow changes, such as those in the speed of a shared machine. They affect all workers alike, so no
+    worker waits for another because of them.
 
     Args:
-        runs: seconds of the steps of each worker, in their order.
+        runs: for each worker the seconds of its steps, in their order.
     Source: von Neumann et al., "The mean square successive difference", Annals of Math. Statistics 12 (1941).
     """
     return sqrt(mean((after - before) ** 2 / 2 for run in runs for before, after in pairwise(run)))
 
 
 def _time_at_once(job: Job, worker: str, count: int) -> list[tuple[list[float], float]]:
+    """Run `time_steps` in this many processes at once."""
     if count == 1:
         return [time_steps(job, worker)]
     spawn = get_context("spawn")
@@ -121,13 +132,17 @@ def _time_at_once(job: Job, worker: str, count: int) -> list[tuple[list[float], 
 
 
 def _meet_at(barrier: Barrier) -> None:
-    """Called first in a process that times steps beside others."""
+    """Set the barrier of this process, which times steps beside other processes."""
     global _barrier
     _barrier = barrier
 
 
 def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
-    """Seconds of each of a few steps of one worker, and core seconds of a mean one."""
+    """Time a few steps of one worker.
+
+    Returns:
+        Seconds of each step, and mean core seconds of a step.
+    """
     with torch_threads(job.spec.resources.threads_per_worker):
         made = job.make_worker(worker, prefetch(job.make_batches(worker)))
 
@@ -149,14 +164,14 @@ def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
 
 
 def copy_bytes_per_s(size: int) -> float:
-    """Bytes a second of copies from memory to memory.
+    """Measure the bytes per second of copies from memory to memory.
 
     Args:
-        size: of a copy, in bytes: small ones stay in the caches.
+        size: bytes of a copy. It matters because small copies stay in the processor's caches.
     """
     source = np.ones(max(size, SMALLEST_COPY), np.uint8)
     target = np.zeros_like(source)
-    target.fill(1)  # pages that were never written would be paid for by the first copy
+    target.fill(1)  # otherwise the first copy would also take the time of mapping new pages
     times = []
     for _ in range(COPIES):
         start = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The one way to Ray: sessions, places for actors, and what their processes share."""
+"""Everything that concerns the Ray cluster: sessions, places for actors, and the logs and memory of processes."""

@@ -1,4 +1,4 @@
-"""Whether all workers of a run find room on a cluster, and if not, the arithmetic that says so."""
+"""Arithmetic that decides whether a cluster has room for all workers of a run, and explains why it has not."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PARTS = 10_000
-"""Ray counts resources in ten-thousandths."""
+"""Smallest parts of a resource: Ray counts in ten-thousandths."""
 SEARCH_S = 10.0
+"""Time limit of the search for the best distribution of workers over nodes."""
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,28 @@ class Node:
     """A machine of the cluster."""
 
     resources: Mapping[str, float]
-    """What all of it has, busy or not."""
+    """Amounts of its resources, including those in use."""
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers that ask for the same."""
+    """A number of workers that ask for the same resources and labels."""
 
     name: str
-    """Whose they are, as an error begins: `Task 'pets'`."""
+    """Owner of the workers, with which an error message begins: `Task 'pets'`."""
     workers: int
     resources: Mapping[str, float]
-    """What each of them takes, amounts above 0; of a GPU all that ask for one take the same."""
+    """Resources that each worker takes, with amounts above 0. All demands for GPUs have the same amount of them."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What a node has to be labelled with."""
+    """Labels that a node needs to hold such a worker."""
 
 
 def room(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
-    """The most of these workers that the nodes hold at once when nothing else runs there.
+    """Return the largest number of these workers that the nodes hold at once if nothing else runs on them.
 
-    Where demands differ in many ways and the search for the best order takes long, it may say too many, never too few.
+    The result may be too large, but never too small, if the demands differ in many ways and the search reaches its time
+    limit.
     """
     demands = _merged(demands)
     most = np.array([[_most(demand, node) for node in nodes] for demand in demands], dtype=np.int64)
@@ -47,14 +49,14 @@ def room(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
 
 
 def fits(demands: Sequence[Demand], nodes: Sequence[Node]) -> bool:
-    """Whether the nodes hold all of these workers at once."""
+    """Return whether the nodes hold all of these workers at once."""
     return not demands or room(demands, nodes) == _workers(demands)
 
 
 def misfit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
-    """Why the nodes cannot hold all workers at once, in numbers; None where they can.
+    """Explain in numbers why the nodes cannot hold all workers at once; None if they can.
 
-    It speaks of as few demands as have no room together.
+    The text leaves out every demand without which the others still do not fit.
     """
     if fits(demands, nodes):
         return None
@@ -76,7 +78,7 @@ def _workers(demands: Sequence[Demand]) -> int:
 
 
 def _merged(demands: Sequence[Demand]) -> list[Demand]:
-    """One demand for all tasks that ask for the same."""
+    """Merge the demands of all tasks that ask for the same resources and labels."""
     merged: dict[tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]], Demand] = {}
     for demand in demands:
         kind = frozenset(demand.resources.items()), frozenset(demand.labels.items())
@@ -86,14 +88,14 @@ def _merged(demands: Sequence[Demand]) -> list[Demand]:
 
 
 def _most(demand: Demand, node: Node) -> int:
-    """Workers of one kind that a node holds."""
+    """Return how many workers of one demand a node holds."""
     if not demand.labels.items() <= node.labels.items():
         return 0
     return min(demand.workers, *(_times(name, node, amount) for name, amount in demand.resources.items()))
 
 
 def _times(resource: str, node: Node, amount: float) -> int:
-    """How often a node has an amount of a resource; a share of a GPU is a share of one GPU."""
+    """Return how many times a node has an amount of a resource. A share of a GPU has to be on one GPU."""
     has, takes = round(PARTS * node.resources.get(resource, 0.0)), max(1, round(PARTS * amount))
     if resource == "GPU" and takes < PARTS:
         return has // PARTS * (PARTS // takes)
@@ -101,12 +103,14 @@ def _times(resource: str, node: Node, amount: float) -> int:
 
 
 def _most_together(demands: Sequence[Demand], nodes: Sequence[Node], most: np.ndarray) -> int:
-    """An integer program: how many workers of each demand on each node.
+    """Return the largest number of workers that the nodes hold, by an integer program.
+
+    Its variables are the numbers of workers of each demand on each node.
 
     Args:
-        most: workers of each demand that each node holds alone, shape (demands, nodes).
+        most: number of workers of each demand that each node holds alone, shape (demands, nodes).
     """
-    # Here, because few runs need it, and all processes of a run would load it.
+    # Imported here because few runs need it, and otherwise all processes of a run would load it.
     from scipy import sparse
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -115,7 +119,7 @@ def _most_together(demands: Sequence[Demand], nodes: Sequence[Node], most: np.nd
     for name in sorted({name for demand in demands for name in demand.resources}):
         takes = np.array([[demand.resources.get(name, 0.0) for demand in demands]])
         has = np.array([node.resources.get(name, 0.0) for node in nodes])
-        if name == "GPU":  # equal shares: as many as fit on one GPU, whatever is left of it
+        if name == "GPU":  # all shares are equal, so the number of workers per GPU is fixed
             has = np.array([_times(name, node, takes.max()) for node in nodes])
             takes = np.sign(takes)
         limits.append(LinearConstraint(sparse.kron(takes / takes.max(), each_node), ub=has / takes.max()))
@@ -130,6 +134,7 @@ def _most_together(demands: Sequence[Demand], nodes: Sequence[Node], most: np.nd
 
 
 def _needs(demand: Demand) -> str:
+    """Describe what a demand asks for."""
     amounts = ", ".join(f"{amount:g} {name}" for name, amount in demand.resources.items())
     where = ", ".join(f"{key}={value}" for key, value in demand.labels.items())
     return f"{demand.name} needs {_count(demand.workers, 'worker')} of {amounts}" + (
@@ -138,7 +143,7 @@ def _needs(demand: Demand) -> str:
 
 
 def _shape(demands: Sequence[Demand], node: Node) -> str:
-    """What a node has of all that is asked for."""
+    """Describe what a node has of the resources and labels that the demands ask for."""
     names = dict.fromkeys(name for demand in demands for name in demand.resources)
     keys = dict.fromkeys(key for demand in demands for key in demand.labels if key in node.labels)
     amounts = [f"{node.resources.get(name, 0.0):g} {name}" for name in names]

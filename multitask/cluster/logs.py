@@ -1,4 +1,4 @@
-"""What happens in a run, one JSON object a line: when, how grave, of which run, task, worker and step, and what."""
+"""Logs of a run, with one JSON object per line: time, level, run, task, worker, step and event."""
 
 import contextlib
 import json
@@ -9,16 +9,17 @@ from pathlib import Path
 
 LOG = "log.jsonl"
 ABOUT = ("run", "task", "worker", "step")
-"""What a line may say of itself; a call gives it as `extra`."""
+"""Keys that tell what a line is about. A logging call gives them as `extra`."""
 PACKAGE = logging.getLogger("multitask")
+"""Logger of this package."""
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON."""
+    """Formatter that writes a record as one line of JSON."""
 
     def __init__(self, about: Callable[[], Mapping[str, object]]) -> None:
         """Args:
-        about: what is true of every line at its moment, where the line itself does not say otherwise.
+        about: called for each line; returns values of the keys `ABOUT`, which the line's own `extra` overrides.
         """
         super().__init__()
         self._about = about
@@ -38,11 +39,11 @@ class JsonLines(logging.Formatter):
 
 @contextlib.contextmanager
 def log_to(path: Path, run: str) -> Iterator[None]:
-    """Append what this package notes to a file while the block runs; warnings are still shown."""
+    """Append the log records of this package to a file while the block runs. Warnings are still shown on stderr."""
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(JsonLines(lambda: {"run": run}))
     handlers: list[logging.Handler] = [file]
-    if not PACKAGE.hasHandlers():  # then logging itself would have shown warnings; errors are raised as well
+    if not PACKAGE.hasHandlers():  # logging itself would have shown warnings; errors are raised too
         shown = logging.StreamHandler()
         shown.addFilter(lambda record: record.levelno == logging.WARNING)
         handlers.append(shown)
@@ -60,10 +61,12 @@ def log_to(path: Path, run: str) -> Iterator[None]:
 
 
 def log_to_stderr(about: Callable[[], Mapping[str, object]]) -> None:
-    """For a process of a run's own, whose stderr Ray keeps: from now on this package writes lines of JSON there alone.
+    """Make this package write its log records as lines of JSON to stderr, and nowhere else.
+
+    It is for processes that only serve a run: Ray keeps their stderr.
 
     Args:
-        about: as `JsonLines` takes it.
+        about: as for `JsonLines`.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines(about))

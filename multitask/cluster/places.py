@@ -1,4 +1,4 @@
-"""Where the processes of a run go on a Ray cluster: what each asks for, and whether it can be had."""
+"""Places for the processes of a run on a Ray cluster: what each process asks for, and whether the cluster has it."""
 
 import logging
 import math
@@ -11,24 +11,25 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from multitask.cluster.arithmetic import Demand, Node, fits, misfit
 from multitask.errors import TrainingError
-from multitask.spec.schema import JobSpec, LocalSpec
+from multitask.spec.schema import JobSpec
 
 log = logging.getLogger(__name__)
 
 
 class PlacementError(TrainingError):
-    """Workers for which the cluster has no room, whoever else runs there; the message has the arithmetic."""
+    """The cluster has no room for a run's workers, even if nothing else runs on it. The message has the numbers."""
 
 
 def check_places(spec: JobSpec) -> None:
-    """Look whether the cluster could hold the workers that a run starts with, before any is started.
+    """Check that the cluster has room for the workers that a run starts with, before any of them is started.
 
-    On a cluster that the run joins nodes may still come, so it only warns; `resources.start_timeout_s` limits the wait.
+    An existing cluster may still get nodes. A lack of room is then only a warning, and `resources.start_timeout_s`
+    limits the wait.
 
     Raises:
-        PlacementError: it could not, and no node will come.
+        PlacementError: the cluster has too little room, and will get no nodes.
     """
-    if isinstance(spec.engine, LocalSpec):
+    if not spec.engine.uses_ray:
         return
     nodes = cluster_nodes()
     problem = misfit(list(demands(spec, nodes).values()), nodes)
@@ -44,11 +45,12 @@ def check_places(spec: JobSpec) -> None:
 
 
 def cluster_nodes() -> list[Node]:
+    """Return the living nodes of the cluster."""
     return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
-    """Task -> the workers that it starts with, and what each of its workers asks for."""
+    """Return for each task the number of workers that it starts with, and the resources that each of them asks for."""
     cpus = spec.resources.cpus_per_worker
     if cpus is None:
         workers = sum(task.workers for task in spec.tasks)
@@ -57,44 +59,50 @@ def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
 
 
 def share(workers: int, nodes: Sequence[Node], demands: Callable[[float], Sequence[Demand]]) -> float:
-    """CPUs of each worker: an equal share of all, or as much less, in hundredths, as lets every worker find room.
+    """Return the CPUs of each worker: an equal share of all CPUs, lowered in hundredths until every worker has room.
 
     Args:
-        demands: what is asked for where each worker has so many CPUs.
+        workers: number of workers that share the CPUs.
+        demands: returns the demands of all workers for a number of CPUs of each worker.
     """
     equal = round(100 * equal_share(sum(node.resources.get("CPU", 0.0) for node in nodes) or 1.0, workers))
 
     def too_much(hundredths: int) -> bool:
         return not fits(demands(hundredths / 100), nodes)
 
-    # Where not even the smallest share fits, CPUs are not what is missing.
+    # If not even the smallest share fits, something other than CPUs is missing.
     return (bisect_left(range(1, equal + 1), True, key=too_much) or equal) / 100
 
 
 def equal_share(cpus: float, workers: int) -> float:
-    """CPUs of each worker, rounded down to hundredths, at most one."""
+    """Return an equal share of CPUs for each worker, rounded down to hundredths, at least 0.01 and at most 1."""
     return min(1.0, max(0.01, math.floor(100 * cpus / workers) / 100))
 
 
 def chooses_places(spec: JobSpec) -> bool:
-    """Whether a run keeps places for its workers, rather than let Ray find one for each."""
+    """Return whether a run reserves places for its workers. Otherwise Ray finds a place for each worker separately."""
     return spec.resources.placement is not None or any(task.resources or task.labels for task in spec.tasks)
 
 
 def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
-    """Places for the server's shards, and after them for the workers that a run starts with, in the order of the job;
-    given out all at once.
+    """Reserve places for the server's shards and for the workers that a run starts with, all at once.
 
-    Without a `placement` and demands of tasks, workers need none (Ray finds one for each by itself), nor does a single
-    shard.
+    The shards come first, and then the workers in the order of the job. Workers get no places here if the spec has no
+    `placement` and the tasks have no `resources` or `labels`, because Ray then finds a place for each worker. In that
+    case a single shard gets no place either.
+
+    Args:
+        workers: task -> the demand of the workers that it starts with.
+    Returns:
+        The places, or None if none are needed.
     """
-    shards = getattr(spec.engine, "shards", 1)
-    # A trace of memory: a bundle has to ask for something, and the server's CPU time is small and comes in bursts.
+    shards = spec.engine.shards
+    # A bundle has to ask for something. A byte of memory will do: the server needs little CPU time, in short bursts.
     bundles: list[tuple[dict[str, float], dict[str, str]]] = [({"memory": 1.0}, {})] * shards
     if chooses_places(spec):
         for demand in workers.values():
-            # Ray gives places to large bundles first, whatever their labels. More than a server's trace of memory
-            # brings those that can go to few nodes before those that can go anywhere.
+            # Ray places large bundles first and does not consider their labels. Some more bytes of memory make it place
+            # a bundle with labels, which fits on few nodes, before bundles that fit on any node.
             trace = {"memory": 1.0 + len(demand.labels)} if demand.labels else {}
             bundles += [({**demand.resources, **trace}, dict(demand.labels))] * demand.workers
     elif shards == 1:

@@ -1,4 +1,4 @@
-"""Connections to Ray: the session that exists, a cluster, or a Ray of the run's own."""
+"""Connections to Ray: an existing session, a cluster, or a Ray that the run starts on this machine."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ import ray
 from multitask.startup import RUN_PROCESS
 
 RAY_STARTS = 3
-"""Times that a Ray of the run's own is tried to start."""
+"""Number of attempts to start Ray on this machine."""
 OPTIONS: dict[str, Any] = {
     "log_to_driver": False,
     "logging_level": logging.ERROR,
@@ -24,14 +24,18 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
-    """Ray for a run: the session that exists, the cluster that RAY_ADDRESS names, or one in this process."""
+    """Connect to Ray while the block runs.
+
+    It uses the session of this process if there is one, else the cluster that the environment variable RAY_ADDRESS
+    names, else a Ray that it starts on this machine.
+    """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
-        # Ray would keep up to a hundred objects that nobody needs any more for a second, and meanwhile put gradients
-        # and values into memory never touched before, with a page fault for every 4 KiB.
+        # By default Ray keeps up to a hundred unused objects for a second. Meanwhile it puts new gradients and values
+        # into memory that was never used before, with a page fault for every 4 KiB.
         os.environ.setdefault("RAY_free_objects_batch_size", "1")
         start_ray()
     else:
@@ -43,18 +47,19 @@ def ray_session() -> Iterator[None]:
 
 
 def start_ray(**options: Any) -> None:
-    """Start Ray on this machine, again where it fails: it gives its own processes half a minute, which is little where
-    others keep the machine busy.
+    """Start Ray on this machine, with several attempts.
+
+    Ray gives its own processes half a minute to start, which is not always enough on a busy machine.
 
     Args:
-        options: of `ray.init`.
+        options: further options of `ray.init`.
     """
     for tries_left in reversed(range(RAY_STARTS)):
         try:
             ray.init(address="local", include_dashboard=False, **OPTIONS, **options)
             break
-        except Exception as error:  # of no type of its own
+        except Exception as error:  # Ray raises no type of its own
             ray.shutdown()
             if not tries_left:
                 raise
-            log.warning("Ray did not start on this machine; it is tried again. (%s)", error)
+            log.warning("Ray did not start on this machine and is started again. (%s)", error)

@@ -24,7 +24,7 @@ class ServedWorker:
 
     def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
         self._job, self._name, self._incarnation = job, name, incarnation
-        self._in_flight = getattr(job.spec.engine, "in_flight", 0)
+        self._in_flight = job.spec.engine.in_flight
         self._server = RemoteServer(job, name, incarnation, server, shards)
         about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
         self.about: Callable[[], dict[str, object]] = lambda: about

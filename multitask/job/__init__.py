@@ -1,5 +1,6 @@
-"""What a job spec becomes: models, groups of tensors, tables, caches and checkpoints."""
+"""The parts that a job spec is turned into: models, groups of tensors, tables, caches and checkpoints."""
 
-from multitask.job.job import Job, Loaded
+from multitask.job.inputs import LoadedInputs
+from multitask.job.job import Job
 
-__all__ = ["Job", "Loaded"]
+__all__ = ["Job", "LoadedInputs"]

@@ -1,4 +1,4 @@
-"""How many of a job's workers each task gets."""
+"""Division of a job's workers among its tasks."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,16 @@ from fractions import Fraction
 
 
 def share_out(workers: int, images: Mapping[str, int]) -> dict[str, int]:
-    """Task -> its workers, in proportion to its training images and at least one.
+    """Divide workers among tasks in proportion to their training images, with at least one worker for each task.
 
-    By largest remainders, once each task whose share is below one has its one; of equal remainders the first task's
-    counts.
+    Each task whose proportional share is below one gets one worker. The other tasks share the remaining workers by the
+    method of largest remainders; where remainders are equal, the task that comes first gets the worker.
 
     Args:
-        workers: of all tasks together, as many as tasks or more.
-        images: task -> rows of its training table.
+        workers: number of workers of all tasks together, at least the number of tasks.
+        images: task -> number of rows of its training table.
+    Returns:
+        Task -> number of its workers.
     """
     one_each: set[str] = set()
     while True:
@@ -32,5 +34,5 @@ def share_out(workers: int, images: Mapping[str, int]) -> dict[str, int]:
 
 
 def rank_of(worker: str) -> int:
-    """Number of a worker among those of its task."""
+    """Return the number of a worker among the workers of its task: 0 for the first."""
     return int(worker.rpartition("/")[2])

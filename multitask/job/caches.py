@@ -1,4 +1,4 @@
-"""Which tasks of a job store what the frozen backbone gives, where, under what key, and on how much disk."""
+"""Plans of the feature caches of a job: which tasks have one, in which folder, under which key, and of which size."""
 
 import hashlib
 import json
@@ -18,14 +18,16 @@ GB = 1e9
 def plan_caches(
     spec: JobSpec, backbone: Backbone, models: Mapping[str, PatchedModel], tables: Mapping[str, ImageTable]
 ) -> dict[str, CachePlan]:
-    """Task -> its cache, for the tasks that ask for one.
+    """Plan a feature cache for each task that asks for one.
 
     Args:
-        backbone: with the weights that the job keeps frozen.
+        backbone: the backbone with the weights that the job keeps frozen.
         models: task -> its model.
-        tables: task -> its training images.
+        tables: task -> its training table.
+    Returns:
+        Task -> the plan of its cache.
     Raises:
-        SpecError: a task has nothing that could be stored, or there is less room than the caches take.
+        SpecError: a task has no features that could be stored, or the disk has too little free space.
     """
     cached = [task for task in spec.tasks if task.cache_features is not None]
     if not cached:
@@ -41,8 +43,8 @@ def plan_caches(
             "steps": {"read": list(model.reads), "snapshot": list(shapes)},
             "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
             "table": _identity(tables[task.name]),
-            # The last bits depend on these too: a kernel may add in another order in a batch of another size, and
-            # torch's attention has one for eval mode.
+            # The last bits of the features depend on these values too: a kernel may add numbers in another order if
+            # the batch size changes, and torch's attention uses another kernel in eval mode.
             "computation": {
                 "eval": model.shared_in_eval,
                 "batch_size": task.batch_size,
@@ -58,7 +60,10 @@ def plan_caches(
 
 
 def writers(plans: Mapping[str, CachePlan]) -> set[str]:
-    """The tasks that write: of those that share a cache the first, as they would all write the same."""
+    """Return the tasks that write a cache.
+
+    If several tasks share a cache only the first of them writes it, because all would write the same features.
+    """
     first: dict[Path, str] = {}
     for task, plan in plans.items():
         first.setdefault(plan.path, task)
@@ -66,7 +71,7 @@ def writers(plans: Mapping[str, CachePlan]) -> set[str]:
 
 
 def describe(plans: Mapping[str, CachePlan]) -> list[str]:
-    """For each cache a line that says what disk it takes."""
+    """Return one line for each cache, which says how much disk space it takes."""
     lines = []
     for task in plans:
         if task in writers(plans):
@@ -75,27 +80,27 @@ def describe(plans: Mapping[str, CachePlan]) -> list[str]:
             lines.append(
                 f"Feature cache of {', '.join(users)}: {plan.total_bytes / GB:.3g} GB for {plan.num_rows:,} images "
                 f"({plan.row_bytes:,} bytes each), of which {plan.missing_bytes() / GB:.3g} GB are still to be "
-                f"written, with {plan.free_bytes() / GB:.3g} GB free, in {plan.path}"
+                f"written; {plan.free_bytes() / GB:.3g} GB are free in {plan.path}"
             )
     return lines
 
 
 def _check_model(task: TaskSpec, model: PatchedModel) -> None:
-    where = f"Task '{task.name}': cache_features stores what the frozen steps of the backbone give"
+    where = f"Task '{task.name}': cache_features stores the outputs of the frozen steps of the backbone"
     if not model.reads:
         raise SpecError(
-            f"{where}, but method '{task.method}' changes the first step already, so that none comes before it. Leave "
-            "cache_features out, or use a method that begins later (last_layer, dtl, mist, parasite)."
+            f"{where}, but method '{task.method}' changes the first step already, so no frozen step comes before it. "
+            "Leave cache_features out, or use a method that begins later (last_layer, dtl, mist, parasite)."
         )
     if model.backbone.auxiliary is not None:
         raise SpecError(
-            f"{where}, but the auxiliary branch '{model.backbone.auxiliary}' reads another output in training. Leave "
-            "cache_features out, or set backbone.options.aux_logits: false."
+            f"{where}, but the auxiliary branch '{model.backbone.auxiliary}' reads a further output in training. "
+            "Leave cache_features out, or set backbone.options.aux_logits: false."
         )
     if model.random_shared_layer is not None:
         raise SpecError(
-            f"{where}, but '{model.random_shared_layer}' draws at random in training. Leave cache_features out, or set "
-            "that option of the backbone to 0."
+            f"{where}, but '{model.random_shared_layer}' draws at random in training, so its outputs differ in every "
+            "epoch. Leave cache_features out, or set that option of the backbone to 0."
         )
 
 
@@ -112,6 +117,6 @@ def _check_room(plans: Mapping[str, CachePlan]) -> None:
 
 
 def _identity(table: ImageTable) -> str:
-    """Hash (hex) of which images a table has, in which order, and of their labels."""
+    """Return a hash (hex) of a table's images, their order and their labels."""
     shards = [(shard.sha256, shard.rows) for shard in table.shards]
     return hashlib.sha256(json.dumps([list(table.classes), shards]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on, in one file that is written whole or not at all."""
+"""Checkpoints: one file with everything that a run needs to go on. It is written completely or not at all."""
 
 import json
 import logging
@@ -19,42 +19,46 @@ _NAME = re.compile(r"^checkpoint-(\d{6,})\.safetensors$")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on from; the message says what was found and what to do."""
+    """A run cannot go on from a checkpoint. The message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment of a run. Tensors have names, so another division into groups or shards can take them up."""
+    """The state of a run at one moment.
+
+    Its tensors have names, so that a run with other groups or another number of shards can load it.
+    """
 
     progress: Progress
     tensors: dict[str, Tensor]
-    """`values/OWNER/NAME`, `slots/SLOT/OWNER/NAME` and `scalars/SCALAR/OWNER/NAME` (an optimiser's single numbers);
-    OWNER is `backbone` or `tasks/TASK`."""
+    """`values/OWNER/NAME`, `slots/SLOT/OWNER/NAME` and `scalars/SCALAR/OWNER/NAME` (single numbers of an
+    optimizer). OWNER is `backbone` or `tasks/TASK`."""
 
     def is_finite(self) -> bool:
-        """Training can go on from these values."""
+        """Return whether all values are finite, so that training can go on from them."""
         return all(is_finite(tensor) for tensor in self.tensors.values())
 
     def shared_steps(self) -> dict[str, float]:
-        """Name of a shared tensor -> steps that its optimiser has counted, where it counts."""
+        """Return the steps that the optimizer has counted for each shared tensor, if it counts steps."""
         prefix = "scalars/step/backbone/"
         return {n.removeprefix(prefix): float(count) for n, count in self.tensors.items() if n.startswith(prefix)}
 
 
 class CheckpointStore:
-    """A folder of checkpoints, numbered in the order of writing; the last few are kept."""
+    """A folder of checkpoints, which are numbered in the order of writing. Only the last few are kept."""
 
     def __init__(self, uri: str, keep: int) -> None:
         """Args:
-        uri: a path, or a URI of any filesystem that pyarrow reaches.
-        keep: how many to keep.
+        uri: the folder: a path, or a URI of any filesystem that pyarrow supports.
+        keep: number of checkpoints to keep.
         """
         self._uri, self._keep = uri, keep
         self._damaged: set[int] = set()
-        """Numbers that `latest` has passed over; the next checkpoint that is saved overwrites the first of them."""
+        """Numbers of damaged checkpoints that `latest` found. The next checkpoint that is saved replaces the first
+        one."""
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, then remove those that are too old; returns where it lies."""
+        """Write a checkpoint, remove the oldest ones beyond the number to keep, and return the path of the new one."""
         folder = locate(self._uri)
         folder.remove_partial()
         numbers = self._numbers()
@@ -67,13 +71,13 @@ class CheckpointStore:
         return f"{self._uri}/{_name(number)}"
 
     def latest(self) -> Checkpoint | None:
-        """The whole checkpoint written last; None where there is no checkpoint.
+        """Return the last checkpoint that is complete, or None if there is no checkpoint.
 
-        One that is damaged is passed over with a warning: where a filesystem shows files while they are written, a
-        killed driver leaves a part of its last one.
+        A damaged checkpoint is skipped with a warning. Some filesystems show a file while it is written, so a driver
+        that is killed can leave an incomplete one.
 
         Raises:
-            CheckpointError: all of them are damaged, or it is of a newer format.
+            CheckpointError: all checkpoints are damaged, or the last one has an unknown format.
         """
         self._damaged.clear()
         for number in reversed(self._numbers()):
@@ -84,31 +88,31 @@ class CheckpointStore:
                 size = int.from_bytes(content[:8], "little")
                 metadata = json.loads(content[8 : 8 + size])["__metadata__"]
             except (SafetensorError, ValueError, KeyError) as error:
-                log.warning("%s: found no whole checkpoint (%s). Looking for the one before it.", where, error)
+                log.warning("%s: this checkpoint is not complete (%s). The one before it is tried.", where, error)
                 self._damaged.add(number)
                 continue
             if metadata["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{where}: found format {metadata['format']}, expected {FORMAT}. Go on with the version that wrote "
-                    "it."
+                    f"{where}: found format {metadata['format']}, expected {FORMAT}. Go on with the version of "
+                    "multitask that wrote it."
                 )
             return Checkpoint(Progress.from_json(json.loads(metadata["progress"])), tensors)
         if self._damaged:
             raise CheckpointError(
-                f"{self._uri}: found no whole checkpoint, only damaged files "
-                f"({', '.join(map(_name, sorted(self._damaged)))}). Put a whole one back, or remove these files to go "
-                "on from the start."
+                f"{self._uri}: expected a complete checkpoint, found only damaged files "
+                f"({', '.join(map(_name, sorted(self._damaged)))}). Restore one of them from a copy, or remove these "
+                "files to go on from the start."
             )
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints, for a run that begins anew."""
+        """Remove all checkpoints, for a run that starts from the beginning."""
         locate(self._uri).remove_partial()
         for number in self._numbers():
             locate(self._uri).delete(_name(number))
 
     def where(self) -> str | None:
-        """Where the latest checkpoint lies, of those not found damaged."""
+        """Return the path of the last checkpoint that `latest` did not find damaged, or None."""
         numbers = self._numbers()
         return f"{self._uri}/{_name(numbers[-1])}" if numbers else None
 

@@ -1,4 +1,4 @@
-"""Groups: the tensors that the same tasks share, or the private ones of one task."""
+"""Groups: the tensors that the same set of tasks shares, or the private tensors of one task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from multitask.server.messages import GroupValues, as_tensor
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors that the same tasks share, or one task's private ones."""
+    """The tensors that the same set of tasks shares, or the private tensors of one task, in one flat buffer."""
 
     name: str
     tasks: tuple[str, ...]
@@ -22,38 +22,39 @@ class Group:
     on_server: bool
     layout: Layout
     values: Tensor
-    """Values at the start, or at the checkpoint, shape (layout.size,), float32."""
+    """Values at the start of the run or at the checkpoint, shape (layout.size,), float32."""
     counters: Tensor
-    """Batch counters, shape (layout.counters,), int64."""
+    """Numbers of batches that batch norms have seen, shape (layout.counters,), int64."""
     slots: dict[str, Tensor] = field(default_factory=dict)
-    """The optimiser's slots at the checkpoint, each of shape (layout.trained,); none at the start."""
+    """Optimizer slots at the checkpoint, each of shape (layout.trained,); empty at the start of the run."""
     scalars: dict[str, float] = field(default_factory=dict)
-    """The optimiser's single numbers at the checkpoint."""
+    """Single numbers of the optimizer at the checkpoint."""
 
     @property
     def owner(self) -> str:
-        """Whose tensors these are, in the files of a run."""
+        """Owner of the tensors in the names of a checkpoint: `backbone` or `tasks/TASK`."""
         return f"tasks/{self.tasks[0]}" if self.private else "backbone"
 
     def state(self) -> GroupValues:
+        """Return the part of the group that training changes, with the optimizer's slots."""
         slots = {name: slot.numpy() for name, slot in self.slots.items()}
         return GroupValues(self.values[: self.layout.pushed].numpy(), self.counters.numpy(), slots, self.scalars)
 
     def tensors(self, state: GroupValues | None) -> dict[str, Tensor]:
-        """Name -> tensor, each a copy.
+        """Return copies of the group's tensors by name.
 
         Args:
-            state: what training changed; the rest, or all of it, is as this group has it.
+            state: values that training has changed. All other values are those of this group; with None all are.
         """
         values, counters = self.values.clone(), self.counters
         if state is not None:
             values[: self.layout.pushed] = as_tensor(state.values)
             counters = as_tensor(state.counters)
-        # Clones: a view would be saved, or pickled, with its whole buffer.
+        # A view would be saved or pickled together with its whole buffer, so each tensor is cloned.
         return {name: view.clone() for name, view in self.layout.tensors(values, counters).items()}
 
     def named(self, state: GroupValues) -> dict[str, Tensor]:
-        """A group's state, as `tensors` takes it, in the names of `Checkpoint`; copies."""
+        """Return copies of a state's tensors and optimizer slots, under the names that `Checkpoint` uses."""
         found = {f"values/{self.owner}/{name}": tensor for name, tensor in self.tensors(state).items()}
         for slot in self.layout.trained_slots():
             name = f"{self.owner}/{slot.name}"
@@ -62,7 +63,7 @@ class Group:
         return found
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "Group":
-        """This group with the tensors of a checkpoint, where it has them."""
+        """Return this group with the tensors of a checkpoint. A tensor that the checkpoint lacks keeps its value."""
         values, counters = self.values.clone(), self.counters.clone()
         for name, view in self.layout.tensors(values, counters).items():
             view.copy_(tensors.get(f"values/{self.owner}/{name}", view))
@@ -82,12 +83,13 @@ class Group:
 def plan_groups(
     models: Mapping[str, patches.PatchedModel], workers: Mapping[str, int], steps: Mapping[str, float] | None = None
 ) -> list[Group]:
-    """Partition all tasks' tensors into groups: one for each set of tasks that share tensors, one for each patch.
+    """Divide all tasks' tensors into groups: one for each set of tasks that shares tensors, and one for each patch.
 
     Args:
         models: task -> its model, in train mode.
-        workers: task -> number of workers; with several, the private group lies on the server too.
-        steps: name of a shared tensor -> steps that its optimiser has made; tensors of other counts stay apart.
+        workers: task -> number of its workers. The server also holds the private group of a task with several workers.
+        steps: name of a shared tensor -> steps that its optimizer has counted. Tensors with different counts go to
+            different groups.
     """
     live = {task: named_tensors(model.network) for task, model in models.items()}
     roles: dict[str, dict[str, Any]] = {}
@@ -103,7 +105,7 @@ def plan_groups(
     groups: list[Group] = []
     for tasks, private, names in members:
         first = tasks[0]
-        # In the order of the state dict: sets have none, and the layout has to be the same in every process.
+        # The order is that of the state dict, because the layout has to be the same in every process.
         tensors = {name: tensor for name, tensor in live[first].items() if name in set(names)}
         for task in tasks[1:]:
             assert all(roles[task][name] == roles[first][name] for name in tensors)

@@ -1,8 +1,8 @@
-"""A job spec made concrete: models, groups and starting values; the server and the workers are built from it."""
+"""A job: the models, groups and starting values of a job spec, from which the server and the workers are built."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,81 +10,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import patches
 from multitask.cluster.memory import keep_freed_memory
 from multitask.data import Batch, ImageTable
 from multitask.data.batches import BatchView
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
-from multitask.data.stream import TrainStream
 from multitask.job.assignment import rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint
 from multitask.job.groups import Group, plan_groups
+from multitask.job.inputs import SPLITS, LoadedInputs, check_data
 from multitask.job.models import attach_task, backbone_key, check_training, load_backbone
-from multitask.job.rules import images_factor, make_rules, make_schedule
-from multitask.job.tables import open_split, table_batches, table_key
+from multitask.job.rules import make_rules, make_schedule
+from multitask.job.serving import parameter_group, served_tasks
+from multitask.job.streams import group_by_rows, stream_factory
+from multitask.job.tables import table_batches, table_key
 from multitask.server.group import ParameterGroup
 from multitask.server.messages import GroupValues, StepRecord
-from multitask.server.optimizers import make_optimizer
-from multitask.server.parameter_server import OtherShards, ParameterServer, ServedTask
+from multitask.server.parameter_server import OtherShards, ParameterServer
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.shard import Shard
-from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
 from multitask.worker import StepSettings, TaskWorker, WorkerStart, task_loss
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What many jobs over the same data and backbones load once; picklable."""
-
-    tables: dict[str, ImageTable] = field(default_factory=dict)
-    """`table_key` of a task and a split -> the table, opened and checked."""
-    backbones: dict[str, patches.Backbone] = field(default_factory=dict)
-    """`backbone_key` of a job -> its backbone with its weights."""
-
-    def add(self, spec: JobSpec) -> None:
-        """Load what this job needs and is not here yet.
-
-        Raises:
-            DataError, patches' errors: a table or the weights cannot be read.
-        """
-        for task in spec.tasks:
-            for split in ("train", "validation"):
-                key = table_key(task, split)
-                if key not in self.tables:
-                    self.tables[key] = open_split(task, split)
-        if backbone_key(spec) not in self.backbones:
-            self.backbones[backbone_key(spec)] = load_backbone(spec, spec.backbone.weights)
-
-
 class Job:
-    """What the driver prepares once and every process of the run builds its part from; picklable."""
+    """A job that is ready to train. The driver builds it once, and every process of the run builds its part from it.
 
-    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None, loaded: Loaded | None = None) -> None:
-        """Build the backbone and every task's model, open every table: what can fail fails here, before Ray starts.
+    A job is picklable.
+    """
+
+    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None, loaded: LoadedInputs | None = None) -> None:
+        """Build the backbone and every task's model, and open every table, so that errors appear before Ray starts.
 
         Args:
-            checkpoint: where to go on from, perhaps with other tasks: one that is new starts from the shared tensors.
-            loaded: gets what it lacks; no job changes what is in it.
+            checkpoint: the state to go on from. The spec may have other tasks than the checkpoint; a new task starts
+                from the checkpoint's shared tensors.
+            loaded: inputs that are loaded already. The job adds those that it lacks and changes none of the others.
         Raises:
-            SpecError, patches' errors, DataError: the spec does not fit the backbone, a method or the data.
+            SpecError, patches' errors, DataError: the spec does not fit the backbone, a patch method or the data.
         """
-        # One opening serves all tasks over the same data, and every process: a table is checked once.
-        loaded = Loaded() if loaded is None else loaded
+        # A table is opened and checked once, for all tasks that read it and for every process.
+        loaded = LoadedInputs() if loaded is None else loaded
         loaded.add(spec)
         self._tables = loaded.tables
         self.spec = spec = self._with_workers(spec)
-        """With the workers of each task."""
+        """The job spec, in which every task has its number of workers."""
         for task in spec.tasks:
-            self._check_data(task)
-        self._backbone = loaded.backbones[backbone_key(spec)]
-        models = {task.name: attach_task(self._backbone, task, spec) for task in spec.tasks}
+            check_data(spec, task, self._table(task, "train"), self._table(task, "validation"))
+        self.backbone = loaded.backbones[backbone_key(spec)]
+        """The backbone with its starting values. Only the process that built the job has it."""
+        models = {task.name: attach_task(self.backbone, task, spec) for task in spec.tasks}
         check_training(spec, models)
         tables = {task.name: self._table(task, "train") for task in spec.tasks}
-        self.caches = plan_caches(spec, self._backbone, models, tables)
-        """Task -> where it stores what the frozen backbone gives, for the tasks that do."""
+        self.caches = plan_caches(spec, self.backbone, models, tables)
+        """Task -> the plan of its feature cache, for the tasks that have one."""
         self._with_images = {task for task, model in models.items() if model.reads_images}
         self._opened: dict[Path, FeatureCache] = {}
         steps = {} if checkpoint is None else checkpoint.shared_steps()
@@ -96,40 +76,45 @@ class Job:
             self._take_up(checkpoint)
 
     def _with_workers(self, spec: JobSpec) -> JobSpec:
+        """Divide the job's workers among its tasks, where the spec gives one number for all of them."""
         if spec.workers is None:
             return spec
         workers = share_out(spec.workers, {task.name: self._table(task, "train").num_rows for task in spec.tasks})
         return replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
 
     def restored(self, checkpoint: Checkpoint | None) -> "Job":
-        """The same job at a checkpoint; at its start where there is none."""
+        """Return this job with the state of a checkpoint, or as it is where there is no checkpoint."""
         job = copy(self)
-        vars(job).update(vars(self))  # the backbone too, which `copy` leaves out as pickling does
+        vars(job).update(vars(self))  # with the backbone, which `copy` leaves out because pickling leaves it out
         if checkpoint is not None:
             job._take_up(checkpoint)
         return job
 
-    def loaded(self) -> Loaded:
-        """What this job uses of what was loaded, for one with other tasks; in the process that built it alone."""
-        keys = (table_key(task, split) for task in self.spec.tasks for split in ("train", "validation"))
-        return Loaded({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self._backbone})
+    def inputs(self) -> LoadedInputs:
+        """Return the loaded inputs that this job uses, for a job with other tasks.
+
+        Only the process that built the job can call it.
+        """
+        keys = (table_key(task, split) for task in self.spec.tasks for split in SPLITS)
+        return LoadedInputs({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self.backbone})
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}
         self.progress = checkpoint.progress.with_workers(self.workers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers and server take values from the groups; the backbone's own tensors stay with the driver.
+        """Return what is pickled: everything but the backbone and the open caches.
 
-        Every process opens its own caches.
+        Workers and server take their values from the groups, and every process opens its own caches.
         """
-        return {key: value for key, value in vars(self).items() if key != "_backbone"} | {"_opened": {}}
+        return {key: value for key, value in vars(self).items() if key != "backbone"} | {"_opened": {}}
 
     def task(self, name: str) -> TaskSpec:
+        """Return the spec of a task."""
         return next(task for task in self.spec.tasks if task.name == name)
 
     def cache(self, task: str) -> FeatureCache | None:
-        """A task's cache, one for all tasks of this process that share it."""
+        """Return a task's feature cache, or None. Tasks with the same cache get the same object in this process."""
         if task not in self.caches:
             return None
         plan = self.caches[task]
@@ -138,35 +123,46 @@ class Job:
         return self._opened[plan.path]
 
     def groups_of(self, task: str) -> dict[str, Group]:
+        """Return the groups that a task uses, by name."""
         return {name: group for name, group in self.groups.items() if task in group.tasks}
 
     def parameters(self) -> int:
-        """Parameters of all tasks' models together, each shared one counted once; running statistics not counted."""
+        """Return the number of parameters of all tasks' models together.
+
+        A shared parameter counts once, and running statistics do not count.
+        """
         return sum(group.layout.parameters for group in self.groups.values())
 
     def trained_parameters(self) -> int:
-        """Those of them that training moves."""
+        """Return the number of those parameters that training changes."""
         return sum(slot.size for group in self.groups.values() for slot in group.layout.trained_slots())
 
     @property
     def shards(self) -> int:
-        """Processes over which the server is spread."""
-        return getattr(self.spec.engine, "shards", 1)
+        """Number of processes over which the server is spread."""
+        return self.spec.engine.shards
 
     def served(self) -> list[Group]:
-        """Groups that no push touches (a frozen backbone) stay with the workers, who hold them from the start."""
+        """Return the groups that the server holds.
+
+        Groups that no push changes, such as a frozen backbone, are not among them: every worker has their values.
+        """
         return [group for group in self.groups.values() if group.on_server and group.layout.pushed]
 
     def pushed_bytes(self, task: str) -> int:
-        """Bytes of one push of a task's worker."""
+        """Return the bytes of one push of a worker of this task."""
         return sum(4 * group.layout.pushed for group in self.served() if task in group.tasks)
 
     def make_shard(self, number: int) -> Shard:
+        """Return one shard of the server: its part of every group that the server holds."""
         ranges = {group.name: group.layout.ranges(self.shards)[number] for group in self.served()}
         return Shard({group.name: self._parameter_group(group, ranges[group.name]) for group in self.served()})
 
     def make_replica(self, worker: str) -> Shard:
-        """Whole copies of the server's groups that a worker's task uses, for a worker that applies updates itself."""
+        """Return a shard with whole copies of the groups that a worker's task uses.
+
+        A worker needs it where it applies updates itself.
+        """
         task = self.workers[worker]
         return Shard({group.name: self._parameter_group(group) for group in self.served() if task in group.tasks})
 
@@ -176,33 +172,25 @@ class Job:
         others: OtherShards | None = None,
         on_record: Callable[[StepRecord], None] = lambda _: None,
     ) -> ParameterServer:
-        """The server.
+        """Build the parameter server.
 
         Args:
-            shard: the one in its own process, by default the first of all.
+            shard: the shard in the server's own process; by default the first shard.
             others: the shards in other processes.
-            on_record: called with what the server notes of each push.
+            on_record: called with the record of each push.
         """
-        served = self.served()
-        tasks = {
-            task.name: ServedTask(
-                shared=tuple(g.name for g in served if task.name in g.tasks and not g.private),
-                private=tuple(g.name for g in served if task.name in g.tasks and g.private),
-                weight=task.weight,
-            )
-            for task in self.spec.tasks
-        }
+        tasks = served_tasks(self.spec, self.served())
         schedule = make_schedule(self.spec)
         rules = make_rules(self.spec)
         shard = self.make_shard(0) if shard is None else shard
         return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
 
     def holds_private(self, worker: str) -> bool:
-        """The worker keeps private tensors itself, because its task has no other worker."""
+        """Return whether a worker keeps private tensors itself, because its task has no other worker."""
         return any(not g.on_server and g.layout.pushed for g in self.groups_of(self.workers[worker]).values())
 
     def start_of(self, worker: str) -> tuple[int, int]:
-        """Step and position at which a worker of this job begins."""
+        """Return the step and the stream position at which a worker of this job begins."""
         progress = self.progress.workers[worker]
         if self.holds_private(worker):
             return progress.private_step, progress.private_position
@@ -247,23 +235,24 @@ class Job:
         )
 
     def checkpoint(self, progress: Progress, states: Mapping[str, GroupValues]) -> Checkpoint:
-        """A checkpoint of a moment.
+        """Return a checkpoint of the run.
 
         Args:
-            states: every group that training changes, with the optimiser's slots.
+            progress: the run's counters.
+            states: group -> its state with the optimizer's slots, for every group that training changes.
         """
         named = (self.groups[name].named(state) for name, state in states.items())
         return Checkpoint(progress, {name: tensor for tensors in named for name, tensor in tensors.items()})
 
     def state(self, states: Mapping[str, GroupValues]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """One version as named tensors: the backbone's, and task -> its private ones.
+        """Return one version as named tensors: those of the backbone, and task -> its private tensors.
 
-        The backbone holds trained shared tensors, and starting values wherever tasks own theirs.
+        The backbone has the trained shared tensors, and starting values for the tensors that every task owns itself.
 
         Args:
-            states: group -> what training changed; groups left out kept their starting values.
+            states: group -> its state. Groups that are left out have their starting values.
         """
-        backbone = {name: tensor.clone() for name, tensor in self._backbone.network.state_dict().items()}
+        backbone = {name: tensor.clone() for name, tensor in self.backbone.network.state_dict().items()}
         private: dict[str, dict[str, Tensor]] = {task.name: {} for task in self.spec.tasks}
         for group in self.groups.values():
             owner = private[group.tasks[0]] if group.private else backbone
@@ -271,59 +260,39 @@ class Job:
         return backbone, private
 
     def _parameter_group(self, group: Group, part: tuple[int, int] | None = None) -> ParameterGroup:
-        options = {key: value for key, value in asdict(self.spec.optimizer).items() if key not in ("name", "rate")}
-        make = partial(make_optimizer, self.spec.optimizer.name, **options)
-        factor = self.spec.private_rate_factor if group.private else 1.0
-        factor *= images_factor(self.spec, group.tasks)
-        return ParameterGroup(group.layout, group.state(), make, factor, part)
+        return parameter_group(self.spec, group, part)
 
     def sharing(self, workers: Iterable[str]) -> list[list[str]]:
-        """The workers in groups whose members read the same rows in the same order, at whatever resolutions.
+        """Return the workers in lists whose members can share one stream.
 
-        A worker with a cache reads alone: which images it needs depends on what is stored.
+        Workers share a stream if they read the same rows in the same order; their resolutions may differ. A worker with
+        a feature cache has a stream of its own, because the images that it needs depend on the stored features.
         """
-        groups: dict[Any, list[str]] = {}
-        for name in workers:
-            task = self.task(self.workers[name])
-            rows = table_key(task, "train")
-            alike = (rows, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
-            alone = name if task.name in self.caches else None
-            groups.setdefault((*alike, rank_of(name), alone), []).append(name)
-        return list(groups.values())
+        tasks = {name: self.task(task) for name, task in self.workers.items()}
+        return group_by_rows(workers, tasks, self.caches)
 
     def make_stream(self, workers: Sequence[str]) -> SharedStream:
-        """The training stream of workers that `sharing` put together."""
-        task, rank = self.task(self.workers[workers[0]]), rank_of(workers[0])
-        make = partial(
-            TrainStream,
-            self._table(task, "train"),
-            batch_size=task.batch_size,
-            seed=self.spec.seed,
-            augment=task.augment,
-            rank=rank,
-            workers=task.workers,
-            undecodable=task.undecodable,
-            window=task.shuffle_window,
-            threads=self.spec.resources.decode_threads,
-            cache=self.cache(task.name),
-            decode_cached=task.name in self._with_images,
-        )
-        resolutions = {name: self.task(self.workers[name]).resolution for name in workers}
-        stream = SharedStream(lambda position: make(start=position), resolutions)
+        """Return the training stream of workers that `sharing` put into one list."""
+        first = workers[0]
+        task = self.task(self.workers[first])
+        decode_cached = task.name in self._with_images
+        table, cache = self._table(task, "train"), self.cache(task.name)
+        make = stream_factory(self.spec, task, rank_of(first), table, cache, decode_cached)
+        stream = SharedStream(make, {name: self.task(self.workers[name]).resolution for name in workers})
         for name in workers:
             stream.seek(name, self.start_of(name)[1])
         return stream
 
     def view(self, worker: str) -> BatchView:
-        """How a worker's task sees the images of its stream."""
+        """Return the resolution and the normalisation with which a worker's task sees the images of its stream."""
         task = self.task(self.workers[worker])
         return BatchView(task.resolution, task.mean, task.std)
 
     def make_batches(self, worker: str, position: int | None = None) -> Iterator[Batch]:
-        """A worker's batches from a stream of its own.
+        """Return a worker's batches from a stream of its own.
 
         Args:
-            position: where the stream begins, as `Batch.position` gives it; by default as `start_of` has it.
+            position: the position at which the stream begins (see `Batch.position`); by default that of `start_of`.
         """
         stream = self.make_stream([worker])
         if position is not None:
@@ -336,18 +305,3 @@ class Job:
 
     def _table(self, task: TaskSpec, split: str) -> ImageTable:
         return self._tables[table_key(task, split)]
-
-    def _check_data(self, task: TaskSpec) -> None:
-        train, validation = self._table(task, "train"), self._table(task, "validation")
-        if train.classes != validation.classes:
-            raise SpecError(
-                f"Task '{task.name}': train and validation under '{task.data}' have other class lists "
-                f"({len(train.classes)} and {len(validation.classes)} classes). Import both with one class list."
-            )
-        head = task.num_classes or self.spec.backbone.num_classes
-        if len(train.classes) > head:
-            where = "tasks.num_classes" if task.num_classes else "backbone.num_classes (the head that this task shares)"
-            raise SpecError(
-                f"Task '{task.name}': its data has {len(train.classes)} classes, but its head has {head} outputs. "
-                f"Set {where} to {len(train.classes)} or more."
-            )

@@ -10,28 +10,40 @@ from multitask.spec.schema import JobSpec, TaskSpec
 
 
 def backbone_key(spec: JobSpec) -> str:
-    """Equal for jobs whose backbones start from equal values: a file gives all of them, otherwise some are drawn."""
+    """Return a key that is equal for jobs whose backbones start from equal values.
+
+    Without a weights file some of the values are drawn at random, so the key then has the seed.
+    """
     from_file = (spec.backbone.weights or "").endswith((".safetensors", ".pth", ".pt"))
     return json.dumps([asdict(spec.backbone), None if from_file else spec.seed])
 
 
 def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:
-    """The job's backbone, with the spec's weights or, for its structure alone, with None."""
+    """Load the job's backbone.
+
+    Args:
+        weights: the spec's weights; None where only the structure is needed.
+    """
     backbone = spec.backbone
     return patches.load_backbone(backbone.name, weights, backbone.num_classes, seed=spec.seed, **backbone.options)
 
 
 def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> patches.PatchedModel:
-    """A task's model as the job trains it, in train mode."""
+    """Return a task's model in train mode, in which the tensors that the job trains require gradients."""
     model = patches.attach(backbone, task.method, task.num_classes, seed=spec.seed, **task.options)
     model.set_shared_trainable(spec.train_shared)
     return model.train()
 
 
 def check_training(spec: JobSpec, models: Mapping[str, patches.PatchedModel]) -> None:
+    """Check that every task has a parameter to train.
+
+    Raises:
+        SpecError: a task has none.
+    """
     for task in spec.tasks:
         if not any(parameter.requires_grad for parameter in models[task.name].parameters()):
             raise SpecError(
-                f"Task '{task.name}': method '{task.method}' owns no parameter, and with train_shared: false nothing "
-                "else is trained. Set train_shared: true, or use a method that owns some."
+                f"Task '{task.name}': method '{task.method}' owns no parameter, and train_shared is false, so "
+                "nothing would be trained. Set train_shared: true, or use a method that owns parameters."
             )

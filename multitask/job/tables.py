@@ -7,10 +7,11 @@ from multitask.spec.schema import TaskSpec
 
 
 def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:
-    """One of a task's tables: train, validation or test, checked as the task's spec says.
+    """Open one of a task's tables, and check it as the task's spec says.
 
     Args:
-        verify: False for a table that was checked before.
+        split: "train", "validation" or "test".
+        verify: whether to compare the table's shards with the index; False for a table that was checked before.
     """
     verify = verify and task.verify_data
     if split == "train" and task.train_on == "train+validation":
@@ -19,12 +20,17 @@ def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable
 
 
 def table_key(task: TaskSpec, split: str) -> str:
-    """Equal for tasks whose split is the same table."""
+    """Return a key that is equal for tasks whose split is the same table."""
     return f"{task.data}/{task.train_on if split == 'train' else split}"
 
 
 def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, threads: int = 1) -> Iterator[Batch]:
-    """A table in order, as the task's model reads images: all rows, or so many spread over the table."""
+    """Read a table in order, in batches that are prepared for the task's model.
+
+    Args:
+        rows: number of rows to read, spread evenly over the table; all by default.
+        threads: number of threads that decode images.
+    """
     return eval_batches(
         table,
         batch_size=task.batch_size,

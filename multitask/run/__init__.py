@@ -1,1 +1,1 @@
-"""A training run from its start to its end: the trainer, what it shows, and the directory that it leaves."""
+"""A training run from its start to its end: the trainer, the monitor, MLflow tracking and the run directory."""

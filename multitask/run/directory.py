@@ -1,4 +1,4 @@
-"""A run directory: what training leaves there, and how models and bundles are made from it."""
+"""The run directory: its files, and the models and bundles that are made from them."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Version = Literal["best", "last"]
 
 
 class RunError(ValueError):
-    """A directory that is not the run it is taken for; the message says what is missing and how to make it."""
+    """A directory does not have the run that was expected. The message says what is missing and how to make it."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,16 @@ class Export:
 
 
 class Run:
-    """A run directory: spec.yaml, best.safetensors, last.safetensors, result.json, and export/ once exported."""
+    """The directory of a finished run.
+
+    It holds spec.yaml, best.safetensors, last.safetensors and result.json, and export/ after an export.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Open the directory of a run that has ended.
+        """Open the directory of a finished run.
 
         Raises:
-            RunError: there is no finished run.
+            RunError: the directory has no finished run.
         """
         self.directory = directory
         if not (directory / "result.json").is_file():
@@ -53,7 +56,11 @@ class Run:
         self.result: dict[str, Any] = json.loads((directory / "result.json").read_text())
 
     def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
-        """The backbone as trained up to a version, and every task's model on it."""
+        """Load the backbone of one version of the run, and every task's model on it.
+
+        Returns:
+            The backbone, and task -> its model in eval mode.
+        """
         tensors = load_file(self.directory / f"{version}.safetensors")
         backbone = load_backbone(self.spec, weights=None)
         backbone.network.load_state_dict(_below("backbone/", tensors))
@@ -67,6 +74,7 @@ class Run:
         """Write backbone.safetensors and one bundle per task, all from one version.
 
         Args:
+            version: "best" (by validation) or "last".
             to: folder for the files; export/ in the run directory by default.
         """
         folder = to or self.directory / "export"
@@ -91,15 +99,15 @@ class Run:
 
 
 def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
-    """Load an exported backbone and all bundles beside it.
+    """Load an exported backbone and all bundles in the same folder.
 
     Raises:
-        RunError: there are no bundles, or no backbone.
+        RunError: the folder has no bundles or no backbone.
         patches.BundleError: a bundle does not fit the backbone, or is damaged.
     """
     paths = sorted(folder.glob("*.patch"))
     if not paths or not (folder / "backbone.safetensors").is_file():
-        raise RunError(f"'{folder}' holds no backbone.safetensors with bundles beside it. Run `multitask export RUN`.")
+        raise RunError(f"'{folder}' does not hold a backbone.safetensors and bundles. Run `multitask export RUN`.")
     architecture = patches.inspect_bundle(paths[0]).backbone
     weights = folder / "backbone.safetensors"
     backbone = patches.load_backbone(architecture["name"], weights, **architecture["options"])
@@ -109,13 +117,15 @@ def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.Patch
 def evaluate_models(
     models: Mapping[str, patches.PatchedModel], spec: JobSpec, split: str, save_to: Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Task -> top1 and top5 (percent) and loss of its model on a whole table of its data.
+    """Evaluate models on a whole table of their tasks' data.
 
     Args:
-        models: task -> its model; a job's other tasks are left out.
+        models: task -> its model. Tasks of the job without a model are left out.
         split: "train", "validation" or "test".
-        save_to: folder that gets each task's predictions, as `multitask.cascade.read_predictions` reads them; the row
-            of an image is its number in the table.
+        save_to: folder for each task's predictions, in the format of `multitask.cascade.read_predictions`. The row of
+            an image is its number in the table.
+    Returns:
+        Task -> top1 and top5 (percent) and loss.
     """
     with torch_threads(spec.resources.threads_per_worker):
         return {
@@ -141,10 +151,12 @@ def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save
 def write_version(
     path: Path, backbone: Mapping[str, Tensor], tasks: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]
 ) -> None:
-    """All tensors of one version in one safetensors file, whole or not at all.
+    """Write all tensors of one version to one safetensors file, completely or not at all.
 
     Args:
-        about: what `read_about` returns: version, round and the metrics of the tasks.
+        backbone: the backbone's tensors by name.
+        tasks: task -> its private tensors by name.
+        about: version, round and the metrics of the tasks, which `read_about` returns.
     """
     tensors = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
     for task, private in tasks.items():
@@ -154,19 +166,22 @@ def write_version(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Version, round and metrics (`tasks`) of a file that `write_version` wrote."""
+    """Return the version, the round and the metrics (`tasks`) of a file that `write_version` wrote."""
     with safe_open(path, "pt") as file:
         about: dict[str, Any] = json.loads(file.metadata()["about"])
     return about
 
 
 def write_spec(path: Path, spec: JobSpec) -> None:
+    """Write a job spec as YAML, completely or not at all."""
     write_atomic(path, dump_yaml(spec).encode())
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write plain data as JSON, completely or not at all."""
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

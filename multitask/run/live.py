@@ -1,4 +1,4 @@
-"""What a running job shows, and what it is asked: files in its run directory, read and written by other processes."""
+"""Files through which other processes see how a run stands, and ask its driver to add or remove a task."""
 
 import contextlib
 import json
@@ -17,16 +17,19 @@ from multitask.server.progress import with_current_names
 
 STATUS = "status.json"
 REQUESTS = "requests"
+"""Folder of the requests and their answers in the run directory."""
 WRITE_EVERY_S = 1.0
+"""Shortest time between two writes of the status file."""
 BEAT_S = 10.0
-"""A driver that has nothing to write, because it waits for nodes or writes a checkpoint, writes as often."""
+"""Longest time between two writes, also while the driver waits for nodes or writes a checkpoint."""
 SILENT_S = 60.0
-"""A driver on another machine that has not written for so long is taken for dead."""
+"""Time without a write after which a driver on another machine counts as lost."""
 POLL_S = 0.2
+"""Time between two looks at a file that another process writes."""
 
 
 class LiveStatus:
-    """Written by the driver of a run: state, progress of each task, faults, the latest checkpoint."""
+    """The status file, which the driver writes: the run's state, and the progress and the faults of each task."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / STATUS
@@ -37,7 +40,11 @@ class LiveStatus:
         self._writer = {"process": process, "process_start": _start_of(process), "host": socket.gethostname()}
 
     def write(self, content: Mapping[str, Any], *, now: bool = False) -> None:
-        """Replace the file, at most once a second unless `now`."""
+        """Replace the file's content.
+
+        Args:
+            now: write at once; otherwise the file is written at most once a second.
+        """
         with self._lock:
             if now or time.monotonic() - self._written >= WRITE_EVERY_S:
                 self._content = content
@@ -49,12 +56,12 @@ class LiveStatus:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """While the block runs, a thread writes again what was written last, whenever that was some time ago."""
+        """While the block runs, write the last content again whenever nothing was written for `BEAT_S`."""
         ended = threading.Event()
 
         def beat() -> None:
             while not ended.wait(BEAT_S):
-                with self._lock, contextlib.suppress(OSError):  # a full disk, perhaps: the next beat comes soon
+                with self._lock, contextlib.suppress(OSError):  # the disk may be full; the next beat tries again
                     if self._content and time.monotonic() - self._written >= BEAT_S:
                         self._write()
 
@@ -68,10 +75,10 @@ class LiveStatus:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """What the driver wrote last, as `judge_status` sees it.
+    """Read a run's status file, and judge it with `judge_status`.
 
     Raises:
-        RunError: nothing was started in this directory.
+        RunError: no run was started in this directory.
     """
     path = directory / STATUS
     if not path.is_file():
@@ -82,10 +89,10 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def judge_status(status: Mapping[str, Any]) -> dict[str, Any]:
-    """What a driver wrote, with `silent_s`, the seconds since it was written.
+    """Complete the content of a status file with `silent_s`, the seconds since it was written, and with lost drivers.
 
-    A state that only a living driver has ("running") becomes "lost" where its process is gone, if another one has its
-    id by now too, or, on another machine, was not heard of for a minute.
+    The state "running" becomes "lost" if the driver's process on this machine is gone, or if a driver on another
+    machine has not written for a minute. Keys of version 0.1 get their present names.
     """
     judged = {**with_current_names(status), "silent_s": max(0.0, time.time() - status["updated"])}
     if "tasks" in judged:
@@ -102,14 +109,16 @@ def _is_alive(status: Mapping[str, Any]) -> bool:
         os.kill(status["process"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # the process exists and belongs to another user
         pass
     return _start_of(status["process"]) in (None, status.get("process_start"))
 
 
 def _start_of(process: int) -> int | None:
-    """When a process of this machine started, in clock ticks since the machine did: ids come again, above all in a
-    container that is started anew, and id and start together do not. None where the system does not say.
+    """Return when a process of this machine started, in clock ticks since the machine did.
+
+    A process id may be used again, above all in a restarted container, but not together with the same start time. The
+    result is None if the system does not tell the time.
 
     Source: field 22 of /proc/PID/stat, proc_pid_stat(5).
     """
@@ -117,30 +126,30 @@ def _start_of(process: int) -> int | None:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    return int(stat.rpartition(")")[2].split()[19])  # after the command's name, which may hold anything
+    return int(stat.rpartition(")")[2].split()[19])  # the command's name before it may have spaces
 
 
 @dataclass(frozen=True)
 class Request:
-    """A change of the running job's tasks."""
+    """A request to change the tasks of a running job."""
 
     path: Path
     attach: dict[str, Any] | None
-    """A task, with the keys of a job spec's task."""
+    """Task to add, with the keys of a job spec's task; None in a request to remove one."""
     remove: str | None
-    """Name of a task."""
+    """Name of the task to remove; None in a request to add one."""
 
     def answer(self, error: str | None = None) -> None:
-        """Say that the change was made, or why not."""
+        """Answer that the change was made, or give the error that prevented it."""
         write_json(self.path.with_suffix(".answer"), {"error": error})
-        self.path.unlink(missing_ok=True)  # who asked may have given up
+        self.path.unlink(missing_ok=True)  # the process that asked may have removed its request
 
 
 def requests(directory: Path) -> list[Request]:
-    """What the job is asked and has not answered, oldest first."""
+    """Return the requests that are not answered yet, the oldest first."""
     found = []
     for path in (directory / REQUESTS).glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # who asked has given up
+        with contextlib.suppress(FileNotFoundError):  # the process that asked has removed its request
             found.append((path.stat().st_mtime, Request(path, **json.loads(path.read_text()))))
     return [request for _, request in sorted(found, key=lambda one: one[0])]
 
@@ -149,13 +158,13 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
     """Ask a running job to add or to remove a task, and wait for its answer.
 
     Raises:
-        RunError: the job does not run, or refuses; the message says why.
+        RunError: the job is not running, or the change cannot be made. The message says why.
     """
     state = read_status(directory)["state"]
     if state != "running":
         raise RunError(
-            f"The run in '{directory}' is {state}. Tasks are added to and removed from running jobs; "
-            f"`multitask train --resume {directory}` goes on with one that stopped."
+            f"The run in '{directory}' is {state}. Tasks are added to and removed from running jobs only; "
+            f"`multitask train --resume {directory}` resumes a job that stopped."
         )
     (directory / REQUESTS).mkdir(exist_ok=True)
     path = directory / REQUESTS / f"{uuid.uuid4().hex}.json"
@@ -166,7 +175,7 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
         state = read_status(directory)["state"]
         if state != "running" and not answer.is_file():
             path.unlink(missing_ok=True)
-            raise RunError(f"The run in '{directory}' is {state} and did not take the change.")
+            raise RunError(f"The run in '{directory}' is {state} and did not make the change.")
     error = json.loads(answer.read_text())["error"]
     answer.unlink()
     if error:

@@ -1,8 +1,8 @@
-"""One MLflow run per training, with a child run per task; the only module that imports mlflow.
+"""Tracking in MLflow: one run per training, with a child run per task. Only this module imports mlflow.
 
-MLflow takes seconds to import, and the first use of a SQLite file takes seconds more to lay out its tables, so
-nothing of it is touched before a Tracker is entered. Only `MlflowClient` is used: no active run, no global URI, so
-trackers may live in many threads and processes at once.
+Importing MLflow takes seconds, and so does creating the tables of a new SQLite file. Both happen only when a Tracker is
+entered. The module uses only `MlflowClient`, without an active run or a global URI, so that many threads and processes
+may have trackers at once.
 """
 
 import json
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-PARAM_CHARS = 6000  # of a value; MLflow refuses more
+PARAM_CHARS = 6000  # longest value of a param that MLflow accepts
 TAG_CHARS = 8000
-PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name: its pages nest runs by it
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own tag, by which its pages nest runs
 TASK_TAG = "multitask.task"
 NON_FINITE_TAG = "multitask.non_finite"
-BUSY_RETRIES = 5  # a SQLite file locked by another process; each try already waits 20 s inside MLflow
+BUSY_RETRIES = 5  # tries while another process locks the SQLite file; MLflow waits 20 s in each of them
 
 Answer = TypeVar("Answer")
 
@@ -41,18 +41,18 @@ class Tracker:
     exception as FAILED.
 
     Args:
-        tracking_uri: `sqlite:///runs/mlflow.db` (missing folders are made, artifacts go to `runs/mlflow-artifacts`),
-            or a tracking server's http(s) address.
-        experiment: name of the MLflow experiment; created if it is missing.
-        run_name: shown by MLflow; need not be unique.
-        params: settings of the whole run; nested mappings become names with dots. A value longer than MLflow takes
-            is cut, with a mark, and all the params then stand whole in the artifact `params.json`.
-        tasks: task name -> its params; each task gets a child run of that name.
-        spec_text: the job spec as the user wrote it, kept as the artifact `spec.yaml`.
-        parent_run_id: an existing run under which this one nests, as a trial does under its sweep.
-        resume_run_id: this run exists already and goes on, with its tasks; tasks that are new get a child run.
+        tracking_uri: an SQLite file such as `sqlite:///runs/mlflow.db`, whose folders are created and whose artifacts
+            go to `runs/mlflow-artifacts`; or the http(s) address of a tracking server.
+        experiment: name of the MLflow experiment, which is created if it is missing.
+        run_name: name of the run in MLflow; several runs may have the same name.
+        params: settings of the whole run. Nested mappings become names with dots. A value that is too long for MLflow
+            is cut and marked; the artifact `params.json` then has all params in full.
+        tasks: task name -> its params. Each task gets a child run with its name.
+        spec_text: the text of the job spec, which is kept as the artifact `spec.yaml`.
+        parent_run_id: id of an existing run that becomes the parent of this run, for example that of a sweep.
+        resume_run_id: id of an existing run to go on with, together with its child runs. New tasks get new child runs.
     Raises:
-        ValueError: on entering: a URI that MLflow would not take, a deleted experiment, an unknown parent run.
+        ValueError: MLflow cannot use the URI; or, on entering, the experiment was deleted or the parent is unknown.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Tracker:
         self._parent_run_id = parent_run_id
         self._resume_run_id = resume_run_id
         self._client: MlflowClient | None = None
-        self._runs: dict[str | None, str] = {}  # None is the run itself, the others its tasks
+        self._runs: dict[str | None, str] = {}  # task -> id of its child run; None -> id of the run itself
         self._non_finite: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
 
@@ -107,14 +107,18 @@ class Tracker:
         return self._run_of(task)
 
     def add_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-        """Open a child run for each task that has none yet; name -> params."""
+        """Open a child run for each task that has none yet.
+
+        Args:
+            tasks: task name -> its params.
+        """
         experiment_id = _patiently(lambda: self._client_now().get_run(self.run_id)).info.experiment_id
         for task, params in tasks.items():
             if task not in self._runs:
                 self._open_run(task, experiment_id, task, params, self.run_id)
 
     def end_lost(self, run_id: str) -> None:
-        """Mark another run, whose process is gone, as failed with its tasks: no one else will."""
+        """Mark another run and its child runs as failed, because the process that would end them is gone."""
         client = self._client_now()
         experiment_id = _patiently(lambda: client.get_run(run_id)).info.experiment_id
         children = _patiently(lambda: client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'"))
@@ -125,9 +129,10 @@ class Tracker:
         """Record many steps of one task in as few calls as MLflow allows.
 
         Args:
-            records: each holds `step` (integer) and numbers, e.g. `loss`, `rate`, `staleness`, `samples_per_s`;
-                `timestamp_ms` (Unix time) if the step was taken earlier than this call. What is not finite is kept
-                as NaN, a gap in MLflow's plots, and its first step is named in the run's tag `multitask.non_finite`.
+            records: one mapping per step, with `step` (integer) and numbers such as `loss`, `rate`, `staleness` and
+                `samples_per_s`. `timestamp_ms` (Unix time) may give the time of an earlier step. A number that is not
+                finite is stored as NaN, which MLflow plots as a gap, and the run's tag `multitask.non_finite` names
+                the first step with such a number.
         """
         now_ms = time.time_ns() // 1_000_000
         metrics = []
@@ -142,12 +147,12 @@ class Tracker:
         self._send(task, metrics)
 
     def log_metrics(self, task: str | None, metrics: Mapping[str, Any], step: int) -> None:
-        """Record values at one step, of a task or (None) of the whole run."""
+        """Record values of a task at one step; with None as the task, values of the whole run."""
         now_ms = time.time_ns() // 1_000_000
         self._send(task, [self._metric(task, name, value, step, now_ms) for name, value in metrics.items()])
 
     def log_artifact(self, path: Path | str, task: str | None = None) -> None:
-        """Copy a file, or a directory with all it holds, to the run's artifacts or to those of one task."""
+        """Copy a file or a directory to the artifacts of the run, or to those of one task."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"No file or directory '{path}' to log as an artifact. Write it before logging it.")
@@ -173,7 +178,7 @@ class Tracker:
         self.add_tasks(self._task_params)
 
     def _reopen(self, client: "MlflowClient", experiment_id: str, run_id: str) -> None:
-        """Find the run with its tasks again, and mark them as running."""
+        """Find an existing run and its child runs, and mark them as running."""
         children = _patiently(lambda: client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'"))
         self._runs = {None: run_id}
         self._runs |= {c.data.tags[TASK_TAG]: c.info.run_id for c in children if c.data.tags.get(TASK_TAG)}
@@ -224,7 +229,7 @@ class Tracker:
 
     def _send(self, task: str | None, metrics: list["Metric"]) -> None:
         client, run_id = self._client_now(), self._run_of(task)
-        _patiently(lambda: client.log_batch(run_id, metrics=metrics))  # cut by MLflow into calls of 1000, its limit
+        _patiently(lambda: client.log_batch(run_id, metrics=metrics))  # MLflow divides them into calls of 1000
 
     def _run_of(self, task: str | None) -> str:
         if None not in self._runs:
@@ -240,7 +245,7 @@ class Tracker:
         return self._client
 
     def _end(self, error: BaseException | None) -> None:
-        """End children first, the run last, so that a run seen as ended has no child still running."""
+        """End the child runs first and the run last, so that no child of an ended run is still running."""
         client, self._client = self._client, None
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         failure: Exception | None = None
@@ -251,7 +256,7 @@ class Tracker:
                 failure = problem
         if failure is not None and error is None:
             raise failure
-        if failure is not None and error is not None:  # what ended the run matters more than its record
+        if failure is not None and error is not None:  # the error that ended the run is more important than MLflow's
             error.add_note(f"MLflow could not mark run '{self._run_name}' as {status}: {failure}")
 
 
@@ -281,7 +286,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def shorten(value: str) -> str:
-    """The value itself, or as much of it as MLflow takes and a mark that says how long it was."""
+    """Cut a value that is too long for MLflow, and append a mark with its full length."""
     if len(value) <= PARAM_CHARS:
         return value
     mark = f" ... [{len(value)} characters, whole in params.json]"
@@ -289,15 +294,19 @@ def shorten(value: str) -> str:
 
 
 def _resolve(uri: str) -> tuple[str, Path | None]:
-    """The URI with an absolute path, so that it means one file in every process, and that file (None: a server)."""
+    """Make the path in an SQLite URI absolute, so that every process uses the same file.
+
+    Returns:
+        The URI, and the path of the file; None for a tracking server.
+    Raises:
+        ValueError: the URI is neither an SQLite file nor a tracking server.
+    """
     if uri.startswith(("http://", "https://", "databricks")):
         return uri, None
     path_text, _, options = uri.removeprefix("sqlite:///").partition("?")
     if not uri.startswith("sqlite:///") or path_text in ("", ":memory:"):
         is_folder = uri.startswith("file:") or ":" not in uri
-        found = (
-            "names a folder, and MLflow no longer writes to its file store" if is_folder else "is no store we can use"
-        )
+        found = "names a folder, and MLflow no longer writes to its file store" if is_folder else "is not supported"
         raise ValueError(
             f"Tracking URI '{uri}' {found}. Give a SQLite file, as in sqlite:///runs/mlflow.db (four slashes before an "
             "absolute path), or the http(s) address of a tracking server."
@@ -307,13 +316,13 @@ def _resolve(uri: str) -> tuple[str, Path | None]:
 
 
 def _connect(uri: str, database: Path | None) -> "MlflowClient":
-    """A client that says nothing on the terminal and sends no usage data, unless the user's environment asks for it."""
+    """Connect to MLflow with a client that prints nothing and sends no usage data, unless the environment says so."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # At the end of a run on a server: stdout is for what a verb prints, as JSON perhaps.
+    # MLflow would print a URL at the end of a run on a server, but stdout belongs to the command, which may print JSON.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
-    if "MLFLOW_LOGGING_LEVEL" not in os.environ:  # set after the import, which sets levels itself
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:  # after the import, because it sets levels itself
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     if database is not None and not database.exists():
         _create_database(database)
@@ -321,10 +330,10 @@ def _connect(uri: str, database: Path | None) -> "MlflowClient":
 
 
 def _create_database(database: Path) -> None:
-    """Lay out MLflow's tables in a file of our own and give it the right name once it is whole.
+    """Create MLflow's tables in a temporary file, and move it to its final name when it is complete.
 
-    MLflow does it in place, without a lock: of two processes that start together one fails on "duplicate column name",
-    and one that is killed on the way leaves a file that no later run can open.
+    MLflow creates the tables in place and without a lock. If two processes start together one of them fails with
+    "duplicate column name", and a process that is killed meanwhile leaves a file that no later run can open.
     """
     from mlflow import MlflowClient
 
@@ -336,13 +345,14 @@ def _create_database(database: Path) -> None:
         try:
             os.link(whole, database)
         except FileExistsError:
-            pass  # another process was first, and its file serves as well
+            pass  # another process was first; its file is as good
         except OSError:  # a file system without hard links
             if not database.exists():
                 whole.rename(database)
 
 
 def _experiment_id(client: "MlflowClient", name: str, artifacts: Path | None) -> str:
+    """Return the id of an experiment, which is created if it is missing."""
     from mlflow.exceptions import MlflowException
 
     if name == "Default" and artifacts is not None:
@@ -368,6 +378,7 @@ def _experiment_id(client: "MlflowClient", name: str, artifacts: Path | None) ->
 
 
 def _check_parent(client: "MlflowClient", parent_run_id: str, experiment_id: str, uri: str) -> None:
+    """Check that a parent run exists and belongs to the experiment."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -385,7 +396,7 @@ def _check_parent(client: "MlflowClient", parent_run_id: str, experiment_id: str
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:
-    """Repeat a call while the store says it is busy; MLflow drops values that it has already stored."""
+    """Repeat a call while the database is busy. A repeated call is safe: MLflow stores the same value only once."""
     from mlflow.exceptions import MlflowException
 
     for attempt in range(BUSY_RETRIES):

@@ -1,4 +1,4 @@
-"""Start a training job, or go on with one; watch it, change its tasks, and leave a run directory behind."""
+"""Training from start to end: start or resume a job, follow it, change its tasks, and write its run directory."""
 
 import contextlib
 import logging
@@ -17,13 +17,13 @@ from multitask.cluster.logs import LOG, log_to
 from multitask.cluster.places import check_places
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
+from multitask.job import Job, LoadedInputs
 from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointStore
-from multitask.job.job import Job, Loaded
 from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.run.live import STATUS, Request, read_status, requests
+from multitask.run.monitor import RunMonitor
 from multitask.run.tracking import Tracker
-from multitask.run.watch import Watch
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, dump_yaml, load_spec
@@ -33,26 +33,27 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(KeyboardInterrupt):
-    """Training stopped on Ctrl-C, with a checkpoint; the message says how to go on."""
+    """Training stopped on Ctrl-C and left a checkpoint. The message says how to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a training is given by the sweep whose trial it is."""
+    """The settings that a sweep gives to one of its trials."""
 
     parent_run_id: str | None = None
-    """MLflow's run of the sweep."""
+    """Id of the sweep's MLflow run."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """MLflow params of the trial beside its spec."""
-    loaded: Loaded | None = None
-    """What trials share."""
+    """MLflow params of the trial, in addition to its spec."""
+    loaded: LoadedInputs | None = None
+    """Inputs that all trials share."""
     on_evaluation: Callable[[Evaluation], None] = lambda _: None
-    """Told of each evaluation; training waits for its return."""
+    """Called with each evaluation. Training waits until it returns."""
     wants_stop: Callable[[], bool] = lambda: False
-    """Asked now and then: stop, with a checkpoint."""
+    """Called from time to time. If it returns True, training stops with a checkpoint."""
 
 
 ALONE = Trial()
+"""Settings of a training that belongs to no sweep."""
 
 
 def train(
@@ -66,15 +67,16 @@ def train(
 
     Args:
         spec: a YAML file, a mapping, or a JobSpec.
-        overwrite: replace a run that is in the run directory already.
-        console: where the progress bars go; standard error by default.
-        trial: what a sweep gives its trials.
+        overwrite: whether to replace a run that is already in the run directory.
+        console: console of the progress bars; standard error by default.
+        trial: the settings of a sweep's trial.
     Returns:
-        The run directory's content: `result`, `models()`, `export()`.
+        The finished run, with `result`, `models()` and `export()`.
     Raises:
-        SpecError and the errors of patches and data: before anything starts.
-        TrainingError: a worker failed, or found no place on the cluster.
-        Stopped: Ctrl-C, or the sweep has asked; a second Ctrl-C does not wait for the checkpoint.
+        SpecError and the errors of patches and data: the job cannot run. They are raised before anything starts.
+        TrainingError: a worker failed, or the cluster has no place for it.
+        Stopped: the user pressed Ctrl-C, or the sweep asked for a stop. A second Ctrl-C does not wait for the
+            checkpoint.
     """
     spec = load_spec(spec)
     directory = spec.run_directory.resolve()
@@ -95,26 +97,29 @@ def train(
 
 
 def resume(directory: Path, *, console: Console | None = None, trial: Trial = ALONE) -> Run:
-    """Go on with a run that stopped, or whose driver was lost, from its latest checkpoint.
+    """Resume a run that stopped or whose driver was lost, from its latest checkpoint.
 
+    Args:
+        directory: the run directory.
+        console, trial: as for `train`.
     Raises:
-        RunError: there is no run, or it has ended.
-        CheckpointError: the checkpoint is damaged.
-        Otherwise as `train`.
+        RunError: there is no run, or it has ended, or it is running.
+        CheckpointError: all its checkpoints are damaged.
+        The errors of `train`.
     """
     directory = directory.resolve()
     if not (directory / "spec.yaml").is_file():
         raise RunError(f"'{directory}' holds no run (no spec.yaml). Name a directory that `multitask train` uses.")
     if (directory / "result.json").is_file():
-        raise RunError(f"The run in '{directory}' has ended; there is nothing to go on with. Next: multitask export.")
-    # A run whose driver was lost before it could write anything has no status.
+        raise RunError(f"The run in '{directory}' has ended; there is nothing left to train. Next: multitask export.")
+    # There is no status file if the driver was lost before it wrote one.
     status = read_status(directory) if (directory / STATUS).is_file() else None
     if status is not None and status["state"] == "running":
         raise RunError(
             f"The run in '{directory}' is running, in process {status['process']} on '{status['host']}'. "
-            "Stop that one first (Ctrl-C)."
+            "Stop that process first (Ctrl-C)."
         )
-    # The directory may have moved, or be named from elsewhere.
+    # The directory may have moved, or the spec may name it relative to another working directory.
     spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     job = Job(spec, store.latest(), trial.loaded)
@@ -122,7 +127,7 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
 
 
 class _Training:
-    """One driver's work on a run, from its start or its latest checkpoint to its end."""
+    """The driver's work on a run, from its start or its latest checkpoint to its end."""
 
     def __init__(
         self,
@@ -134,7 +139,9 @@ class _Training:
         trial: Trial,
     ) -> None:
         """Args:
-        status: how a run stood that goes on now.
+        directory: the run directory.
+        store: the run's checkpoints.
+        status: content of the status file, if the run goes on from an earlier start.
         """
         self._directory, self._job, self._store, self._trial = directory, job, store, trial
         spec = job.spec
@@ -148,35 +155,36 @@ class _Training:
             parent_run_id=trial.parent_run_id,
             resume_run_id=None if status is None else status["mlflow_run_id"],
         )
-        self._watch = Watch(directory, self._tracker, console, status)
+        self._monitor = RunMonitor(directory, self._tracker, console, status)
         self._interrupted = False
         self._request: tuple[Request, Job] | None = None
 
     def run(self) -> Run:
+        """Train until the end, and return the finished run."""
         start = time.perf_counter()
         with (
             self._tracker,
             _first_interrupt(self._interrupt),
-            self._watch.showing(self._job),
+            self._monitor.showing(self._job),
             log_to(self._directory / LOG, self._job.spec.name),
         ):
             where = self._store.where() or "the start"
             log.info("Starts from %s, engine %s.", where, self._job.spec.engine.name)
             for line in describe(self._job.caches):
-                self._watch.say(line)
+                self._monitor.say(line)
             try:
                 outcome = self._run_engine()
             except TrainingError as error:
                 log.error("%s", error, extra=error.about)
-                self._watch.end("failed", str(error))
+                self._monitor.end("failed", str(error))
                 raise self._explained(error) from error
             except BaseException as error:
                 log.error("%r", error)
-                self._watch.end("failed", repr(error))
+                self._monitor.end("failed", repr(error))
                 raise
             if outcome.paused:
                 log.info("Stopped, with a checkpoint.")
-                self._watch.end("stopped")
+                self._monitor.end("stopped")
                 raise Stopped(
                     f"Stopped; the checkpoint is {self._store.where()}. "
                     f"Go on with: multitask train --resume {self._directory}"
@@ -186,38 +194,40 @@ class _Training:
         return Run(self._directory)
 
     def _explained(self, error: TrainingError) -> TrainingError:
-        """An engine's error with the run's name, and how to go on where that is possible."""
+        """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
         where = self._store.where()
         hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
         message = f"Run '{self._job.spec.name}': {error}" + (f"\n{hint}" if where is not None else "")
         return type(error)(message, error.about)
 
     def _run_engine(self) -> Outcome:
-        """Run the engine until the job ends or is interrupted; in between, its tasks may change."""
+        """Run the engine until the job ends or is interrupted. Each change of its tasks starts the engine again."""
         recoveries: list[float] = []
         while True:
             outcome = ENGINES[self._job.spec.engine.name](self._job, Driver(self._take, self._store, self._wants_pause))
             recoveries += outcome.recoveries
             outcome.recoveries = recoveries
             if self._request is not None and not outcome.paused:
-                self._request[0].answer("it has ended.")
+                self._request[0].answer("the run has ended.")
             if self._request is None or not outcome.paused:
                 return outcome
             self._change_tasks(*self._request)
             self._request = None
 
     def _take(self, records: Any, evaluations: list[Evaluation], progress: Any) -> None:
+        """Record what an engine reports: new steps, new evaluations and the counters."""
         for evaluation in evaluations:
             if self._is_best(evaluation):
                 self._write_version("best", evaluation)
-        self._watch(records, evaluations, progress)
+        self._monitor.update(records, evaluations, progress)
         for evaluation in evaluations:
             self._trial.on_evaluation(evaluation)
 
     def _is_best(self, evaluation: Evaluation) -> bool:
-        """Whether it is better than the file that the run has of the same tasks.
+        """Return whether an evaluation is better than the best version on disk.
 
-        After going back to a checkpoint the server does not know what was evaluated since.
+        It also is if there is no such file, or if the file has other tasks. The file decides, and not the server,
+        because a server that went back to a checkpoint does not know the evaluations after that checkpoint.
         """
         best = self._directory / "best.safetensors"
         tasks = read_about(best)["tasks"] if best.is_file() else {}
@@ -229,18 +239,19 @@ class _Training:
 
     def _interrupt(self) -> None:
         self._interrupted = True
-        self._watch.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
+        self._monitor.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
 
     def _wants_pause(self) -> bool:
-        """On Ctrl-C, when its sweep asks, or when the job is asked for a change of its tasks that can be made."""
+        """Return whether to pause: after Ctrl-C, if the sweep asks, or to change the job's tasks on a valid request."""
         if self._interrupted or self._trial.wants_stop() or self._request is not None:
             return True
         for request in requests(self._directory):
             try:
-                # What does not fit is said before anybody has to stop, and what is new is read and checked here alone.
-                job = Job(_changed(self._job.spec, request), loaded=self._job.loaded())
+                # The changed job is built before the pause: an error is answered while training goes on, and only this
+                # process reads and checks a new task's data.
+                job = Job(_changed(self._job.spec, request), loaded=self._job.inputs())
                 check_places(job.spec)
-            except Exception as error:  # also a filesystem's: whatever is wrong with a request, the run goes on
+            except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
                 request.answer(str(error) or repr(error))
             else:
                 self._request = request, job
@@ -248,6 +259,7 @@ class _Training:
         return False
 
     def _change_tasks(self, request: Request, changed: Job) -> None:
+        """Add or remove a task at the checkpoint of the pause; a removed task's last version is kept in removed/."""
         checkpoint = self._store.latest()
         assert checkpoint is not None, "a pause ends with a checkpoint"
         if request.remove is not None:
@@ -257,16 +269,17 @@ class _Training:
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         spec = changed.spec
-        self._job = Job(spec, checkpoint, changed.loaded())
+        self._job = Job(spec, checkpoint, changed.inputs())
         write_spec(self._directory / "spec.yaml", spec)
-        # A task that comes back under its old name is another one.
+        # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)
         self._tracker.add_tasks(_task_params(spec))
-        self._watch.change_tasks(self._job)
-        log.info("Its tasks are now %s.", ", ".join(task.name for task in spec.tasks))
+        self._monitor.change_tasks(self._job)
+        log.info("The tasks are now %s.", ", ".join(task.name for task in spec.tasks))
         request.answer()
 
     def _finish(self, outcome: Outcome, seconds: float) -> None:
+        """Write the last version and the run's result."""
         self._write_version("last", outcome.versions["last"])
         result: dict[str, Any] = {
             version: read_about(self._directory / f"{version}.safetensors") for version in ("last", "best")
@@ -278,16 +291,16 @@ class _Training:
             "seconds": seconds,
             "recovery_seconds": outcome.recoveries,
             "mlflow_run_id": self._tracker.run_id,
-            "rejected_calls": self._watch.rejected_calls,
-            "tasks": self._watch.summary(),
+            "rejected_calls": self._monitor.rejected_calls,
+            "tasks": self._monitor.summary(),
         }
-        self._watch.end("finished")
+        self._monitor.end("finished")
         write_json(self._directory / "result.json", result)
         self._tracker.log_artifact(self._directory / "result.json")
 
 
 def _changed(spec: JobSpec, request: Request) -> JobSpec:
-    """The job with one task more or less.
+    """Return the job's spec after a request that adds or removes a task.
 
     Raises:
         SpecError: the change cannot be made.
@@ -298,7 +311,7 @@ def _changed(spec: JobSpec, request: Request) -> JobSpec:
         content["tasks"] = [*content["tasks"], request.attach]
     if request.remove is not None:
         if request.remove not in names:
-            raise SpecError(f"it has no task '{request.remove}', only {names}.")
+            raise SpecError(f"the run has no task '{request.remove}', only {names}.")
         content["tasks"] = [task for task in content["tasks"] if task["name"] != request.remove]
     return load_spec(content)
 
@@ -309,7 +322,7 @@ def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _first_interrupt(call: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls; the next one does what it did before."""
+    """Handle the first Ctrl-C by calling a function. The next Ctrl-C has its usual effect."""
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
@@ -317,7 +330,7 @@ def _first_interrupt(call: Callable[[], None]) -> Iterator[None]:
 
     try:
         before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, which alone may handle signals
+    except ValueError:  # only the main thread may handle signals
         yield
         return
     try:
@@ -327,14 +340,20 @@ def _first_interrupt(call: Callable[[], None]) -> Iterator[None]:
 
 
 def _check_directory(directory: Path, overwrite: bool) -> None:
-    """A run is replaced on request only, and what is no run never."""
+    """Check that a run may be written to this directory.
+
+    Raises:
+        SpecError: the directory has a run, which only `overwrite` replaces, or files that belong to no run.
+    """
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not (directory / "spec.yaml").is_file():
-        raise SpecError(f"Run directory '{directory}' holds other files and no run. Name another with `directory`.")
+        raise SpecError(
+            f"Run directory '{directory}' holds other files and no run. Name another directory with `directory`."
+        )
     ended = (directory / "result.json").is_file()
     if not overwrite and (ended or (directory / STATUS).is_file()):
         go_on = "" if ended else f" go on with it (multitask train --resume {directory}),"
         raise SpecError(
-            f"Run directory '{directory}' holds a run. Name another with `directory`,{go_on} or use --overwrite."
+            f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or use --overwrite."
         )

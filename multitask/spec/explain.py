@@ -1,4 +1,4 @@
-"""Turns pydantic's validation errors into lines that name the file, the key and what is allowed there."""
+"""Turn pydantic's validation errors into lines that name the file, the key and the allowed values."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,14 @@ def explain(
     within: tuple[str | int, ...] = (),
     places: Sequence[int] = (),
 ) -> str:
-    """One line for each problem.
+    """Describe each problem of a validation error in one line.
 
     Args:
+        where: the file's name, with which each line begins.
         schema: JSON schema of the spec.
-        within: where in the spec the checked part stands.
-        places: of each task the number of the entry in the file that it comes from, where they differ.
+        within: location of the validated part in the spec.
+        places: for each task, the index of the file's entry that it comes from. It may be left out where a task's own
+            index is the same.
     """
     lines = []
     for problem in error.errors(include_url=False):
@@ -38,16 +40,16 @@ def explain(
         elif isinstance(problem.get("input"), str | int | float | bool):
             message += f", found {problem['input']!r}"
         lines.append(f"{where}: {key or 'spec'}: {message}")
-    # What is wrong with an entry is wrong with each of its tasks.
+    # An entry with a list of resolutions becomes several tasks, and each of them repeats the entry's problem.
     return "\n".join(dict.fromkeys(lines))
 
 
 def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The dotted key of an error's location as the file has it, and the keys allowed beside it."""
+    """Return the dotted key of an error's location, as the file writes it, and the keys that are allowed beside it."""
     node, allowed, key = schema, list(schema["properties"]), ""
     for part in location:
         if part in node.get("discriminator", {}).get("mapping", {}):
-            # pydantic names the union member that `name` chose; the file has no such key.
+            # pydantic's location has the union member that `name` selects; the file has no key for it.
             node = schema["$defs"][node["discriminator"]["mapping"][part].rpartition("/")[2]]
             continue
         key += f"[{part}]" if isinstance(part, int) else f".{part}"

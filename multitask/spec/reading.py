@@ -24,13 +24,16 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
     """Read and check a job spec.
 
     Args:
-        source: a YAML file, the same as a mapping, or a spec already built. In a file, `base: OTHER.yaml` names a spec
-            that this one changes, `task_defaults` holds keys for every task, a list as a task's resolution makes one
-            task of each (multitask/spec/resolutions.py), and relative data and weight paths start at the file's folder.
-            Optimiser and schedule may be left to the recipe of the tasks' method.
-        overrides: keys that replace the source's, nested like the spec.
+        source: a YAML file, a mapping with the content of such a file, or a JobSpec. In a file:
+            - `base: OTHER.yaml` names another spec, whose keys this file adds to or replaces;
+            - `task_defaults` holds keys for every task;
+            - a list as a task's resolution stands for one task per entry (multitask/spec/resolutions.py);
+            - relative data and weight paths start at the file's folder;
+            - optimizer and schedule may be left out; they then come from the recipe of the tasks' patch method.
+        overrides: keys that replace those of the source, nested like the spec.
     Raises:
-        SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
+        SpecError: a key is unknown or missing, or a value has the wrong type or is out of range. The message names the
+            file, the key and what is allowed.
     """
     if isinstance(source, JobSpec):
         if not overrides:
@@ -52,11 +55,13 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
 
 
 def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a job spec's file says, or would say, as plain data and unchecked: its base and `task_defaults` merged in.
+    """Merge the base and the `task_defaults` of a job spec into it, without checking the result.
 
     Args:
-        content: of the file.
-        folder: where the base and relative data and weight paths start.
+        content: the content of a job spec's file.
+        folder: the folder at which the base and relative data and weight paths start.
+    Returns:
+        The job spec as plain data.
     Raises:
         SpecError: the base cannot be read.
     """
@@ -64,13 +69,14 @@ def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def validated(adapter: TypeAdapter[Spec], raw: Any, where: str, places: Sequence[int] = ()) -> Spec:
-    """Plain data as a spec.
+    """Validate plain data and return it as a spec.
 
     Args:
-        where: what errors begin with.
-        places: of each task the number of the entry in the file that it comes from, where they differ.
+        adapter: pydantic's adapter of the spec's class.
+        where: the file's name, with which error messages begin.
+        places: for each task, the index of the file's entry that it comes from (see `explain`).
     Raises:
-        SpecError: unknown or missing keys, wrong types or values out of range.
+        SpecError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
         return adapter.validate_python(raw)
@@ -79,7 +85,9 @@ def validated(adapter: TypeAdapter[Spec], raw: Any, where: str, places: Sequence
 
 
 def load_task(path: Path) -> dict[str, Any]:
-    """One task from a YAML file, with the keys of a job spec's task; relative data paths start at the file's folder.
+    """Read one task from a YAML file that has the keys of a job spec's task.
+
+    Relative data paths start at the file's folder.
 
     Raises:
         SpecError: as for `load_spec`.
@@ -95,19 +103,20 @@ def load_task(path: Path) -> dict[str, Any]:
 
 
 def dump_spec(spec: JobSpec) -> dict[str, Any]:
-    """The spec as plain data that `load_spec` reads back to an equal spec."""
+    """Return the spec as plain data, which `load_spec` reads back as an equal spec."""
     return _ADAPTER.dump_python(spec, mode="json")
 
 
 def dump_yaml(spec: JobSpec) -> str:
+    """Return the spec as the text of a YAML file."""
     return yaml.safe_dump(dump_spec(spec), sort_keys=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a spec's file.
+    """Read the keys and values of a spec's file.
 
     Raises:
-        SpecError: it is missing or no such YAML.
+        SpecError: the file is missing, is not valid YAML, or has no mapping at its top level.
     """
     if not path.is_file():
         raise SpecError(f"Job spec '{path}' is not a file. Name a YAML file, for example one of jobs/specs/.")
@@ -125,7 +134,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _with_base(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A file's content, merged into the spec that it names as its base."""
+    """Merge a file's content into the spec that it names as its base."""
     _anchor_paths(raw, folder)
     base = raw.pop("base", None)
     return raw if base is None else _merge(_read_file(folder / base), raw)
@@ -140,7 +149,7 @@ def _with_task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Relative data, cache and weight paths in a file start at the file's folder, wherever the command runs."""
+    """Resolve relative data, cache and weight paths against the file's folder, so that they hold in any directory."""
     tasks = raw["tasks"] if isinstance(raw.get("tasks"), list) else []
     for holder, key in [
         (raw.get("backbone"), "weights"),
@@ -152,7 +161,10 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, unless `name` differs: another optimiser takes none of the first one's options."""
+    """Merge two mappings key by key.
+
+    Nested mappings whose `name` differs are not merged: another optimizer does not inherit the options of the first.
+    """
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)

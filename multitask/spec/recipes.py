@@ -1,4 +1,4 @@
-"""What the papers train their patch methods with, for job specs that leave it out."""
+"""The optimizers and schedules that the papers use for their patch methods, for job specs that leave them out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A paper's optimiser and schedule, as a job spec writes them."""
+    """A paper's optimizer and schedule, in the form of a job spec."""
 
     source: str
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
     per_data_set: Mapping[str, str] = field(default_factory=dict)
-    """Keys left out above because the paper sets them for each data set -> what it says of them."""
+    """Key that the recipe leaves out because the paper sets it for each data set -> the paper's rule for it."""
 
 
 K_FOR_1 = Recipe(
     source="Mudrakarta et al., 'K for the Price of 1', ICLR 2019, section 5.1",
-    # The rate is the paper's, the other constants are TF-slim's, which it trained with.
+    # The rate is from the paper. The other constants are those of TF-slim, which the paper trained with.
     optimizer={"name": "rmsprop", "rate": 0.045, "decay": 0.9, "momentum": 0.9, "eps": 1.0, "weight_decay": 4e-5},
     schedule={"name": "exponential", "factor": 0.98},
     per_data_set={"schedule.every_rounds": "2.5 epochs, so 2.5 * training images / (batch_size * accumulate)"},
@@ -40,7 +40,7 @@ DTL = Recipe(
 )
 MIST = Recipe(
     source="Tang, Fu and Wu, 'Minimal Interaction Separated Tuning', CVPR 2025",
-    # The paper states no weight decay and no warm-up; the latter is DTL's, from the same authors.
+    # The paper states no weight decay and no warm-up. The warm-up is taken from DTL, which has the same authors.
     optimizer={"name": "adam", "weight_decay": 0.0},
     schedule={"name": "cosine"},
     per_data_set={"optimizer.rate": "the best on validation data, with batches of 32", **WARM_UP},
@@ -69,20 +69,20 @@ RECIPES: dict[str, Recipe] = {
     "mist": MIST,
     "parasite": PARASITE,
 }
-"""Patch method -> its paper's recipe."""
+"""Patch method -> the recipe of its paper."""
 
 
 def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A job spec as plain data, whose `optimizer` and `schedule` take what they leave out from the methods' recipe.
+    """Fill in the missing parts of `optimizer` and `schedule` from the recipe of the tasks' patch methods.
 
-    An optimizer without a name or without a rate is filled in, unless it is another one than the recipe's. So is a
-    schedule without a name, and one that is missing where the optimizer is the recipe's.
+    An optimizer without a name or a rate is filled in, unless it names another optimizer than the recipe. A schedule
+    without a name is filled in. A missing schedule is filled in if the optimizer was.
 
     Args:
-        raw: the spec before its validation; what has the wrong shape comes back as it is.
+        raw: the job spec as plain data, before its validation. Values of the wrong shape are returned unchanged.
     Raises:
-        ValueError: the methods have no common recipe, or the recipe leaves a key to the spec; the message begins with
-            the key.
+        ValueError: the methods have no common recipe, or the spec lacks a key that the recipe does not set. The message
+            begins with the key.
     """
     filled = dict(raw)
     optimizer, schedule = raw.get("optimizer") or {}, raw.get("schedule") or {}
@@ -110,7 +110,10 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods(tasks: Any) -> list[str]:
-    """The methods of all tasks, each once, combinations taken apart; none where a task has no readable method."""
+    """Return the patch methods of all tasks without repetition, with combinations split into their methods.
+
+    The list is empty if the method of any task cannot be read.
+    """
     if not isinstance(tasks, Sequence) or not all(
         isinstance(task, Mapping) and isinstance(task.get("method"), str) for task in tasks
     ):
@@ -119,11 +122,12 @@ def _methods(tasks: Any) -> list[str]:
 
 
 def _recipe(methods: Sequence[str], key: str) -> Recipe:
-    """The recipe that all methods have in common."""
-    change = f"Set the whole {key}, its name and all else it needs."
+    """Return the recipe that all methods have in common."""
+    change = f"Set the whole {key} in the spec: its name and all keys that it requires."
     unknown = [method for method in methods if method not in RECIPES]
     if unknown:
-        raise ValueError(f"{key}: method '{unknown[0]}' has no recipe, only {', '.join(RECIPES)} have. {change}")
+        known = ", ".join(RECIPES)
+        raise ValueError(f"{key}: method '{unknown[0]}' has no recipe; the methods with one are {known}. {change}")
     for method in methods[1:]:
         if RECIPES[method] != RECIPES[methods[0]]:
             raise ValueError(f"{key}: methods '{methods[0]}' and '{method}' have different recipes. {change}")

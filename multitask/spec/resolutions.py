@@ -1,26 +1,26 @@
-"""One data set at several resolutions: an entry of a job spec that stands for as many tasks."""
+"""Expansion of a job spec's entry with a list of resolutions into one task per resolution."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 DEFAULT_METHOD = "scale_bias"
 SHARED_HEAD = (DEFAULT_METHOD, "shared")
-"""Methods that leave the head to the backbone, so that all resolutions share it."""
+"""Patch methods that use the backbone's head, so that all resolutions share it."""
 
 
 def expand(tasks: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """A job spec's tasks, those with a list of resolutions as one task of each, named NAME@RESOLUTION.
+    """Replace each entry that has a list of resolutions by one task per resolution, named NAME@RESOLUTION.
 
-    The method says what each resolution owns: `scale_bias`, the default, its scales, biases and running statistics;
-    `shared` nothing; `full` everything.
+    The entry's patch method says which tensors each resolution owns. The default `scale_bias` gives it scales, biases
+    and running statistics; `shared` gives it nothing; `full` gives it everything.
 
     Args:
-        tasks: as the file has them, before validation; what has the wrong shape comes back as it is.
+        tasks: the entries of the file, before validation. Values of the wrong shape are returned unchanged.
     Returns:
-        The tasks, and for each the index of its entry in `tasks`.
+        The tasks, and for each task the index of its entry in `tasks`.
     Raises:
-        ValueError: a list that names no resolution, or one twice, or `num_classes` beside a head that all share; the
-            message begins with the key.
+        ValueError: a list is empty or names a resolution twice, or an entry has `num_classes` although all its
+            resolutions share the head. The message begins with the key.
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, arXiv:1810.10703, section 5.4.
     """
     groups = [_group(task, f"tasks[{index}]") for index, task in enumerate(tasks)]
@@ -34,16 +34,17 @@ def _group(task: Any, key: str) -> list[Any]:
     task = {"method": DEFAULT_METHOD, **task}
     resolutions, method, classes = task["resolution"], task["method"], task.get("num_classes")
     if not resolutions or any(resolutions.count(resolution) > 1 for resolution in resolutions):
-        raise ValueError(f"{key}.resolution: a list names one resolution or more, each once, found {resolutions}")
+        raise ValueError(f"{key}.resolution: expected one or more resolutions, each only once, found {resolutions}")
     if method in SHARED_HEAD and classes is not None:
         raise ValueError(
             f"{key}.num_classes: with method '{method}' all resolutions share the backbone's last layer, but "
-            f"num_classes {classes} asks for another; set backbone.num_classes: {classes} and no num_classes here "
-            "(num_classes: null where task_defaults has it), or join '+last_layer' to the method for private ones"
+            f"num_classes {classes} asks for another one; set backbone.num_classes: {classes} and no "
+            "num_classes here (num_classes: null if task_defaults has it), or add '+last_layer' to the method for "
+            "private last layers"
         )
     name = task.get("name")
     return [
-        # A name that is no text, or missing, is left for the validation to find.
+        # The validation reports a name that is missing or is not a string.
         {**task, "resolution": resolution} | ({"name": f"{name}@{resolution}"} if isinstance(name, str) else {})
         for resolution in resolutions
     ]

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from multitask.job.job import Loaded
+from multitask.job import LoadedInputs
 from multitask.run.directory import Run, write_spec
 from multitask.run.live import POLL_S, SILENT_S, STATUS, read_status
 from multitask.run.trainer import Stopped, Trial, resume, train
@@ -30,7 +30,7 @@ class TrialActor(tune.Trainable):
     """
 
     def setup(  # type: ignore[override] # `tune.with_parameters` gives the others
-        self, config: Mapping[str, Any], loaded: Loaded, parent_run_id: str
+        self, config: Mapping[str, Any], loaded: LoadedInputs, parent_run_id: str
     ) -> None:
         """Args:
         config: `plan` is the trial's TrialPlan.
@@ -64,7 +64,7 @@ class TrialRun:
     them now, and goes on from its last checkpoint: a scheduler that has lost its memory gets it back.
     """
 
-    def __init__(self, plan: TrialPlan, loaded: Loaded | None, parent_run_id: str | None) -> None:
+    def __init__(self, plan: TrialPlan, loaded: LoadedInputs | None, parent_run_id: str | None) -> None:
         self._plan = plan
         values = {"setting": dict(plan.values)}
         self._trial = Trial(

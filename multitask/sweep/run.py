@@ -12,7 +12,7 @@ from rich.console import Console
 
 from multitask.cluster.places import cluster_nodes
 from multitask.cluster.session import ray_session
-from multitask.job.job import Job, Loaded
+from multitask.job import Job, LoadedInputs
 from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
 from multitask.report.report import write_sweep_report
@@ -130,7 +130,7 @@ def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
         )
 
 
-def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
+def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
     """Build each kind of job once: what does not fit is found before the first trial.
 
     Returns:
@@ -151,7 +151,7 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
     if spec.test:
         for task in {task.data: task for task in tasks}.values():
             open_split(task, "test", verify=False)
-    loaded = Loaded()
+    loaded = LoadedInputs()
     kinds = {_kind(plan.spec): plan.spec for plan in plans}
     if spec.source is None:
         for job in kinds.values():
@@ -160,7 +160,7 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
     for job in kinds.values():
         Job(replace(job, backbone=replace(job.backbone, weights=None)), loaded=loaded)
     _check_source(load_spec(spec.source), loaded.backbones.values())
-    return Loaded(tables=loaded.tables)
+    return LoadedInputs(tables=loaded.tables)
 
 
 def _kind(spec: JobSpec) -> str:

@@ -14,7 +14,7 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from rich.console import Console
 
-from multitask.job.job import Loaded
+from multitask.job import LoadedInputs
 from multitask.sweep.actor import METRIC, ROUND, TrialActor
 from multitask.sweep.board import Board
 from multitask.sweep.outcomes import TrialOutcome, read_outcome
@@ -30,7 +30,7 @@ def run_trials(
     spec: SweepSpec,
     plans: Sequence[TrialPlan],
     search: "Suggestions | None",
-    loaded: Loaded,
+    loaded: LoadedInputs,
     concurrent: int,
     parent_run_id: str,
     console: Console,

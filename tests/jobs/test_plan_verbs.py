@@ -118,7 +118,7 @@ def test_a_timed_step_leaves_no_cache(make_spec: MakeSpec, tmp_path: Path) -> No
     cached = {"method": "last_layer", "cache_features": str(tmp_path / "features")}
     spec = make_spec({"pets": cached}, train_shared=False, engine={"name": "async"})
 
-    layout = pace.lay_out(spec, nodes=2, cores=2, network_gbit=10)
+    layout = pace.time_deployment(spec, nodes=2, cores=2, network_gbit=10)
 
     assert layout.kinds[0].step_s > 0
     assert not (tmp_path / "features").exists()

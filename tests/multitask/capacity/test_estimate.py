@@ -1,4 +1,4 @@
-"""The plan on paper: against the server's measured points, and the rules that no plan may break."""
+"""The estimate meets the server's measured points, and keeps the rules that every estimate has to keep."""
 
 import json
 from dataclasses import replace
@@ -12,30 +12,27 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from multitask.capacity.costs import SERVER_COSTS, copy_seconds, fit, pushes_per_s
 from multitask.capacity.estimate import (
     CORES,
     NETWORK,
     NOTABLE,
     SERVER,
-    SERVER_COSTS,
     WORKERS,
     Cluster,
+    Deployment,
     Kind,
-    Layout,
     best_shards,
-    copy_seconds,
     doublings,
     estimate,
     extremes,
-    fit,
-    pushes_per_s,
     saturation,
 )
 from multitask.spec.schema import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 FIGURES = Path(__file__).parents[3] / "benchmarks" / "results" / "server_throughput_2cpu_2026-11-27.json"
 WITHIN = 0.16
-"""Of the server's measured throughput; the plan promises a quarter of a job's."""
+"""Largest relative error of the server's throughput. For a job's throughput the plan promises a quarter."""
 RESNET50 = 102_440_640
 """Bytes of a push."""
 
@@ -60,10 +57,10 @@ def kind(**changes: Any) -> Kind:
     return Kind(**defaults | changes)
 
 
-def layout(
+def deployment(
     engine: EngineSpec | None = None, nodes: int = 2, cores: float = 2, gbit: float = 10, **of_kind: Any
-) -> Layout:
-    return Layout((kind(**of_kind),), engine or AsyncSpec(), Cluster(nodes, cores, gbit, copy_bytes_per_s=9e9))
+) -> Deployment:
+    return Deployment((kind(**of_kind),), engine or AsyncSpec(), Cluster(nodes, cores, gbit, copy_bytes_per_s=9e9))
 
 
 def test_the_shipped_laws_are_those_of_the_shipped_figures() -> None:
@@ -74,8 +71,8 @@ def test_the_shipped_laws_are_those_of_the_shipped_figures() -> None:
 
 
 def test_the_model_meets_the_servers_points() -> None:
-    """Workers that only push, all on one machine: the smallest and the largest numbers of them made the laws, and the
-    others had no part in them."""
+    """The workers only push, all on one machine. The laws were fitted to the smallest and the largest number of
+    workers, and not to the others."""
     rows = [row for row in figures()["rows"] if "GB/s" in row]
     counts = sorted({row["workers"] for row in rows})
     assert (counts[0], counts[-1]) == (1, 16)
@@ -86,7 +83,7 @@ def test_the_model_meets_the_servers_points() -> None:
         # No work between a push and the next: a step as long as nothing.
         pushing = kind(workers=row["workers"], step_s=1e-9, spread_s=0.0, cpu_s=0.0, pushed_bytes=pushed)
         machine = Cluster(1, figures()["environment"]["cores"], 10, copy_bytes_per_s=pushed / copy_s)
-        found = estimate(Layout((pushing,), AsyncSpec(shards=row["shards"]), machine))
+        found = estimate(Deployment((pushing,), AsyncSpec(shards=row["shards"]), machine))
         planned = row["workers"] / found.steps_s[0]
         errors[row["model"], row["shards"], row["workers"]] = planned / pushes_per_s(row, figures()) - 1
 
@@ -111,41 +108,41 @@ def test_the_longest_of_unlike_workers_counts_them_all() -> None:
 
 
 def test_a_step_with_a_push_in_flight_hides_the_trip() -> None:
-    waiting, hiding = (estimate(layout(AsyncSpec(in_flight=flying))) for flying in (0, 1))
+    waiting, hiding = (estimate(deployment(AsyncSpec(in_flight=flying))) for flying in (0, 1))
     copy_s = RESNET50 / 9e9
     assert waiting.steps_s[0] == pytest.approx(1 + SERVER_COSTS.trip.seconds(copy_s) + 2 * 8 * RESNET50 / 10e9)
     assert hiding.steps_s[0] == pytest.approx(1 + SERVER_COSTS.own.seconds(copy_s))
 
 
 def test_a_worker_alone_under_sync_is_one_under_async() -> None:
-    alone, synchronous = (estimate(layout(engine, workers=1)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
+    alone, synchronous = (estimate(deployment(engine, workers=1)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
     assert synchronous.steps_s == pytest.approx(alone.steps_s)
     assert synchronous.limit == WORKERS
 
 
 def test_sync_waits_for_the_slower_of_two() -> None:
-    alone, synchronous = (estimate(layout(engine)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
+    alone, synchronous = (estimate(deployment(engine)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
     assert synchronous.wait_s == pytest.approx(0.0564, abs=1e-4)
     assert synchronous.steps_s[0] - alone.steps_s[0] == pytest.approx(synchronous.wait_s)
 
 
 def test_the_slowest_kind_sets_the_pace_of_a_bounded_job() -> None:
     kinds = (kind(), kind(tasks=("cars",), step_s=2.0))
-    bounded = estimate(replace(layout(BoundedSpec(name="bounded", staleness=3)), kinds=kinds))
-    free = estimate(replace(layout(), kinds=kinds))
+    bounded = estimate(replace(deployment(BoundedSpec(name="bounded", staleness=3)), kinds=kinds))
+    free = estimate(replace(deployment(), kinds=kinds))
     assert bounded.steps_s == (free.steps_s[1],) * 2
     assert free.steps_s[0] < free.steps_s[1]
 
 
 def test_workers_beyond_a_nodes_cores_share_them() -> None:
-    found = estimate(layout(nodes=1, cores=2, workers=8, gbit=1000, pushed_bytes=4))
+    found = estimate(deployment(nodes=1, cores=2, workers=8, gbit=1000, pushed_bytes=4))
     assert found.limit == CORES
     # Four workers for each core, and what their pushes take of it.
     assert found.steps_s[0] == pytest.approx(4 * (1 + SERVER_COSTS.cores.shard_s), rel=1e-3)
 
 
 def test_a_ring_sends_twice_what_a_worker_holds() -> None:
-    found = estimate(layout(AllreduceSpec(name="allreduce"), nodes=1000, workers=1000, spread_s=0.0))
+    found = estimate(deployment(AllreduceSpec(name="allreduce"), nodes=1000, workers=1000, spread_s=0.0))
     ring_s = 2 * 0.999 * 8 * RESNET50 / 10e9
     assert found.steps_s[0] == pytest.approx(1 + ring_s, rel=0.01)
     assert found.node_bytes_per_s == pytest.approx(2 * 0.999 * RESNET50 / found.steps_s[0])
@@ -154,12 +151,12 @@ def test_a_ring_sends_twice_what_a_worker_holds() -> None:
 
 def test_no_byte_leaves_a_single_node() -> None:
     for engine in (AsyncSpec(shards=4), SyncSpec(name="sync"), AllreduceSpec(name="allreduce")):
-        assert estimate(layout(engine, nodes=1, cores=64)).node_bytes_per_s == 0
+        assert estimate(deployment(engine, nodes=1, cores=64)).node_bytes_per_s == 0
 
 
 def test_a_thousand_workers_saturate_one_shard_and_more_shards_help() -> None:
-    """On paper: each with a node of its own, links that carry everything."""
-    start = layout(gbit=1e6)
+    """Every worker has a node of its own, and the links carry everything."""
+    start = deployment(gbit=1e6)
     factor = saturation(start)
     assert factor is not None
     full, below = estimate(start.times(factor)), estimate(start.times(factor - 1))
@@ -184,11 +181,11 @@ def test_a_thousand_workers_saturate_one_shard_and_more_shards_help() -> None:
 
 
 def test_a_slow_link_fills_before_a_shard() -> None:
-    assert estimate(layout(nodes=16, workers=16, gbit=1)).limit == NETWORK
+    assert estimate(deployment(nodes=16, workers=16, gbit=1)).limit == NETWORK
 
 
 def test_a_worker_alone_keeps_its_private_tensors_and_two_share_them() -> None:
-    start = layout(workers=1, nodes=1, pushed_bytes=0)
+    start = deployment(workers=1, nodes=1, pushed_bytes=0)
     assert start.times(2).kinds[0].pushed_bytes == RESNET50
     assert start.times(1) is start
 
@@ -201,7 +198,7 @@ ENGINES = st.one_of(
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> Layout:
+def deployments(draw: st.DrawFn) -> Deployment:
     step_s = draw(st.floats(0.01, 10))
     pushed = draw(st.integers(0, 10**9))
     one = kind(
@@ -213,35 +210,35 @@ def layouts(draw: st.DrawFn) -> Layout:
         trained_bytes=pushed,
     )
     machine = Cluster(draw(st.integers(1, 50)), draw(st.floats(1, 64)), draw(st.floats(0.1, 400)), 9e9)
-    return Layout((one,), draw(ENGINES), machine)
+    return Deployment((one,), draw(ENGINES), machine)
 
 
 def at_least(large: float, small: float) -> bool:
     return large >= small * (1 - 1e-9)
 
 
-@given(layouts(), st.integers(1, 50))
-def test_more_nodes_never_slow_a_job_whose_links_carry_everything(job: Layout, more: int) -> None:
+@given(deployments(), st.integers(1, 50))
+def test_more_nodes_never_slow_a_job_whose_links_carry_everything(job: Deployment, more: int) -> None:
     machine = replace(job.cluster, network_gbit=float("inf"))
     larger = replace(machine, nodes=machine.nodes + more)
     here, there = (estimate(replace(job, cluster=cluster)) for cluster in (machine, larger))
     assert at_least(there.images_per_s, here.images_per_s)
 
 
-@given(layouts(), st.floats(1, 100))
-def test_a_faster_network_never_slows(job: Layout, factor: float) -> None:
+@given(deployments(), st.floats(1, 100))
+def test_a_faster_network_never_slows(job: Deployment, factor: float) -> None:
     faster = replace(job.cluster, network_gbit=factor * job.cluster.network_gbit)
     assert at_least(estimate(replace(job, cluster=faster)).images_per_s, estimate(job).images_per_s)
 
 
-@given(layouts())
-def test_twice_the_job_makes_at_most_twice_the_images(job: Layout) -> None:
+@given(deployments())
+def test_twice_the_job_makes_at_most_twice_the_images(job: Deployment) -> None:
     assume(job.cluster.nodes > 1)  # a second node frees the first one's cores of the server
     assert at_least(2 * estimate(job).images_per_s, estimate(job.times(2)).images_per_s)
 
 
-@given(layouts())
-def test_nothing_is_more_than_full_or_faster_than_free(job: Layout) -> None:
+@given(deployments())
+def test_nothing_is_more_than_full_or_faster_than_free(job: Deployment) -> None:
     found = estimate(job)
     assert found.server_load <= 1 + 1e-9
     assert 8 * found.node_bytes_per_s <= 1e9 * job.cluster.network_gbit * (1 + 1e-9)
@@ -249,8 +246,8 @@ def test_nothing_is_more_than_full_or_faster_than_free(job: Layout) -> None:
     assert at_least(found.steps_s[0], job.kinds[0].step_s)
 
 
-@given(layouts(), st.integers(2, 16))
-def test_more_shards_never_make_one_busier_at_equal_pace(job: Layout, more: int) -> None:
+@given(deployments(), st.integers(2, 16))
+def test_more_shards_never_make_one_busier_at_equal_pace(job: Deployment, more: int) -> None:
     few, many = (
         estimate(replace(job, engine=AsyncSpec(shards=shards), cluster=Cluster(2, 1e9, float("inf"), 9e9)))
         for shards in (1, more)
@@ -258,7 +255,7 @@ def test_more_shards_never_make_one_busier_at_equal_pace(job: Layout, more: int)
     assert at_least(few.server_load, many.server_load)
 
 
-@given(layouts())
-def test_waiting_for_all_is_never_faster_than_waiting_for_none(job: Layout) -> None:
+@given(deployments())
+def test_waiting_for_all_is_never_faster_than_waiting_for_none(job: Deployment) -> None:
     free, together = (estimate(replace(job, engine=engine)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
     assert at_least(free.images_per_s, together.images_per_s)

@@ -1,4 +1,4 @@
-"""Room for workers, against trying every way to place them."""
+"""The computed room for workers equals the one that is found by trying every way to place them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -13,7 +13,7 @@ GPU_SHARES = (0.3, 0.4, 0.5, 0.6, 1.0, 2.0)
 
 
 def left(free: tuple[int, ...], takes: int) -> tuple[int, ...] | None:
-    """GPUs after a worker took its part: of one of them, or several whole ones; in ten-thousandths."""
+    """Return the free GPUs, in ten-thousandths, after a worker took a part of one of them or several whole ones."""
     if takes > 10_000:
         whole = [gpu for gpu in free if gpu == 10_000]
         rest = [gpu for gpu in free if gpu < 10_000]
@@ -27,7 +27,7 @@ def left(free: tuple[int, ...], takes: int) -> tuple[int, ...] | None:
 
 
 def place(node: tuple, demand: Demand) -> tuple | None:
-    """A node, as (GPUs, other resources, labels), after it took a worker in."""
+    """Return a node, as (GPUs, other resources, labels), after it took in a worker."""
     gpus, others, labels = node
     if any((key, value) not in labels for key, value in demand.labels.items()):
         return None
@@ -43,7 +43,7 @@ def place(node: tuple, demand: Demand) -> tuple | None:
 
 
 def most(demands: list[Demand], nodes: list[Node]) -> int:
-    """Every worker on every node, or left out."""
+    """Try every worker on every node, and leaving it out."""
     queue = [demand for demand in demands for _ in range(demand.workers)]
 
     @cache

@@ -1,4 +1,4 @@
-"""The lines that a run writes for machines."""
+"""The JSON lines that a run logs."""
 
 import json
 import logging

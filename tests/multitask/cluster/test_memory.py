@@ -12,7 +12,7 @@ FAULTS = """
 import resource
 import threading
 import torch
-from multitask.memory import keep_freed_memory
+from multitask.cluster.memory import keep_freed_memory
 
 def step():
     kept = [torch.ones(size) for size in (30_000_000, 3_000_000, 500_000)]
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocat
 
 
 def page_faults_of_a_step(ending: str, **variables: str) -> list[int]:
-    """What the last lines of a program print."""
+    """Return the numbers that a program prints at its end: page faults of a step."""
     around = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | variables
     done = subprocess.run([sys.executable, "-c", FAULTS + ending], env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a job's workers ask of a cluster, on clusters that are made up."""
+"""Demands of a job's workers, checked against invented clusters."""
 
 import logging
 from collections.abc import Callable

@@ -163,7 +163,7 @@ def test_private_statistics_never_reach_the_shared_group(make_spec: MakeSpec) ->
     private = [slot.name for slot in job.groups["private:pets"].layout.slots]
 
     assert not any("running" in name for name in shared)
-    assert sum("running_mean" in name for name in private) == len(plain_backbone(make_spec()).batch_norms())
+    assert sum("running_mean" in name for name in private) == len(Job(make_spec()).backbone.batch_norms())
     assert not set(shared) & set(private)
 
 
@@ -184,7 +184,7 @@ def test_groups_follow_the_sets_of_tasks_that_share_tensors(make_spec: MakeSpec)
     assert "features.0.0.weight" in names["shared:pets+pets_large+cars"]
     assert "classifier.1.weight" in names["private:cars"]
     assert len(names) == 5
-    all_names = set(plain_model(spec).state_dict())
+    all_names = set(job.backbone.network.state_dict())
     for task in ("pets", "pets_large", "cars"):
         held = [name for group in job.groups_of(task) for name in names[group]]
         assert sorted(held) == sorted(all_names)

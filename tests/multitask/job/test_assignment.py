@@ -1,4 +1,4 @@
-"""Workers of a job, shared out over its tasks."""
+"""Division of a job's workers among its tasks."""
 
 from collections.abc import Callable
 from itertools import pairwise

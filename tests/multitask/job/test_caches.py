@@ -1,4 +1,4 @@
-"""Training from stored features: the bits of training without them, and what is refused."""
+"""Training from stored features gives the same bits as training without them, and unsuitable jobs are refused."""
 
 import shutil
 from collections import Counter
@@ -36,7 +36,7 @@ MOBILENET = None  # the fixture's own
 def spec_of(
     make_spec: MakeSpec, folder: Path | None, method: str, network: str | None, task: dict[str, Any], **changes: Any
 ) -> JobSpec:
-    """24 images in batches of 8: three steps an epoch."""
+    """Return a spec with 24 images in batches of 8, so that an epoch has three steps."""
     own = {"method": method, **({} if folder is None else {"cache_features": str(folder)}), **task}
     changes = {"train_shared": False, "steps": 9, "evaluate_every": 9, **changes}
     changes |= {} if network is None else {"backbone": BACKBONES[network]}
@@ -44,15 +44,15 @@ def spec_of(
 
 
 class Work(NamedTuple):
-    """What a run computed and read."""
+    """A run, and how much it computed and read."""
 
     ran: EngineRun
     losses: dict[str, list[float]]
     values: dict[str, Tensor]
     stems: int
-    """Batches that went through the frozen backbone's first step in training."""
+    """Number of training batches that went through the first step of the frozen backbone."""
     decoded: int
-    """Training images."""
+    """Number of training images that were decoded."""
 
 
 def run(job: Job) -> Work:
@@ -100,7 +100,7 @@ def assert_equal_bits(found: Work, expected: Work) -> None:
 def test_losses_and_weights_have_the_bits_of_training_without_a_cache(
     make_spec: MakeSpec, tmp_path: Path, method: str, backbone: str | None, task: dict[str, Any], decoded: int
 ) -> None:
-    """The second run finds all features there. The parasite reads the images beside them."""
+    """The second run finds all features in the cache. The parasite also reads the images."""
     plain = run(Job(spec_of(make_spec, None, method, backbone, task)))
     job = Job(spec_of(make_spec, tmp_path / "cache", method, backbone, task))
     first = run(job)
@@ -266,9 +266,9 @@ def test_less_room_than_the_caches_take_is_refused(
     total = Job(spec).caches["pets"].total_bytes
     usage = shutil.disk_usage(tmp_path)
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, total))
     Job(spec)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, total - 1))
     with pytest.raises(SpecError, match="still to be written"):
         Job(spec)
 

@@ -21,7 +21,7 @@ def test_the_cosines_warm_up_is_part_of_the_jobs_steps(make_spec: MakeSpec) -> N
 
 
 def test_the_rate_per_256_images_counts_accumulated_ones(make_spec: MakeSpec) -> None:
-    """Both tasks push 16 images; the first step of plain SGD is as long as the rate."""
+    """Both tasks push 16 images, and the first step of plain SGD is the gradient times the rate."""
 
     def moved(rule: str) -> torch.Tensor:
         tasks = {"pets": {"accumulate": 2}, "cars": {"batch_size": 16}}

@@ -1,4 +1,4 @@
-"""The files through which a running job shows itself and is asked."""
+"""The status file of a running job, and requests to change its tasks."""
 
 import json
 import time
@@ -40,3 +40,12 @@ def test_an_answer_to_one_who_has_given_up_is_no_error(tmp_path: Path) -> None:
     path.unlink()
     request.answer("too late")
     assert requests(tmp_path) == []
+
+
+def test_a_status_of_version_0_1_is_read_in_todays_words(tmp_path: Path) -> None:
+    LiveStatus(tmp_path).write({"state": "stopped", "turned_away": 2, "tasks": {"pets": {"refused": 1}}}, now=True)
+
+    status = read_status(tmp_path)
+
+    assert (status["rejected_calls"], status["tasks"]) == (2, {"pets": {"rejected": 1}})
+    assert "turned_away" not in status

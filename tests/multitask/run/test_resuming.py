@@ -1,4 +1,4 @@
-"""Checkpoints, going on from them, and tasks that come and go: with engine `local`, where every bit can be compared."""
+"""Checkpoints, resumed runs and changes of tasks, with engine `local`, where every bit can be compared."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def pause_after(polls: int) -> Callable[[], bool]:
 @pytest.mark.parametrize("engine", [TURNS, ROUNDS])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "sgd"])
 def test_a_paused_run_goes_on_as_if_nothing_had_been(make_spec: MakeSpec, engine: dict, optimizer: str) -> None:
-    """Values, statistics, optimiser slots, schedule and the images that come next: to the last bit."""
+    """Values, statistics, optimizer slots, schedule and the next images are equal to the last bit."""
     changes = {
         "engine": engine,
         "optimizer": {"name": optimizer, "rate": 0.01},
@@ -109,7 +109,7 @@ def test_checkpoints_go_to_any_filesystem(make_spec: MakeSpec) -> None:
 
 
 def stored(folder: Path, versions: int) -> CheckpointStore:
-    """A store with checkpoints of the versions 0, 1, ..."""
+    """Return a store with checkpoints of the versions 0, 1, ..."""
     store = CheckpointStore(str(folder), keep=2)
     for version in range(versions):
         store.save(Checkpoint(Progress(version=version), {"values/backbone/weight": torch.ones(9)}))
@@ -117,7 +117,7 @@ def stored(folder: Path, versions: int) -> CheckpointStore:
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A driver killed while it wrote the last one leaves a part, where files show before they are whole."""
+    """Some filesystems show incomplete files, so a driver that is killed while it writes one leaves a part of it."""
     store = stored(tmp_path, 3)
     older, newer = tmp_path / "checkpoint-000001.safetensors", tmp_path / "checkpoint-000002.safetensors"
     newer.write_bytes(newer.read_bytes()[:-20])
@@ -141,7 +141,7 @@ def test_where_every_checkpoint_is_damaged_the_error_names_them(tmp_path: Path) 
     store = stored(tmp_path, 2)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*checkpoint-000000.*checkpoint-000001.*remove"):
+    with pytest.raises(CheckpointError, match=r"only damaged files.*checkpoint-000000.*checkpoint-000001.*remove"):
         store.latest()
 
 
@@ -157,7 +157,7 @@ def test_what_a_killed_driver_left_half_written_goes_with_the_next_checkpoint(tm
 
 
 def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading.Thread:
-    """Ctrl-C, as soon as the status file says so."""
+    """Press Ctrl-C as soon as the status file meets a condition."""
 
     def wait() -> None:
         while not ((directory / "status.json").is_file() and enough(read_status(directory))):
@@ -219,6 +219,24 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
     assert read_status(spec.run_directory)["state"] == "lost"
     status.unlink()
     assert multitask.resume(spec.run_directory).result["last"]["round"] == 100
+
+
+def test_a_run_that_stopped_under_version_0_1_goes_on(make_spec: MakeSpec) -> None:
+    spec = make_spec(steps=50)
+    path = spec.run_directory / "status.json"
+    thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
+    with pytest.raises(multitask.Stopped):
+        multitask.train(spec)
+    thread.join()
+    text = path.read_text()
+    assert '"rejected_calls"' in text
+    assert '"rejected"' in text
+    path.write_text(text.replace('"rejected_calls"', '"turned_away"').replace('"rejected"', '"refused"'))
+
+    result = multitask.resume(spec.run_directory).result
+
+    assert (result["rejected_calls"], result["tasks"]["pets"]["rejected_pushes"]) == (0, 0)
+    assert result["last"]["round"] == 50
 
 
 def test_a_directory_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
@@ -360,7 +378,7 @@ def test_a_request_reads_the_new_tables_alone_and_none_ends_the_run(
         read.append(f"{task.name}/{split}")
         return open_split(task, split)
 
-    monkeypatch.setattr("multitask.job.job.open_split", open_or_fail)
+    monkeypatch.setattr("multitask.job.inputs.open_split", open_or_fail)
 
     def change() -> None:
         while not ((directory / "status.json").is_file() and read_status(directory)["tasks"]["pets"]["made"] > 0):

@@ -21,7 +21,7 @@ Client = mlflow.MlflowClient
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with MLflow's tables, laid out once: doing it takes seconds."""
+    """A SQLite file with MLflow's tables. It is created once, because that takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     with Tracker(f"sqlite:///{path}", "first", "first", params={}, tasks={}):
         pass

@@ -1,4 +1,4 @@
-"""A whole training with engine `local`: what stands in the run directory, in MLflow and in the bundles."""
+"""A whole training with engine `local`: the content of the run directory, of MLflow and of the bundles."""
 
 import json
 import logging
@@ -84,7 +84,7 @@ def test_exported_bundles_give_the_trained_models_in_a_fresh_process(make_spec: 
 
 
 def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec) -> None:
-    """The validation metrics of the restored models are those noted during training, bit for bit."""
+    """The validation metrics of the restored models equal those of the training, bit for bit."""
     run = multitask.train(make_spec(steps=9, evaluate_every=1, optimizer={"name": "sgd", "rate": 0.5}))
     assert run.result["best"]["version"] != run.result["last"]["version"]
 
@@ -94,7 +94,7 @@ def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec
 
 
 def told(job: Job, version: int, top1: float) -> Evaluation:
-    """An evaluation as a server tells it that knows no better one."""
+    """Return an evaluation as a server reports it if it knows no better one."""
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
     return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
 

@@ -15,7 +15,7 @@ ROUNDS = {"every_rounds": 521}
 
 
 def load(methods: list[str] | None = None, **changes: object) -> JobSpec:
-    """SPEC without its optimizer."""
+    """Load SPEC without its optimizer, with changes."""
     tasks = [
         {**TASK, "name": f"task{number}", "method": method} for number, method in enumerate(methods or ["depthwise"])
     ]
@@ -83,7 +83,9 @@ def test_methods_without_a_common_recipe_ask_for_an_optimizer() -> None:
     unknown = error_of(["scale_bias+wings"])
 
     assert different.startswith("job spec: optimizer: methods 'scale_bias' and 'full' have different recipes. Set")
-    assert unknown.startswith("job spec: optimizer: method 'wings' has no recipe, only scale_bias, ")
+    assert unknown.startswith(
+        "job spec: optimizer: method 'wings' has no recipe; the methods with one are scale_bias, "
+    )
     assert load(["scale_bias", "full"], optimizer={"name": "sgd", "rate": 0.1}).optimizer.name == "sgd"
 
 

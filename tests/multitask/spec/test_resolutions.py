@@ -1,4 +1,4 @@
-"""One entry of a job spec, several resolutions: the tasks it makes, and what they share."""
+"""An entry of a job spec with several resolutions: the tasks that it stands for, and the tensors that they share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,8 +84,11 @@ def test_a_group_survives_a_round_trip_as_its_tasks() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resolution": []}, "tasks[1].resolution: a list names one resolution or more, each once, found []"),
-        ({"resolution": [16, 16]}, "tasks[1].resolution: a list names one resolution or more, each once, found [16, 1"),
+        ({"resolution": []}, "tasks[1].resolution: expected one or more resolutions, each only once, found []"),
+        (
+            {"resolution": [16, 16]},
+            "tasks[1].resolution: expected one or more resolutions, each only once, found [16, 16]",
+        ),
         ({"resolution": [16, 4]}, "tasks[1].resolution: Input should be greater than or equal to 8, found 4"),
         ({"resolution": [16, "big"]}, "tasks[1].resolution: Input should be a valid integer"),
         ({"batch_size": 0}, "tasks[1].batch_size: Input should be greater than or equal to 1, found 0"),
@@ -125,7 +128,7 @@ def test_one_task_that_joins_a_job_has_one_resolution(tmp_path: Path) -> None:
         load_task(tmp_path / "task.yaml")
 
 
-# What is shared by whom.
+# The tensors that the resolutions share.
 
 
 def names_of(groups: dict[str, Group]) -> dict[str, set[str]]:
@@ -136,8 +139,8 @@ def test_by_default_scales_biases_and_statistics_are_private_and_all_else_is_sha
     job = Job(group_spec(make_spec, "scale_bias"))
 
     names = names_of(job.groups)
-    every = set(job._backbone.network.state_dict())
-    norms = {name for name in every if name.rpartition(".")[0] in job._backbone.batch_norms()}
+    every = set(job.backbone.network.state_dict())
+    norms = {name for name in every if name.rpartition(".")[0] in job.backbone.batch_norms()}
     tasks = ("pets@8", "pets@10", "pets@12")
     assert names == {f"shared:{'+'.join(tasks)}": every - norms} | {f"private:{task}": norms for task in tasks}
     assert {"classifier.1.weight", "classifier.1.bias"} <= names["shared:pets@8+pets@10+pets@12"]
@@ -146,13 +149,13 @@ def test_by_default_scales_biases_and_statistics_are_private_and_all_else_is_sha
 def test_all_shared_is_one_group_statistics_too(make_spec: MakeSpec) -> None:
     job = Job(group_spec(make_spec, "shared"))
 
-    assert names_of(job.groups) == {"shared:pets@8+pets@10+pets@12": set(job._backbone.network.state_dict())}
+    assert names_of(job.groups) == {"shared:pets@8+pets@10+pets@12": set(job.backbone.network.state_dict())}
 
 
 def test_all_private_has_a_group_for_each_resolution(make_spec: MakeSpec) -> None:
     job = Job(group_spec(make_spec, "full"))
 
-    every = set(job._backbone.network.state_dict())
+    every = set(job.backbone.network.state_dict())
     assert names_of(job.groups) == {f"private:pets@{size}": every for size in (8, 10, 12)}
 
 
@@ -161,7 +164,7 @@ def test_all_private_has_a_group_for_each_resolution(make_spec: MakeSpec) -> Non
 def test_a_resolution_of_mobilenet_v2_costs_its_patch_and_no_more(
     count: int, method: str, parameters: int, floats: int
 ) -> None:
-    """The base: 3,504,872 parameters, and as many running means and variances as one patch has parameters."""
+    """The backbone has 3,504,872 parameters, and as many running means and variances as one patch has parameters."""
     backbone = patches.load_backbone("mobilenet_v2", num_classes=1000)
     models = {}
     for task in range(count):
@@ -208,7 +211,7 @@ def test_with_nothing_private_the_tasks_are_one_network(make_spec: MakeSpec) -> 
 
     backbone, private = job.state(run_engine(job).outcome.versions["last"].groups)
 
-    start = job._backbone.network.state_dict()
+    start = job.backbone.network.state_dict()
     assert private == {"pets@8": {}, "pets@10": {}, "pets@12": {}}
     assert not torch.equal(backbone["features.0.1.running_mean"], start["features.0.1.running_mean"])
 

@@ -9,7 +9,7 @@ from multitask.spec.schema import JobSpec
 
 FILES = sorted((Path(__file__).parents[3] / "jobs" / "specs").glob("*.yaml"))
 SPECS = [path for path in FILES if not path.stem.startswith("sweep_")]
-"""Sweeps have specs of their own: tests/multitask/sweep/test_plan.py."""
+"""Job specs that are shipped. The specs of sweeps are tested in tests/multitask/sweep/test_plan.py."""
 
 TASK = {"name": "pets", "data": "somewhere", "method": "scale_bias", "resolution": 16}
 SPEC = {
@@ -154,3 +154,38 @@ def test_overrides_reach_nested_keys() -> None:
     assert isinstance(spec, JobSpec)
     assert (spec.optimizer.name, spec.optimizer.rate) == ("adamw", 0.25)
     assert load_spec(spec, {"steps": 7}).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("engine", "keys", "together", "bound"),
+    [
+        ("async", {"in_flight", "shards", "divide_rate_by_staleness"}, False, None),
+        ("bounded", {"staleness", "in_flight", "shards", "divide_rate_by_staleness"}, False, 2),
+        ("sync", {"shards"}, True, None),
+        ("allreduce", {"bucket_mb"}, True, None),
+        ("local", {"schedule", "delay"}, False, None),
+    ],
+)
+def test_the_facts_of_an_engine_are_no_keys(engine: str, keys: set[str], together: bool, bound: int | None) -> None:
+    facts = {"together", "bound", "shards", "in_flight", "divide_rate_by_staleness", "uses_ray", "worker_group"}
+    section = {"name": engine, "staleness": 2} if engine == "bounded" else {"name": engine}
+
+    spec = load_spec({**SPEC, "engine": section})
+
+    assert (spec.engine.together, spec.engine.bound) == (together, bound)
+    assert all(hasattr(spec.engine, fact) for fact in facts)
+    assert dump_spec(spec)["engine"].keys() == keys | {"name"}
+    for fact in facts - keys:
+        assert f"engine.{fact}: unknown key" in error_of(engine={**section, fact: getattr(spec.engine, fact)})
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"name": "bounded", "staleness": 0}, {"name": "local", "schedule": "rounds"}],
+    ids=lambda one: one["name"],
+)
+def test_a_bound_of_zero_and_local_rounds_apply_pushes_together(engine: dict[str, object]) -> None:
+    spec = load_spec({**SPEC, "engine": engine})
+
+    assert spec.engine.together
+    assert spec.engine.bound is None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import multitask
-from multitask.job.job import Loaded
+from multitask.job import LoadedInputs
 from multitask.run.directory import write_json
 from multitask.run.live import SILENT_S, STATUS
 from multitask.spec.schema import JobSpec
@@ -46,7 +46,7 @@ def to_the_end(trial: TrialRun) -> list[dict[str, float]]:
 
 
 def test_a_trial_trains_as_a_job_alone_does_and_changes_nothing_that_is_shared(plan: TrialPlan, tmp_path: Path) -> None:
-    loaded = Loaded()
+    loaded = LoadedInputs()
     loaded.add(plan.spec)
     (backbone,) = loaded.backbones.values()
     before = backbone.content_hash()

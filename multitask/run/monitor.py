@@ -1,4 +1,4 @@
-"""What happens in a run, for people: progress bars, MLflow, the status file and the run's result."""
+"""The monitor of a run, which shows its progress in bars and records it in MLflow, status file and result."""
 
 import contextlib
 import logging
@@ -24,43 +24,48 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _TaskWatch:
-    """What the status file says of a task."""
+class _TaskStatus:
+    """The counts and measurements of a task, as the status file has them."""
 
     steps: int
-    """Steps that all its workers together have to make."""
+    """Number of steps that all its workers together have to make."""
     made: int = 0
+    """Number of steps that they have made."""
     pushes: int = 0
-    """Applied to the shared tensors."""
+    """Number of pushes that were applied to the shared tensors."""
     staleness: int = 0
-    """Sum over the pushes."""
+    """Sum of the staleness of these pushes."""
     redone: int = 0
     lost: int = 0
     rejected: int = 0
     skipped: int = 0
+    """Number of images that could not be decoded."""
     bad_images: list[str] = field(default_factory=list)
     processes: dict[str, int] = field(default_factory=dict)
-    """Worker -> the process that made its last step."""
+    """Worker -> id of the process that made its last step."""
     curve: list[dict[str, float]] = field(default_factory=list)
+    """Validation metrics of each evaluated version, with its round as `step`."""
     latest: dict[str, float] = field(default_factory=dict)
-    """Loss, rate, staleness and images per second of the last push."""
+    """Loss, rate, staleness and images per second of the last step."""
 
 
-class Watch:
-    """Hands what happens to the progress bars, to MLflow, to the status file and to the run's result."""
+class RunMonitor:
+    """Show a run's progress in bars, and record it in MLflow, in the status file and in the run's result."""
 
     def __init__(
         self, directory: Path, tracker: Tracker, console: Console | None, status: Mapping[str, Any] | None
     ) -> None:
         """Args:
-        status: what the status file of a run said that goes on now.
+        directory: the run directory.
+        console: console of the progress bars; standard error by default.
+        status: content of the status file, if the run goes on from an earlier start.
         """
         self._tracker = tracker
         self._console = console or Console(stderr=True)
         self._live = LiveStatus(directory)
         self.rejected_calls = 0
-        """Pushes and joins of unknown workers and earlier processes."""
-        self._tasks = {} if status is None else {name: _TaskWatch(**task) for name, task in status["tasks"].items()}
+        """Number of pushes and joins that came from unknown workers or from replaced processes."""
+        self._tasks = {} if status is None else {name: _TaskStatus(**task) for name, task in status["tasks"].items()}
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
 
@@ -80,85 +85,94 @@ class Watch:
             yield
 
     def change_tasks(self, job: Job) -> None:
-        """Watch the tasks of this job: those that left go, new ones come."""
+        """Show the tasks of this job: tasks that it does not have are removed, and new ones are added."""
         self._job = job
         steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
-        self._tasks = {name: self._tasks.get(name) or _TaskWatch(steps[name]) for name in steps}
+        self._tasks = {name: self._tasks.get(name) or _TaskStatus(steps[name]) for name in steps}
         for name in self._bar_of.keys() - steps.keys():
             self._bars.remove_task(self._bar_of.pop(name))
         for name in steps.keys() - self._bar_of.keys():
-            watch = self._tasks[name]
-            self._bar_of[name] = self._bars.add_task(name, total=watch.steps, completed=watch.made, state="starting")
+            status = self._tasks[name]
+            self._bar_of[name] = self._bars.add_task(name, total=status.steps, completed=status.made, state="starting")
         self._write("running", now=True)
 
-    def __call__(
+    def update(
         self, records: list[StepRecord], evaluations: list[Evaluation], progress: server_progress.Progress
     ) -> None:
+        """Take in what has happened since the last call.
+
+        Args:
+            records: the records of the new steps.
+            evaluations: the new evaluations.
+            progress: the run's counters.
+        """
         by_task = defaultdict(list)
         for record in records:
             by_task[record.task].append(record)
         for name, news in by_task.items():
             self._note_steps(name, news)
-        for name, watch in self._tasks.items():
+        for name, status in self._tasks.items():
             workers = [state for worker, state in progress.workers.items() if self._job.workers[worker] == name]
-            watch.made = sum(worker.step for worker in workers)
-            watch.redone, watch.lost, watch.rejected = (
+            status.made = sum(worker.step for worker in workers)
+            status.redone, status.lost, status.rejected = (
                 sum(getattr(worker, count) for worker in workers) for count in ("redone", "lost", "rejected")
             )
-            self._bars.update(self._bar_of[name], completed=watch.made, state=_line(watch))
+            self._bars.update(self._bar_of[name], completed=status.made, state=_line(status))
         self.rejected_calls = progress.rejected_calls
         for evaluation in evaluations:
             self._note_evaluation(evaluation)
         self._log_speed(int(progress.rounds))
-        # Before a checkpoint that lies after them: a run that goes on from it does not make them again.
+        # An evaluation is written at once, before a later checkpoint: a run that goes on from that checkpoint does not
+        # make the evaluation again.
         self._write("running", now=bool(evaluations))
 
     def say(self, text: str) -> None:
+        """Print a line above the progress bars."""
         self._console.print(text)
 
     def end(self, state: str, error: str | None = None) -> None:
-        """Write the last status: finished, stopped or failed."""
+        """Write the last status: "finished", "stopped" or "failed"."""
         self._write(state, now=True, error=error)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Per task: what the pushes, the staleness and the validation curve came to."""
+        """Return for each task its counts, its mean staleness and its validation curve, for the run's result."""
         return {
             name: {
-                "processes": list(watch.processes.values()),
-                "pushes": watch.pushes,
-                "mean_staleness": watch.staleness / max(1, watch.pushes),
-                "redone_steps": watch.redone,
-                "lost_pushes": watch.lost,
-                "rejected_pushes": watch.rejected,
-                "skipped_images": watch.skipped,
-                "curve": sorted(watch.curve, key=lambda point: point["step"]),
+                "processes": list(status.processes.values()),
+                "pushes": status.pushes,
+                "mean_staleness": status.staleness / max(1, status.pushes),
+                "redone_steps": status.redone,
+                "lost_pushes": status.lost,
+                "rejected_pushes": status.rejected,
+                "skipped_images": status.skipped,
+                "curve": sorted(status.curve, key=lambda point: point["step"]),
             }
-            for name, watch in self._tasks.items()
+            for name, status in self._tasks.items()
         }
 
     def _note_steps(self, name: str, news: list[StepRecord]) -> None:
-        watch = self._tasks[name]
+        status = self._tasks[name]
         applied = [record for record in news if record.rejected is None and not record.redone]
-        watch.pushes += len(applied)
-        watch.staleness += sum(record.staleness for record in applied)
-        watch.skipped += sum(record.skipped for record in news)
+        status.pushes += len(applied)
+        status.staleness += sum(record.staleness for record in applied)
+        status.skipped += sum(record.skipped for record in news)
         for bad in dict.fromkeys(bad for record in news for bad in record.bad_images):
-            if bad not in watch.bad_images:
-                watch.bad_images.append(bad)
+            if bad not in status.bad_images:
+                status.bad_images.append(bad)
                 log.warning("Task '%s' skips %s", name, bad, extra={"task": name})
-        watch.processes |= {record.worker: record.pid for record in news}
+        status.processes |= {record.worker: record.pid for record in news}
         for record in news:
             if record.rejected is not None:
                 about = {"task": record.task, "worker": record.worker, "step": record.step}
                 log.warning("%s", record.rejected, extra=about)
         metrics = [_step_metrics(record) for record in news]
-        watch.latest = {key: metrics[-1][key] for key in ("loss", "rate", "staleness", "samples_per_s")}
+        status.latest = {key: metrics[-1][key] for key in ("loss", "rate", "staleness", "samples_per_s")}
         self._tracker.log_steps(name, metrics)
         self._pushed_bytes += len(news) * self._job.pushed_bytes(name)
         self._pushed += len(applied)
 
     def _log_speed(self, round_: int) -> None:
-        """Pushes and bytes per second of all tasks together, every few seconds."""
+        """Log the pushes and bytes per second of all tasks together, once every few seconds."""
         span = time.monotonic() - self._speed_from
         if span >= SPEED_EVERY_S:
             speed = {"pushes_per_s": self._pushed / span, "pushed_bytes_per_s": self._pushed_bytes / span}
@@ -166,7 +180,7 @@ class Watch:
             self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
 
     def _note_evaluation(self, evaluation: Evaluation) -> None:
-        """An evaluation that is made again, after going back to a checkpoint, is logged once."""
+        """Log an evaluation, unless it repeats one from before the server went back to a checkpoint."""
         if evaluation.version in self._versions:
             return
         self._versions.add(evaluation.version)
@@ -186,18 +200,18 @@ class Watch:
             "engine": self._job.spec.engine.name,
             "mlflow_run_id": self._tracker.run_id,
             "rejected_calls": self.rejected_calls,
-            "tasks": {name: asdict(watch) for name, watch in self._tasks.items()},
+            "tasks": {name: asdict(status) for name, status in self._tasks.items()},
         }
         self._live.write(content, now=now)
 
 
-def _line(watch: _TaskWatch) -> str:
-    """How a task stands, beside its bar."""
-    if not watch.latest:
+def _line(status: _TaskStatus) -> str:
+    """Return the text beside a task's progress bar."""
+    if not status.latest:
         return "starting"
-    latest = watch.latest
+    latest = status.latest
     line = f"loss {latest['loss']:.3f}, {latest['samples_per_s']:.0f} images/s, staleness {latest['staleness']:.0f}"
-    counts = {"redone": watch.redone, "lost": watch.lost, "rejected": watch.rejected, "skipped": watch.skipped}
+    counts = {"redone": status.redone, "lost": status.lost, "rejected": status.rejected, "skipped": status.skipped}
     return ", ".join([line, *(f"{count} {name}" for name, count in counts.items() if count)])
 
 
