@@ -180,7 +180,7 @@ def plot(
     from multitask.cascade import check, load_cascade, read_predictions
     from multitask.cascade.figures import section, stage_sheet
     from multitask.data import open_table
-    from multitask.report.report import write_cascade_report
+    from multitask.report.pages import write_cascade_report
 
     loaded, pool = load_cascade(cascade), read_predictions(predictions)
     point = loaded.point(max_cost, max_latency_ms)

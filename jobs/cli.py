@@ -60,7 +60,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps per task, fewer for a quick look.")] = None,
 ) -> None:
     """Train three real tasks three ways, export and check the patches, fit a cascade, write a report."""
-    from jobs.demo import run_demo
+    from jobs.demo.run import run_demo
 
     run_demo(directory, steps)
 

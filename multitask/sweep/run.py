@@ -15,7 +15,7 @@ from multitask.cluster.session import ray_session
 from multitask.job.job import Job, Loaded
 from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
-from multitask.report.report import write_sweep_report
+from multitask.report.pages import write_sweep_report
 from multitask.run.directory import RunError, write_json
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError

@@ -20,7 +20,7 @@ def section(
     choice: Choice | None,
     verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """What `multitask.report.report.write_sweep_report` shows."""
+    """What `multitask.report.pages.write_sweep_report` shows."""
     colours = method_colours(found)
     return {
         "headline": headline(len({outcome.plan.setting for outcome in outcomes}), choice, verdict),

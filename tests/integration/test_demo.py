@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import patches
-from jobs.demo import run_demo
+from jobs.demo.run import run_demo
 from multitask.cascade import CascadeModel, read_predictions
 from multitask.cascade.cascade import answers_of
 from multitask.data import open_table
