@@ -109,8 +109,8 @@ def test_models_from_elsewhere_take_costs_from_a_table(tmp_path: Path) -> None:
     [
         (["--to", "cascade.zip"], "ends in .cascade"),
         (["--to", "x.cascade"], "Name their folder: --export"),
-        (["--to", "x.json"], "or --cost-table"),
-        (["--to", "x.json", "--cost-table", "costs.csv"], "go together"),
+        (["--to", "x.json"], "from a file (--cost-table)"),
+        (["--to", "x.json", "--cost-table", "costs.csv"], "Name both"),
         (["--to", "x.json", "--model", "phon"], "Did you mean 'phone'"),
     ],
 )

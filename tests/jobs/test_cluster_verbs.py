@@ -196,7 +196,7 @@ def test_other_verbs_work_on_the_storage(cluster: Cluster) -> None:
         (["evaluate", "/shared/job", "--save-predictions=predictions"], "save_predictions is 'predictions'"),
         (["cascade", "run", "/shared/a.cascade", "s3://bucket/pets", "--to", "/tmp/a.parquet"], "to is '/tmp/a.parq"),
         (["demo"], "'demo' cannot be submitted; train, sweep, evaluate, cascade, export can."),
-        (["cascade", "fitt"], "After 'cascade' comes one of fit, evaluate, run, plot."),
+        (["cascade", "fitt"], "'cascade' must be followed by one of fit, evaluate, run, plot."),
         (["export", "/shared/job", "--versoin", "last"], "No such option: --versoin"),
         (["export", "/shared/job", "--version", "newest"], "newest"),
         (["export"], "Missing argument"),
@@ -280,7 +280,7 @@ def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cl
     assert cluster.deleted == ["raysubmit_1"]
 
 
-@pytest.mark.parametrize(("exit_code", "said"), [(1, "holds no run on the cluster's head"), (None, "Ray's account")])
+@pytest.mark.parametrize(("exit_code", "said"), [(1, "The cluster's head has no run in"), (None, "Ray's account")])
 def test_a_status_that_cannot_be_read_there_is_an_error(cluster: Cluster, exit_code: int | None, said: str) -> None:
     cluster.status, cluster.exit_code = JobStatus.FAILED, exit_code
     shown = multitask("status", "/shared/run", "--address", "http://head:8265")

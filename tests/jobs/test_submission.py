@@ -104,5 +104,5 @@ def test_tokens_travel_in_a_file_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     (content,) = forwarded(["MLFLOW_TRACKING_TOKEN"]).values()
     assert json.loads(content) == {"MLFLOW_TRACKING_TOKEN": "secret"}
     assert list(forwarded(["MLFLOW_TRACKING_TOKEN"])) == [TOKENS]
-    with pytest.raises(ValueError, match="--token NO_SUCH_TOKEN: no such environment variable"):
+    with pytest.raises(ValueError, match="names the environment variable NO_SUCH_TOKEN, which is not set"):
         forwarded(["MLFLOW_TRACKING_TOKEN", "NO_SUCH_TOKEN"])
