@@ -35,58 +35,70 @@ MaxLatency = Annotated[
     typer.Option(help="Use the most accurate operating point whose mean latency is at most this, in milliseconds."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+CascadeToWrite = Annotated[
+    Path,
+    typer.Option(help="The file to write: NAME.cascade contains the models' bundles too, NAME.json does not."),
+]
+ExportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with backbone.safetensors and the models' bundles; needed to measure costs and to write a "
+        ".cascade file."
+    ),
+]
+CostKind = Annotated[
+    Literal["macs", "latency"],
+    typer.Option(help="Cost of a model: multiply-accumulates, counted, or latency, measured on this machine."),
+]
+CostTable = Annotated[
+    Path | None,
+    typer.Option(metavar="CSV", help="Read the costs from this file instead; its column 'model' names the models."),
+]
+CostColumn = Annotated[str | None, typer.Option(help="The column of --cost-table that has the costs.")]
+MinRelativeAccuracy = Annotated[
+    float, typer.Option(help="Accuracy that the cascade must have, as a share of the reference's (at most 1).")
+]
+MinAccuracy = Annotated[
+    float | None, typer.Option(help="Accuracy that the cascade must have, as a share of all images (0 to 1).")
+]
+MaxFittedCost = Annotated[
+    float | None, typer.Option(help="Fit the most accurate cascade whose mean cost is at most this.")
+]
+Reference = Annotated[str | None, typer.Option(help="Model to compare with; by default the most accurate one.")]
+Slack = Annotated[
+    float,
+    typer.Option(min=0, help="Share of a stage's answers that must be right in addition to the accuracy target."),
+]
+Models = Annotated[
+    list[str] | None, typer.Option(help="Use only this model; may be given several times. Default: all models.")
+]
+Points = Annotated[
+    int, typer.Option(min=0, help="Number of accuracy targets; the cascade gets an operating point for each.")
+]
+Latency = Annotated[
+    bool,
+    typer.Option("--latency", help="Measure latencies on this machine too, so that --max-latency-ms can be used."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed that decides which half is fitted on.")]
 
 
 @app.command()
 def fit(
     predictions: PredictionsFolder,
-    to: Annotated[
-        Path,
-        typer.Option(help="The file to write: NAME.cascade contains the models' bundles too, NAME.json does not."),
-    ],
-    export: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with backbone.safetensors and the models' bundles; needed to measure costs and to write a "
-            ".cascade file."
-        ),
-    ] = None,
-    cost: Annotated[
-        Literal["macs", "latency"],
-        typer.Option(help="Cost of a model: multiply-accumulates, counted, or latency, measured on this machine."),
-    ] = "macs",
-    cost_table: Annotated[
-        Path | None,
-        typer.Option(metavar="CSV", help="Read the costs from this file instead; its column 'model' names the models."),
-    ] = None,
-    cost_column: Annotated[str | None, typer.Option(help="The column of --cost-table that has the costs.")] = None,
-    min_relative_accuracy: Annotated[
-        float, typer.Option(help="Accuracy that the cascade must have, as a share of the reference's (at most 1).")
-    ] = 1.0,
-    min_accuracy: Annotated[
-        float | None, typer.Option(help="Accuracy that the cascade must have, as a share of all images (0 to 1).")
-    ] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(help="Fit the most accurate cascade whose mean cost is at most this.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Model to compare with; by default the most accurate one.")
-    ] = None,
-    slack: Annotated[
-        float,
-        typer.Option(min=0, help="Share of a stage's answers that must be right in addition to the accuracy target."),
-    ] = 0.0025,
-    model: Annotated[
-        list[str] | None, typer.Option(help="Use only this model; may be given several times. Default: all models.")
-    ] = None,
-    points: Annotated[
-        int, typer.Option(min=0, help="Number of accuracy targets; the cascade gets an operating point for each.")
-    ] = 9,
-    latency: Annotated[
-        bool,
-        typer.Option("--latency", help="Measure latencies on this machine too, so that --max-latency-ms can be used."),
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed that decides which half is fitted on.")] = 0,
+    to: CascadeToWrite,
+    export: ExportFolder = None,
+    cost: CostKind = "macs",
+    cost_table: CostTable = None,
+    cost_column: CostColumn = None,
+    min_relative_accuracy: MinRelativeAccuracy = 1.0,
+    min_accuracy: MinAccuracy = None,
+    max_cost: MaxFittedCost = None,
+    reference: Reference = None,
+    slack: Slack = 0.0025,
+    model: Models = None,
+    points: Points = 9,
+    latency: Latency = False,
+    seed: Seed = 0,
     json_output: AsJson = False,
 ) -> None:
     """Fit a cascade on a random half of validation predictions, and check it on the other half."""

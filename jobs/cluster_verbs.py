@@ -55,7 +55,7 @@ SUBMITTED: Mapping[str, Carry | None] = {
     "cascade": None,
     "export": None,
 }
-"""Verb that can be submitted -> the function that prepares its `spec` for the cluster; None for verbs without a spec."""
+"""Verb that can be submitted -> the function that prepares its `spec` for the cluster, if it has one."""
 
 jobs_app = typer.Typer(help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
 
@@ -173,7 +173,7 @@ def stop(job: Job, address: Address = None) -> None:
 
 
 def read_status_there(run: Path, address: str) -> dict[str, Any]:
-    """Return the status of a run on the head of a cluster, as `multitask.run.live.read_status` returns it.
+    """Return the status of a run on the head of a cluster, in the form of `multitask.run.live.read_status`.
 
     Raises:
         RunError: nothing was started in this directory.
@@ -185,8 +185,8 @@ def read_status_there(run: Path, address: str) -> dict[str, Any]:
     status = read_json(connect(address), run / STATUS)
     if status is None:
         raise RunError(
-            f"The cluster's head has no run in '{run}'. Give the run's directory on the cluster: STORAGE/NAME, with the "
-            "--storage that `multitask submit` had."
+            f"The cluster's head has no run in '{run}'. Give the run's directory on the cluster: STORAGE/NAME, with "
+            "the --storage that `multitask submit` had."
         )
     return judge_status(status)
 

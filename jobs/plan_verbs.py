@@ -41,7 +41,7 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
 ) -> None:
     """Time a few steps on this machine, and estimate how fast a cluster would be and what would limit it."""
-    from multitask.capacity.estimate import SERVER_COSTS, best_shards, doublings, estimate, fit, saturation
+    from multitask.capacity.estimate import SERVER_COSTS, doublings, estimate, fit, saturation
     from multitask.capacity.timing import cores_here, lay_out
     from multitask.spec.reading import load_spec
 
@@ -58,26 +58,7 @@ def plan(
         print(json.dumps(asdict(layout) | {"estimates": [asdict(one) for one in estimates]} | found))
         return
     _show(layout, estimates)
-    if factor is None:
-        print("Neither the server nor the network limits this job, however many workers it has.")
-        return
-    full, twice = estimate(layout.times(factor)), layout.times(2 * factor)
-    best = best_shards(twice)
-    print(
-        f"With {full.workers:,} workers on {full.nodes:,} nodes a step takes {full.slowdown:.1f} times as long because "
-        f"of {full.limit}."
-    )
-    if best.shards > layout.shards:
-        print(
-            f"Twice as many workers process {estimate(best).images_per_s:,.0f} images/s with `engine.shards: "
-            f"{best.shards}`, if each shard has cores of its own, and {estimate(twice).images_per_s:,.0f} with "
-            f"{layout.shards}."
-        )
-    else:
-        print(
-            "More shards do not help. Push less often (tasks.accumulate, tasks.batch_size), train fewer tensors, or "
-            "use faster links."
-        )
+    _print_limit(layout, factor)
 
 
 def _show(layout: "Layout", estimates: list["Estimate"]) -> None:
@@ -106,3 +87,33 @@ def _show(layout: "Layout", estimates: list["Estimate"]) -> None:
         "thread of a shard is busy. its cores: cores that a node with shards needs for them in addition to its "
         "workers. MB/s: over the busiest node's link, in each direction."
     )
+
+
+def _print_limit(layout: "Layout", factor: int | None) -> None:
+    """Print from how many workers on something limits the job, and whether more shards would help.
+
+    Args:
+        factor: growth of the layout at which a step becomes slower because of the limit; None if it never does.
+    """
+    from multitask.capacity.estimate import best_shards, estimate
+
+    if factor is None:
+        print("Neither the server nor the network limits this job, however many workers it has.")
+        return
+    full, twice = estimate(layout.times(factor)), layout.times(2 * factor)
+    best = best_shards(twice)
+    print(
+        f"With {full.workers:,} workers on {full.nodes:,} nodes a step takes {full.slowdown:.1f} times as long because "
+        f"of {full.limit}."
+    )
+    if best.shards > layout.shards:
+        print(
+            f"Twice as many workers process {estimate(best).images_per_s:,.0f} images/s with `engine.shards: "
+            f"{best.shards}`, if each shard has cores of its own, and {estimate(twice).images_per_s:,.0f} with "
+            f"{layout.shards}."
+        )
+    else:
+        print(
+            "More shards do not help. Push less often (tasks.accumulate, tasks.batch_size), train fewer tensors, or "
+            "use faster links."
+        )

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from multitask.sweep.tuning import _quiet_tune, start_order
+from multitask.sweep.tuning import quiet_tune, start_order
 from tests.multitask.sweep.conftest import MakeOutcome
 
 
@@ -22,7 +22,7 @@ def test_finished_trials_start_again_only_to_tell_a_scheduler(make_outcome: Make
 def test_a_sweep_leaves_signals_and_environment_as_they_were() -> None:
     before, environment = signal.getsignal(signal.SIGINT), dict(os.environ)
 
-    with _quiet_tune():
+    with quiet_tune():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         assert os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] == "0"
 
