@@ -48,7 +48,7 @@ SLACK = 0.001
 
 After so few steps the resolutions differ by tenths of a point, so a larger slack would often leave no cascade at all.
 """
-REESTIMATION_BATCHES = 100
+REESTIMATION_BATCHES = 40
 """Training batches of each task on which the running statistics of the fair baseline are measured."""
 EXAMPLES = 10
 """Test images of each task that the report shows."""
