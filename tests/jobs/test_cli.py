@@ -1,4 +1,4 @@
-"""The command as a user meets it: exit status, messages, JSON."""
+"""The command as a user sees it: exit status, messages, JSON."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What of the project travels to a cluster, and what is too much."""
+"""The files of the project that are sent to a cluster, and the limit of their size."""
 
 import os
 import re

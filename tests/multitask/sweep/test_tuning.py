@@ -1,4 +1,4 @@
-"""What Tune is given to do, without Ray."""
+"""The trials that Tune gets to run, without Ray."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ def test_finished_trials_start_again_only_to_tell_a_scheduler(make_outcome: Make
     assert start_order(outcomes, None) == list(range(0, 20, 2))
     told = start_order(outcomes, 0)
     assert sorted(told) == list(range(20))
-    # In an order of its own, the same at each start.
+    # The order is random, and the same at each start.
     assert told != sorted(told)
     assert told == start_order(outcomes, 0)
     assert told != start_order(outcomes, 1)
