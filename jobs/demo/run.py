@@ -32,7 +32,7 @@ from multitask.spec.reading import load_spec
 from multitask.spec.schema import TaskSpec
 
 DURATION = "about 5 minutes on two cores that do nothing else"
-"""How long the demo takes. `multitask demo` prints it at its start."""
+"""Duration of the demo with the steps of its job specs. `multitask demo` prints it at its start."""
 SPECS = Path(__file__).resolve().parent.parent / "specs"
 MODES = {
     OURS: ("demo.yaml", "private scale-and-bias + last layer"),
@@ -69,7 +69,8 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         The path of the report.
     """
     console = Console()
-    console.print(f"The demo takes {DURATION}.")
+    if steps is None:
+        console.print(f"The demo takes {DURATION}.")
     start = time.perf_counter()
     directory = directory.resolve()  # absolute, because the fresh process and readers of the report may run elsewhere
     runs = _train(directory, steps, console)
@@ -119,6 +120,7 @@ def _train(directory: Path, steps: int | None, console: Console) -> dict[str, Ru
 
 
 def _print_paths(console: Console, directory: Path, export: Export, package: Path, report: Path) -> None:
+    """Print where the results are."""
     console.print(
         f"backbone and bundles: {export.backbone.parent}\n"
         f"cascade:              {package}\n"
