@@ -38,7 +38,7 @@ class Places:
         return spec
 
     def with_share(self, spec: JobSpec) -> JobSpec:
-        """Return a job whose workers have a number of CPUs: the spec's, or else an equal share of what is left."""
+        """Return a job whose workers have a number of CPUs: the spec's, or an equal share of those that are left."""
         if isinstance(spec.engine, LocalSpec) or spec.resources.cpus_per_worker is not None:
             return spec
         kind = repr(_demands(_with_cpus(spec, 1.0), 1))  # key of the cache: most trials of a sweep need the same

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from multitask.report.plots import Drawn
 from multitask.sweep.board import duration
-from multitask.sweep.figures import Drawn, Series, method_colours
+from multitask.sweep.figures import Series, method_colours
 from multitask.sweep.final import Verdict
 from multitask.sweep.outcomes import Choice, TrialOutcome
 from multitask.sweep.plan import describe, short_names, show
