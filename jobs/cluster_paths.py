@@ -113,8 +113,8 @@ class ClusterPaths:
         if Path(path).is_absolute():
             return path
         raise PathError(
-            f"{what} is '{path}', which is not sent to the cluster, because git does not track it. Put it where every "
-            f"node can read it, and name that URI (s3://bucket/table) or path ({self.storage}/...)."
+            f"{what} is '{path}', which git does not track, so it is not sent to the cluster. Put it where every node "
+            f"can read it, and name that URI (s3://bucket/table) or path ({self.storage}/...)."
         )
 
     def _check_cache(self, task: Mapping[str, Any]) -> None:

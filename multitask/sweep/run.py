@@ -165,7 +165,7 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> Loaded:
     if any(plan.spec.workers is not None for plan in plans):
         raise SpecError(
             "the job has `workers`, which are divided among its tasks when it starts, but a sweep counts the places of "
-            "each trial before that; leave the job's `workers` out, and give each task `workers` of its own"
+            "each trial before that; leave the job's `workers` out, and give each task its own"
         )
     if spec.test:
         for task in {task.data: task for task in tasks}.values():
