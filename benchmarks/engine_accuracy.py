@@ -51,13 +51,13 @@ class Trained:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, help="of each task; the demo's by default")
+    parser.add_argument("--steps", type=int, default=240, help="steps of each task")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="tried with the first seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--equal-updates", action="store_true", help="also `sync` with as many updates as `async`")
     arguments = parser.parse_args()
     demo = load_spec(SPEC)
-    steps = arguments.steps or demo.steps
+    steps = arguments.steps
     around = environment()
     tried: list[Trained] = []
     runs: dict[str, list[Trained]] = {}

@@ -127,11 +127,11 @@ COSTS = ("seed", *(field.name for field in fields(Cascaded) if field.name not in
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, help="of each resolution; the demo's by default")
+    parser.add_argument("--steps", type=int, default=240, help="steps of each resolution")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="tried with the first seed")
     arguments = parser.parse_args()
-    steps, seeds = arguments.steps or load_spec(SPEC).steps, arguments.seeds
+    steps, seeds = arguments.steps, arguments.seeds
     around = environment()
     with (
         tempfile.TemporaryDirectory() as folder,

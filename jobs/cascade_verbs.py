@@ -1,4 +1,4 @@
-"""`multitask cascade`: fit cascades to predictions, check them on others, run and draw them."""
+"""`multitask cascade`: fit a cascade to predictions, check it on other predictions, run it, and draw it."""
 
 import json
 import time
@@ -17,45 +17,88 @@ if TYPE_CHECKING:
     from multitask.cascade import Cascade, Check, Costs, OperatingPoint
     from multitask.data import ImageTable
 
-app = typer.Typer(help="Chain models: the first that is sure enough answers.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build and use cascades: ordered lists of models, of which the first that is sure enough answers.",
+    no_args_is_help=True,
+)
 
 PredictionsFolder = Annotated[
-    Path, typer.Argument(metavar="PREDICTIONS", help="What `multitask evaluate --save-predictions` wrote.")
+    Path, typer.Argument(metavar="PREDICTIONS", help="The folder that `multitask evaluate --save-predictions` wrote.")
 ]
-CascadeFile = Annotated[Path, typer.Argument(metavar="CASCADE", help="What `multitask cascade fit` wrote.")]
+CascadeFile = Annotated[Path, typer.Argument(metavar="CASCADE", help="The file that `multitask cascade fit` wrote.")]
 MaxCost = Annotated[
-    float | None, typer.Option(help="Mean cost of an image: the most accurate operating point within it.")
+    float | None,
+    typer.Option(help="Use the most accurate operating point whose mean cost of an image is at most this."),
 ]
-MaxLatency = Annotated[float | None, typer.Option(help="The same, in milliseconds.")]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(help="Use the most accurate operating point whose mean latency is at most this, in milliseconds."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+CascadeToWrite = Annotated[
+    Path,
+    typer.Option(help="The file to write: NAME.cascade contains the models' bundles too, NAME.json does not."),
+]
+ExportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with backbone.safetensors and the models' bundles; needed to measure costs and to write a "
+        ".cascade file."
+    ),
+]
+CostKind = Annotated[
+    Literal["macs", "latency"],
+    typer.Option(help="Cost of a model: multiply-accumulates, counted, or latency, measured on this machine."),
+]
+CostTable = Annotated[
+    Path | None,
+    typer.Option(metavar="CSV", help="Read the costs from this file instead; its column 'model' names the models."),
+]
+CostColumn = Annotated[str | None, typer.Option(help="The column of --cost-table that has the costs.")]
+MinRelativeAccuracy = Annotated[
+    float, typer.Option(help="Accuracy that the cascade must have, as a share of the reference's (at most 1).")
+]
+MinAccuracy = Annotated[
+    float | None, typer.Option(help="Accuracy that the cascade must have, as a share of all images (0 to 1).")
+]
+MaxFittedCost = Annotated[
+    float | None, typer.Option(help="Fit the most accurate cascade whose mean cost is at most this.")
+]
+Reference = Annotated[str | None, typer.Option(help="Model to compare with; by default the most accurate one.")]
+Slack = Annotated[
+    float,
+    typer.Option(min=0, help="Share of a stage's answers that must be right in addition to the accuracy target."),
+]
+Models = Annotated[
+    list[str] | None, typer.Option(help="Use only this model; may be given several times. Default: all models.")
+]
+Points = Annotated[
+    int, typer.Option(min=0, help="Number of accuracy targets; the cascade gets an operating point for each.")
+]
+Latency = Annotated[
+    bool,
+    typer.Option("--latency", help="Measure latencies on this machine too, so that --max-latency-ms can be used."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed that decides which half is fitted on.")]
 
 
 @app.command()
 def fit(
     predictions: PredictionsFolder,
-    to: Annotated[Path, typer.Option(help="The file to write: NAME.cascade with its bundles, or NAME.json alone.")],
-    export: Annotated[
-        Path | None,
-        typer.Option(help="Folder with backbone.safetensors and the models' bundles, for costs and package."),
-    ] = None,
-    cost: Annotated[
-        Literal["macs", "latency"], typer.Option(help="What a model costs: counted, or measured here.")
-    ] = "macs",
-    cost_table: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Instead, a column of this file; one column is named model.")
-    ] = None,
-    cost_column: Annotated[str | None, typer.Option(help="Which column of --cost-table.")] = None,
-    min_relative_accuracy: Annotated[float, typer.Option(help="Accuracy over the reference's, at most 1.")] = 1.0,
-    min_accuracy: Annotated[float | None, typer.Option(help="Instead, a share of right answers (0 to 1).")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Instead, the best cascade for this mean cost.")] = None,
-    reference: Annotated[str | None, typer.Option(help="The most accurate model by default.")] = None,
-    slack: Annotated[
-        float, typer.Option(min=0, help="Share of its answers a stage must be right on beyond the target.")
-    ] = 0.0025,
-    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
-    points: Annotated[int, typer.Option(min=0, help="Accuracy targets to build operating points for.")] = 9,
-    latency: Annotated[bool, typer.Option("--latency", help="Measure it here, for budgets in milliseconds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the halves.")] = 0,
+    to: CascadeToWrite,
+    export: ExportFolder = None,
+    cost: CostKind = "macs",
+    cost_table: CostTable = None,
+    cost_column: CostColumn = None,
+    min_relative_accuracy: MinRelativeAccuracy = 1.0,
+    min_accuracy: MinAccuracy = None,
+    max_cost: MaxFittedCost = None,
+    reference: Reference = None,
+    slack: Slack = 0.0025,
+    model: Models = None,
+    points: Points = 9,
+    latency: Latency = False,
+    seed: Seed = 0,
     json_output: AsJson = False,
 ) -> None:
     """Fit a cascade on a random half of validation predictions, and check it on the other half."""
@@ -88,7 +131,10 @@ def fit(
     if json_output:
         return
     if [stage.model for stage in cascade.point().stages] == [cascade.reference]:
-        print("No stage is accurate enough before the reference: try a smaller --slack or --min-relative-accuracy.")
+        print(
+            "No model is accurate enough to answer before the reference. Try a smaller --slack or "
+            "--min-relative-accuracy."
+        )
     print(to)
 
 
@@ -100,7 +146,7 @@ def evaluate(
     max_latency_ms: MaxLatency = None,
     json_output: AsJson = False,
 ) -> None:
-    """Check a cascade on predictions that it was not fitted on: the test images."""
+    """Check a cascade on predictions that it was not fitted on, usually those of the test images."""
     from multitask.cascade import check, load_cascade, read_predictions
 
     loaded = load_cascade(cascade)
@@ -111,17 +157,18 @@ def evaluate(
 @app.command()
 def run(
     cascade: CascadeFile,
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="An image table: a path or a URI.")],
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="The image table: a path or a URI.")],
     to: Annotated[
-        Path | None, typer.Option(metavar="PARQUET", help="Gets row, label, answer, stage and cost of every image.")
+        Path | None,
+        typer.Option(metavar="PARQUET", help="File to write: row, label, answer, stage and cost of every image."),
     ] = None,
     max_cost: MaxCost = None,
     max_latency_ms: MaxLatency = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 256,
+    device: Annotated[str, typer.Option(help="Device that computes: cpu, cuda, ...")] = "cpu",
     json_output: AsJson = False,
 ) -> None:
-    """Answer the images of a table with a package; each goes on only as far as it must."""
+    """Answer the images of a table with a .cascade file; an image goes to the next model only if it must."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -169,18 +216,19 @@ def run(
 def plot(
     cascade: CascadeFile,
     predictions: PredictionsFolder,
-    to: Annotated[Path, typer.Option(help="Folder for the figures and cascade.html.")],
+    to: Annotated[Path, typer.Option(help="Folder to write the figures and cascade.html to.")],
     table: Annotated[
-        str | None, typer.Option(help="The image table of these predictions, for examples of each stage.")
+        str | None,
+        typer.Option(help="Image table that the predictions were made on; adds example images of each stage."),
     ] = None,
     max_cost: MaxCost = None,
     max_latency_ms: MaxLatency = None,
 ) -> None:
-    """Draw accuracy against cost, the images of each stage, and a page with both."""
+    """Draw accuracy against cost and the share of images of each stage, and write a page with both figures."""
     from multitask.cascade import check, load_cascade, read_predictions
     from multitask.cascade.figures import section, stage_sheet
     from multitask.data import open_table
-    from multitask.report.report import write_cascade_report
+    from multitask.report.pages import write_cascade_report
 
     loaded, pool = load_cascade(cascade), read_predictions(predictions)
     point = loaded.point(max_cost, max_latency_ms)
@@ -195,21 +243,24 @@ def _costs(models: list[str], export: Path | None, cost: str, table: Path | None
     from multitask.cascade import CascadeError, read_costs
 
     if (table is None) != (column is None):
-        raise CascadeError("--cost-table and --cost-column go together: a CSV file, and one of its columns.")
+        raise CascadeError(
+            "Only one of --cost-table and --cost-column was given. Name both: a CSV file and one of its columns."
+        )
     if table is not None and column is not None:
         return read_costs(table, column)
     return _measured(cost, models, export)
 
 
 def _measured(cost: str, models: list[str], export: Path | None) -> "Costs":
-    """The cost of exported models."""
+    """Return the costs of exported models: their multiply-accumulates, or their latency on this machine."""
     import patches
     from multitask.cascade import CascadeError, View, count_macs, measure_latency
     from multitask.run.directory import open_export
 
     if export is None:
         raise CascadeError(
-            "Costs are counted or measured on models. Name their folder: --export FOLDER, or --cost-table."
+            "Costs are counted or measured on the models themselves. Name their folder (--export FOLDER), or read the "
+            "costs from a file (--cost-table)."
         )
     _, opened = open_export(export)
     for name in models:
@@ -245,7 +296,7 @@ def _path(point: "OperatingPoint") -> str:
 
 
 def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
-    """A table's decoded images in order, so many at once."""
+    """Yield the decoded images of a table in their order, in batches."""
     from multitask.data import DataError
     from multitask.data.transforms import decode
 

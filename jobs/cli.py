@@ -1,4 +1,4 @@
-"""The `multitask` command: one verb per job. Each reads its input, calls one function and shows the result."""
+"""The `multitask` command. Each verb reads its input, calls one function and shows the result."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
 app.command()(sweep)
 app.add_typer(jobs_app, name="jobs")
-# What `submit` does not know belongs to the verb that it submits.
+# Options that `submit` does not know belong to the verb that it submits.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 app.command()(plan)
 
@@ -36,12 +36,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
 Bundle = Annotated[Path, typer.Argument(help="A .patch file.")]
 Weights = Annotated[
-    Path, typer.Option("--backbone", help="The backbone.safetensors that the bundle was exported with.")
+    Path, typer.Option("--backbone", help="The file backbone.safetensors that was exported with the bundle.")
 ]
 
 
 def main() -> None:
-    """Entry point: errors become one message and exit status 1; `--debug` shows the traceback instead."""
+    """Run the command: an error becomes one message and exit status 1, or a traceback with `--debug`."""
     put_off_torch_compile()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
@@ -56,11 +56,16 @@ def main() -> None:
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps per task, fewer for a quick look.")] = None,
+    directory: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("runs/demo"),
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each task, instead of those of the job specs.")
+    ] = None,
 ) -> None:
-    """Train three real tasks three ways, export and check the patches, fit a cascade, write a report."""
-    from jobs.demo import run_demo
+    """Train three real tasks in three ways, export and check the patches, fit a cascade, and write a report.
+
+    At its start it says how long it takes.
+    """
+    from jobs.demo.run import run_demo
 
     run_demo(directory, steps)
 
@@ -68,16 +73,25 @@ def demo(
 @app.command()
 def train(
     spec: Annotated[Path | None, typer.Argument(help="A job spec (YAML).")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run that stopped.")] = None,
-    attach: Annotated[Path | None, typer.Option(metavar="RUN", help="Add --task FILE to a running job.")] = None,
-    remove: Annotated[Path | None, typer.Option(metavar="RUN", help="Take --task NAME out of a running job.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the same directory.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Continue the stopped run in this directory.")
+    ] = None,
+    attach: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Add a task (--task FILE) to the running job in this directory.")
+    ] = None,
+    remove: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Remove a task (--task NAME) from the running job in this directory."),
+    ] = None,
     task: Annotated[
-        str | None, typer.Option(help="For --attach a YAML file with one task, for --remove a name.")
+        str | None, typer.Option(help="With --attach: a YAML file with one task. With --remove: the name of a task.")
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Run a training job, go on with one, or change the tasks of one that runs."""
+    """Run a training job, continue a stopped one, or change the tasks of a running one."""
     import multitask
     from multitask.run.live import ask
     from multitask.spec.reading import load_task
@@ -85,14 +99,14 @@ def train(
     if sum(choice is not None for choice in (spec, resume, attach, remove)) != 1:
         raise ValueError("Name one of: a job spec, --resume RUN, --attach RUN --task FILE, --remove RUN --task NAME.")
     if (task is None) != (attach is None and remove is None):
-        raise ValueError("--task goes with --attach (a YAML file) or --remove (a task's name), and they with it.")
+        raise ValueError("--attach needs --task FILE, --remove needs --task NAME, and --task needs one of the two.")
     if attach is not None and task is not None:
         ask(attach, attach=load_task(Path(task)))
-        print(f"The run in {attach} has taken up the task of {task}.")
+        print(f"The run in {attach} now trains the task in {task} too.")
         return
     if remove is not None:
         ask(remove, remove=task)
-        print(f"The run in {remove} goes on without task {task}; its tensors are in {remove}/removed.")
+        print(f"The run in {remove} continues without task {task}; the task's tensors are in {remove}/removed.")
         return
     try:
         run = multitask.resume(resume) if resume is not None else multitask.train(spec, overwrite=overwrite)  # type: ignore[arg-type]
@@ -108,24 +122,27 @@ def train(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="The directory of a run, running or not.")],
+    run: Annotated[Path, typer.Argument(help="The directory of a run, which may have ended.")],
     address: Annotated[
-        str | None, typer.Option(help="Look there: a cluster's dashboard, such as http://127.0.0.1:8265.")
+        str | None,
+        typer.Option(help="Look on a cluster: the address of its dashboard, such as http://127.0.0.1:8265."),
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Show how a run stands: state, steps, losses, speed, staleness and faults of each task."""
+    """Show the state of a run: steps, loss, speed, staleness and faults of each task."""
     from multitask.run.live import read_status
 
     found = read_status(run) if address is None else read_status_there(run, address)
     if json_output:
         print(json.dumps(found))
         return
-    print(f"{found['name']}: {found['state']}, engine {found['engine']}, last heard of {found['silent_s']:.0f} s ago")
+    print(
+        f"{found['name']}: {found['state']}, engine {found['engine']}, last sign of life {found['silent_s']:.0f} s ago"
+    )
     if found["error"]:
         print(found["error"])
     if found.get("rejected_calls"):
-        print(f"turned away: {found['rejected_calls']} pushes and joins of unknown workers or replaced processes")
+        print(f"rejected: {found['rejected_calls']} pushes and joins of unknown workers or replaced processes")
     counts = ("redone", "lost", "rejected", "skipped")
     table = Table("task", "steps", "loss", "rate", "images/s", "staleness", *counts)
     for name, task in found["tasks"].items():
@@ -139,10 +156,12 @@ def status(
 def export(
     run: RunDirectory,
     to: Annotated[Path | None, typer.Option(help="Folder for the files; RUN/export by default.")] = None,
-    version: Annotated[Literal["best", "last"], typer.Option(help="By validation, or the end.")] = "best",
+    version: Annotated[
+        Literal["best", "last"], typer.Option(help="The version that was best by validation, or the last one.")
+    ] = "best",
     json_output: AsJson = False,
 ) -> None:
-    """Write the backbone and one bundle per task, all from one version of a run."""
+    """Write the backbone and one bundle for each task, all from one version of a run."""
     from multitask.run.directory import Run
 
     exported = Run(run).export(version, to)
@@ -150,7 +169,7 @@ def export(
     if json_output:
         print(json.dumps(sizes))
         return
-    table = Table("file", "bytes", "of the backbone")
+    table = Table("file", "bytes", "share of the backbone's size")
     for name, size in sizes.items():
         table.add_row(name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
     Console().print(table)
@@ -158,13 +177,20 @@ def export(
 
 @app.command()
 def gather(
-    spec: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A job spec (YAML): its backbone, a ViT.")],
-    task: Annotated[str, typer.Argument(help="The task whose training and validation images are wanted.")],
-    folder: Annotated[Path, typer.Argument(file_okay=False, help="Gets train.arrow and validation.arrow.")],
-    k: Annotated[int | None, typer.Option(min=0, help="Last map of the sum; the backbone's last by default.")] = None,
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the maps.")] = "float32",
+    spec: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A job spec (YAML) whose backbone is a ViT.")
+    ],
+    task: Annotated[str, typer.Argument(help="The task whose training and validation images are used.")],
+    folder: Annotated[
+        Path, typer.Argument(file_okay=False, help="Folder to write train.arrow and validation.arrow to.")
+    ],
+    k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Index of the last block output that is summed; by default the backbone's last one."),
+    ] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Number format of the maps.")] = "float32",
 ) -> None:
-    """Write a task's images as the maps that MIST's edge learns from: `python -m patches.edge`."""
+    """Write a task's images as the feature maps from which `python -m patches.edge` trains MIST on an edge device."""
     from multitask.gather import gather
     from multitask.spec.reading import load_spec
 
@@ -176,14 +202,22 @@ def gather(
 @app.command()
 def evaluate(
     run: RunDirectory,
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which of the tables.")] = "test",
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times.")] = None,
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="The table of each task to evaluate on.")
+    ] = "test",
+    task: Annotated[
+        list[str] | None, typer.Option(help="Evaluate only this task; may be given several times. Default: all tasks.")
+    ] = None,
     save_predictions: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Gets logits, label and row of every image: a Parquet a task.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to write one Parquet file for each task to, with logits, label and row of every image.",
+        ),
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Evaluate a run's exported bundles on one of their tasks' tables."""
+    """Evaluate the exported bundles of a run on the train, validation or test tables of its tasks."""
     from multitask.run.directory import Run, RunError, evaluate_models, open_export
     from patches import unknown_name_message
 
@@ -202,7 +236,7 @@ def evaluate(
 
 @bundle_app.command()
 def inspect(bundle: Bundle, json_output: AsJson = False) -> None:
-    """Show what a bundle says of itself; no model is built."""
+    """Show the manifest of a bundle, without building a model."""
     import patches
 
     described = _plain(patches.inspect_bundle(bundle))
@@ -217,11 +251,11 @@ def inspect(bundle: Bundle, json_output: AsJson = False) -> None:
 
 @bundle_app.command()
 def verify(bundle: Bundle, backbone: Weights) -> None:
-    """Check a bundle's own hash, and that it fits the backbone; exit status 1 when it does not."""
+    """Check that a bundle is intact and fits the backbone; the exit status is 1 if it is not or does not."""
     import patches
 
     patches.verify_bundle(bundle, _backbone_of(bundle, backbone))
-    print(f"{bundle} is whole and fits {backbone}")
+    print(f"{bundle} is intact and fits {backbone}")
 
 
 @bundle_app.command()
@@ -230,7 +264,7 @@ def fold(
     backbone: Weights,
     to: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
 ) -> None:
-    """Fold a bundle into a plain network with the same outputs and write its state dict."""
+    """Fold a bundle into a plain network with the same outputs, and write the network's state dict."""
     import safetensors.torch
 
     import patches

@@ -1,4 +1,7 @@
-"""What the paths of a job mean on a cluster: there it has what git tracks, what has a URI, and one shared folder."""
+"""Translates the paths of a job for a cluster.
+
+On a cluster, a job has the files that git tracks, data at URIs, and one folder that all nodes share.
+"""
 
 import posixpath
 from collections.abc import Mapping
@@ -10,18 +13,19 @@ WEIGHT_FILES = (".safetensors", ".pth")
 
 
 class PathError(ValueError):
-    """A path that the nodes of a cluster do not share; the message names the setting and says what to do."""
+    """A path cannot be used on a cluster; the message names the setting and says what to do."""
 
 
 @dataclass(frozen=True)
 class ClusterPaths:
-    """Turns paths of this machine into those of a cluster, or refuses them."""
+    """Turns paths of this machine into paths of a cluster, or refuses them."""
 
     project: Path
+    """The project's folder on this machine."""
     tracked: frozenset[str]
-    """Paths of files within the project."""
+    """Files that git tracks, as paths relative to `project`."""
     storage: Path
-    """A folder that all nodes see at this path."""
+    """A folder that all nodes have at this path."""
 
     def __post_init__(self) -> None:
         if "://" in str(self.storage) or not self.storage.is_absolute():
@@ -31,13 +35,15 @@ class ClusterPaths:
             )
 
     def job(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """A job spec as plain data, for the cluster.
+        """Return a job spec with its paths translated for the cluster.
 
-        What it reads has to be tracked, a URI, or an absolute path, which the nodes then must have. What it writes has
-        to be a URI or in the storage; a run directory elsewhere becomes STORAGE/NAME.
+        A path that the job reads has to be tracked by git, a URI, or an absolute path, which the nodes must then have.
+        A path that the job writes has to be a URI or in the storage; a run directory elsewhere becomes STORAGE/NAME.
 
+        Args:
+            content: the job spec as plain data.
         Raises:
-            PathError: a path stays on this machine.
+            PathError: the nodes would not have a path, or would lose what is written there.
         """
         job = dict(content)
         job["directory"] = self.directory(job)
@@ -54,18 +60,22 @@ class ClusterPaths:
             path = None if uri is None else _on_disk(uri)
             if path is not None and not self._in_storage(path):
                 raise PathError(
-                    f"{section}.uri is '{uri}', on one node's own disk; the job's processes are on several nodes, and "
-                    f"these come and go. Name a path in {self.storage}, or a URI that every node reaches."
+                    f"{section}.uri is '{uri}', on the disk of a single node, but the job's processes run on several "
+                    f"nodes, which may be replaced. Name a path in {self.storage}, or a URI that every node reaches."
                 )
         return job
 
     def sweep(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """A sweep spec as plain data, for the cluster: its job as `job` has it, STORAGE/NAME unless in the storage.
+        """Return a sweep spec with its paths translated for the cluster, those of its job as `job` does it.
 
+        A directory outside the storage becomes STORAGE/NAME.
+
+        Args:
+            content: the sweep spec as plain data.
         Raises:
-            PathError: a path stays on this machine.
+            PathError: the nodes would not have a path, or would lose what is written there.
         """
-        # A sweep names its trials and their directories itself.
+        # `job` needs a name, but the job of a sweep has none: the sweep itself names its trials and their directories.
         job = self.job({**content["job"], "name": content["name"]})
         del job["name"], job["directory"]
         sweep = {**content, "job": job, "directory": self.directory(content)}
@@ -74,15 +84,17 @@ class ClusterPaths:
         return sweep
 
     def directory(self, content: Mapping[str, Any]) -> str:
-        """Where a run, or a sweep, writes: its own directory if that is in the storage."""
+        """Return the directory that a run or sweep names if that is in the storage, else STORAGE/NAME."""
         named = content.get("directory")
         return named if named is not None and self._in_storage(named) else str(self.storage / content["name"])
 
     def argument(self, name: str, path: str) -> str:
-        """A verb's argument that is a path, for the cluster.
+        """Return a path on a verb's command line as the cluster needs it.
 
+        Args:
+            name: the argument's name, for the error message.
         Raises:
-            PathError: it is neither tracked nor in the storage.
+            PathError: the path is neither tracked by git nor in the storage.
         """
         found = self._within_project(path)
         if found is not None:
@@ -90,8 +102,8 @@ class ClusterPaths:
         if self._in_storage(path):
             return path
         raise PathError(
-            f"{name} is '{path}', which the job would not find, or would lose with its last process: on the cluster it "
-            f"has what git tracks, and {self.storage}. Name a path in {self.storage}."
+            f"{name} is '{path}', which the job would not find on the cluster, or would lose at its end: it has only "
+            f"the files that git tracks, and {self.storage}. Name a path in {self.storage}."
         )
 
     def _read(self, what: str, path: str) -> str:
@@ -101,20 +113,20 @@ class ClusterPaths:
         if Path(path).is_absolute():
             return path
         raise PathError(
-            f"{what} is '{path}', which git does not track, so it does not travel. Put it where every node reads it, "
-            f"and name that URI (s3://bucket/table) or path ({self.storage}/...)."
+            f"{what} is '{path}', which git does not track, so it is not sent to the cluster. Put it where every node "
+            f"can read it, and name that URI (s3://bucket/table) or path ({self.storage}/...)."
         )
 
     def _check_cache(self, task: Mapping[str, Any]) -> None:
         path = task.get("cache_features")
         if path is not None and (not Path(path).is_absolute() or Path(path).is_relative_to(self.project)):
             raise PathError(
-                f"cache_features of task '{task['name']}' is '{path}', in the job's copy of the project, which goes "
-                "with the job. Name an absolute path on the nodes' own disks, such as /tmp/features."
+                f"cache_features of task '{task['name']}' is '{path}', in the job's copy of the project, which is "
+                "deleted with the job. Name an absolute path on the nodes' own disks, such as /tmp/features."
             )
 
     def _within_project(self, path: str) -> str | None:
-        """The path as the project's copy has it, if git tracks it or something in it."""
+        """Return a path relative to the project if git tracks it or a file in it, else None."""
         whole = Path(path).resolve()
         if not whole.is_relative_to(self.project):
             return None
@@ -126,7 +138,7 @@ class ClusterPaths:
 
 
 def _on_disk(uri: str) -> str | None:
-    """The path that a URI stands for; None for a server or an object store."""
+    """Return the path that a URI stands for, or None if it stands for a server or an object store."""
     for scheme in ("sqlite:///", "file://"):
         if uri.startswith(scheme):
             return uri.removeprefix(scheme)

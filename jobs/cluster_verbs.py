@@ -1,4 +1,4 @@
-"""`multitask submit` and `multitask jobs`: verbs on a Ray cluster, watched from here."""
+"""`multitask submit` and `multitask jobs`: run verbs on a Ray cluster, and watch them from this machine."""
 
 import json
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def carry_job(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
-    """Name and content of a job spec on the cluster: checked here, with all that its bases say."""
+    """Check a job spec, and return its name and content on the cluster, with its base specs merged in."""
     import yaml
 
     from jobs.package import ADDED
@@ -32,7 +32,7 @@ def carry_job(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
 
 
 def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
-    """Name and content of a sweep spec on the cluster: checked here, with the job of every trial."""
+    """Check a sweep spec and the job of every trial, and return the spec's name and content on the cluster."""
     import yaml
 
     from jobs.package import ADDED
@@ -55,13 +55,16 @@ SUBMITTED: Mapping[str, Carry | None] = {
     "cascade": None,
     "export": None,
 }
-"""Verbs that can be submitted -> how the `spec` that they read travels."""
+"""Verb that can be submitted -> the function that prepares its `spec` for the cluster, if it has one."""
 
-jobs_app = typer.Typer(help="Look at, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
+jobs_app = typer.Typer(help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
 
 Address = Annotated[
     str | None,
-    typer.Option(help="The cluster's dashboard, such as http://127.0.0.1:8265; RAY_ADDRESS or a local one by default."),
+    typer.Option(
+        help="Address of the cluster's dashboard, such as http://127.0.0.1:8265; by default RAY_ADDRESS, or else a "
+        "cluster on this machine."
+    ),
 ]
 Job = Annotated[str, typer.Argument(help="The name that `multitask submit` printed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
@@ -69,19 +72,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 
 def submit(
     context: typer.Context,
-    verb: Annotated[str, typer.Argument(help=f"One of {', '.join(SUBMITTED)}, with its own arguments.")],
-    storage: Annotated[Path, typer.Option(help="A folder that every node sees at this path; runs go there.")],
+    verb: Annotated[str, typer.Argument(help=f"One of {', '.join(SUBMITTED)}, followed by its own arguments.")],
+    storage: Annotated[
+        Path, typer.Option(help="A folder that every node has at this path; run directories are created in it.")
+    ],
     address: Address = None,
     token: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Give the job this environment variable; may be given several times."),
+        typer.Option(
+            metavar="NAME",
+            help="Pass this environment variable, such as an access token, to the job; may be given several times.",
+        ),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Print the job's name and do not wait for it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the name of the job, and do not wait for its end.")
+    ] = False,
     installed: Annotated[
-        bool, typer.Option("--installed", help="The nodes' own packages are the pinned ones: install nothing.")
+        bool,
+        typer.Option("--installed", help="Install no packages, because the nodes already have the pinned versions."),
     ] = False,
 ) -> None:
-    """Run another verb on a Ray cluster: with what git tracks here, its pinned packages, and its log shown here."""
+    """Run another verb on a Ray cluster.
+
+    The cluster gets the files that git tracks here, and the packages that they pin. The log is shown here.
+    """
     from jobs.cluster_paths import ClusterPaths
     from jobs.package import PROJECT, describe_version, pinned_requirements, tracked_files, write_package
     from jobs.submission import JobLog, follow, forwarded, start
@@ -99,19 +113,23 @@ def submit(
     if detach:
         print(job)
         return
-    print(f"Job {job}; Ctrl-C leaves it running.", file=sys.stderr)
+    print(f"Job {job} was submitted. Ctrl-C does not stop it.", file=sys.stderr)
     log = JobLog(client, job, _show)
     try:
         details = follow(client, job, log)
     except KeyboardInterrupt:
-        print(f"\nJob {job} goes on: multitask jobs logs {job} --follow, multitask jobs stop {job}", file=sys.stderr)
+        print(
+            f"\nJob {job} continues. Follow it with `multitask jobs logs {job} --follow`, or stop it with "
+            f"`multitask jobs stop {job}`.",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     _end(job, details, log.end)
 
 
 @jobs_app.command("list")
 def list_jobs(address: Address = None, json_output: AsJson = False) -> None:
-    """Show the jobs that were submitted to a cluster, oldest first."""
+    """Show the jobs that were submitted to a cluster, the oldest first."""
     rows = [_row(details) for details in connect(address).list_jobs() if details.submission_id is not None]
     rows.sort(key=lambda row: row["started"] or "")
     if json_output:
@@ -128,10 +146,10 @@ def logs(
     job: Job,
     address: Address = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Go on until the job ends, and end as it does: its exit status.")
+        bool, typer.Option("--follow", help="Continue until the job ends, and exit with its exit status.")
     ] = False,
 ) -> None:
-    """Show what a job has printed."""
+    """Show the output of a job."""
     from jobs import submission
 
     client = connect(address)
@@ -144,7 +162,7 @@ def logs(
 
 @jobs_app.command()
 def stop(job: Job, address: Address = None) -> None:
-    """Stop a job: training ends after its step, with a checkpoint."""
+    """Stop a job; a training finishes its step and writes a checkpoint first."""
     from jobs.submission import PAUSE_S
 
     client = connect(address)
@@ -155,7 +173,7 @@ def stop(job: Job, address: Address = None) -> None:
 
 
 def read_status_there(run: Path, address: str) -> dict[str, Any]:
-    """What `multitask.run.live.read_status` says on a cluster whose head has the run's directory.
+    """Return the status of a run on the head of a cluster, in the form of `multitask.run.live.read_status`.
 
     Raises:
         RunError: nothing was started in this directory.
@@ -166,16 +184,24 @@ def read_status_there(run: Path, address: str) -> dict[str, Any]:
 
     status = read_json(connect(address), run / STATUS)
     if status is None:
-        raise RunError(f"'{run}' holds no run on the cluster's head. Name STORAGE/NAME as `multitask submit` used it.")
+        raise RunError(
+            f"The cluster's head has no run in '{run}'. Give the run's directory on the cluster: STORAGE/NAME, with "
+            "the --storage that `multitask submit` had."
+        )
     return judge_status(status)
 
 
 def connect(address: str | None) -> "JobSubmissionClient":
-    """Raises ConnectionError where no cluster answers, and what Ray says of a missing or wrong token."""
+    """Connect to a cluster's dashboard.
+
+    Raises:
+        ConnectionError: no cluster answers.
+        RuntimeError: the token is missing or wrong; the message is Ray's.
+    """
     from ray.job_submission import JobSubmissionClient
 
     if address is not None:
-        # What is typed wins: to Ray, the environment matters more than its argument.
+        # Ray prefers this variable to its argument. Set it, so that the address on the command line counts.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
     return JobSubmissionClient(address)
 
@@ -183,14 +209,14 @@ def connect(address: str | None) -> "JobSubmissionClient":
 def for_cluster(
     root: Any, verb: str, arguments: list[str], paths: "ClusterPaths"
 ) -> tuple[list[str], dict[str, bytes]]:
-    """A verb's arguments as the cluster needs them, and the files that have to travel with them.
+    """Return a verb's arguments as the cluster needs them, and the files that have to be added to the package.
 
     Args:
-        root: the whole command, whose parser says which arguments are paths.
+        root: the whole `multitask` command; its parser says which arguments are paths.
     Raises:
-        ValueError: the verb is none that can be submitted.
-        PathError, SpecError: a path or a spec that cannot travel.
-        The parser's own: an argument that the verb does not have.
+        ValueError: this verb cannot be submitted.
+        PathError, SpecError: a path or a spec cannot be used on the cluster.
+        click.ClickException: the verb does not have such an argument.
     """
     if verb not in SUBMITTED:
         raise ValueError(f"'{verb}' cannot be submitted; {', '.join(SUBMITTED)} can.")
@@ -207,10 +233,10 @@ def for_cluster(
 
 
 def _path_arguments(command: Any, name: str, arguments: list[str]) -> Iterator[tuple[str, Path]]:
-    """Parameter and value of a verb's arguments that are paths."""
+    """Yield name and value of each argument of a verb that is a path."""
     while hasattr(command, "commands"):
         if not arguments or arguments[0] not in command.commands:
-            raise ValueError(f"After '{name}' comes one of {', '.join(command.commands)}.")
+            raise ValueError(f"'{name}' must be followed by one of {', '.join(command.commands)}.")
         name, *arguments = arguments
         command = command.commands[name]
     values = command.make_context(name, list(arguments)).params
@@ -221,6 +247,7 @@ def _path_arguments(command: Any, name: str, arguments: list[str]) -> Iterator[t
 
 
 def _replaced(word: str, path: Path, new: str) -> str:
+    """Return a word of the command line with `path` replaced by `new`, also in the form --OPTION=PATH."""
     if Path(word) == path:
         return new
     option, _, value = word.partition("=")
@@ -232,7 +259,7 @@ def _show(text: str) -> None:
 
 
 def _end(job: str, details: "JobDetails", log_end: str) -> None:
-    """Say how a job ended, a failed one with its own error as the last lines, and exit as it did."""
+    """Print how a job ended, with its own error if it failed, and exit with its exit status."""
     from jobs.submission import exit_status, last_words
 
     status = exit_status(details)
@@ -247,6 +274,7 @@ def _end(job: str, details: "JobDetails", log_end: str) -> None:
 
 
 def _row(details: "JobDetails") -> dict[str, str | None]:
+    """Return what `multitask jobs list` shows of a job."""
     metadata = details.metadata or {}
     started = details.start_time and datetime.fromtimestamp(details.start_time / 1000).astimezone()
     return {

@@ -13,25 +13,35 @@ from rich.table import Table
 
 app = typer.Typer(help="Import image data sets into tables, and look at what is in a table.", no_args_is_help=True)
 import_app = typer.Typer(
-    help="Copy a data set's images into the shards of a table. Started again after a break, an import goes on.",
+    help="Copy the images of a data set into a table. An interrupted import continues when it is repeated.",
     no_args_is_help=True,
 )
 app.add_typer(import_app, name="import")
 
-Target = Annotated[str, typer.Argument(metavar="TABLE", help="Where the table goes: a path or a URI (s3://, gs://).")]
+Target = Annotated[str, typer.Argument(metavar="TABLE", help="The table to write: a path or a URI (s3://, gs://).")]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The data set's folder.")]
 Splits = Annotated[
     list[str] | None,
-    typer.Option("--split", metavar="NAME=SHARE", help="Several times: a table each, with this share of every class."),
+    typer.Option(
+        "--split",
+        metavar="NAME=SHARE",
+        help="Write a table of this name with this share of every class; may be given several times.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of splits and order.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the splits and of the order of the rows.")]
 KeepOrder = Annotated[bool, typer.Option("--keep-order", help="Keep the source's order instead of shuffling the rows.")]
 MaxSide = Annotated[
-    int | None, typer.Option(min=8, help="Scale larger images down to this longer side, in pixels, and encode anew.")
+    int | None,
+    typer.Option(
+        min=8, help="Scale images with a longer side than this (in pixels) down to it, and encode them again."
+    ),
 ]
-RowsPerShard = Annotated[int, typer.Option(min=1, help="Images of each file.")]
+RowsPerShard = Annotated[int, typer.Option(min=1, help="Number of images in each file.")]
 Classes = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="Class names, one a line, in the order of the labels.")
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False, help="File of class names, one on each line, in the order of the labels."
+    ),
 ]
 TableUri = Annotated[str, typer.Argument(metavar="TABLE", help="A table, or a folder of tables: a path or a URI.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
@@ -49,7 +59,7 @@ def image_folder(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """A folder with one folder of images per class, as ImageNet is laid out."""
+    """Import a folder that has one folder of images for each class, as ImageNet has."""
     from multitask.data import sources
 
     _import(sources.image_folder(source, _lines(classes)), table, split, seed, keep_order, max_side, rows_per_shard)
@@ -57,11 +67,14 @@ def image_folder(
 
 @import_app.command()
 def places365(
-    images: Annotated[str, typer.Argument(help="The folder that the list's paths start at, for example data_256.")],
-    file_list: Annotated[
-        Path, typer.Argument(exists=True, help="places365_train_standard.txt, places365_val.txt, ...")
+    images: Annotated[
+        str, typer.Argument(help="The folder to which the paths in the list are relative, for example data_256.")
     ],
-    categories: Annotated[Path, typer.Argument(exists=True, help="categories_places365.txt")],
+    file_list: Annotated[
+        Path,
+        typer.Argument(exists=True, help="The list of images: places365_train_standard.txt, places365_val.txt, ..."),
+    ],
+    categories: Annotated[Path, typer.Argument(exists=True, help="The list of classes: categories_places365.txt.")],
     table: Target,
     split: Splits = None,
     seed: Seed = 0,
@@ -69,7 +82,7 @@ def places365(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """Places-365 by its own list files."""
+    """Import Places-365, as its own list files describe it."""
     from multitask.data import sources
 
     source = sources.places365(images, file_list, categories)
@@ -83,7 +96,10 @@ def torchvision_dataset(
     table: Target,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Options of that class, for example split=test or train=false."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of that class, for example split=test or train=false; may be given several times.",
+        ),
     ] = None,
     split: Splits = None,
     seed: Seed = 0,
@@ -91,7 +107,7 @@ def torchvision_dataset(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """A data set that torchvision reads; nothing is downloaded."""
+    """Import a data set that torchvision can read; it is not downloaded."""
     from multitask.data import sources
 
     options = {key: _value(text) for key, text in _pairs(option, "--option").items()}
@@ -101,7 +117,9 @@ def torchvision_dataset(
 
 @import_app.command()
 def webdataset(
-    tars: Annotated[str, typer.Argument(help='A folder of tars, or a pattern such as "train-{000000..000146}.tar".')],
+    tars: Annotated[
+        str, typer.Argument(help='A folder of tar files, or a pattern such as "train-{000000..000146}.tar".')
+    ],
     table: Target,
     classes: Classes = None,
     split: Splits = None,
@@ -110,7 +128,7 @@ def webdataset(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """WebDataset tars with an image and a .cls (or a .json with "label") for each key."""
+    """Import WebDataset tar files that have an image and a .cls file (or a .json file with "label") for each key."""
     from multitask.data import sources
 
     _import(sources.webdataset(tars, _lines(classes)), table, split, seed, keep_order, max_side, rows_per_shard)
@@ -118,12 +136,17 @@ def webdataset(
 
 @import_app.command()
 def paths(
-    file: Annotated[str, typer.Argument(help="A Parquet file, or a folder of them, with a path and a label per row.")],
+    file: Annotated[
+        str, typer.Argument(help="A Parquet file with a path and a label in each row, or a folder of such files.")
+    ],
     table: Target,
-    path_column: Annotated[str, typer.Option(help="Column of the paths.")] = "path",
-    label_column: Annotated[str, typer.Option(help="Column of the labels, numbers or names.")] = "label",
+    path_column: Annotated[str, typer.Option(help="Name of the column of paths.")] = "path",
+    label_column: Annotated[
+        str, typer.Option(help="Name of the column of labels, which are numbers or names.")
+    ] = "label",
     root: Annotated[
-        str | None, typer.Option(help="Where relative paths start; the Parquet's folder by default.")
+        str | None,
+        typer.Option(help="Folder to which relative paths refer; by default the folder of the Parquet file."),
     ] = None,
     classes: Classes = None,
     split: Splits = None,
@@ -132,7 +155,7 @@ def paths(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """A Parquet of paths to image files."""
+    """Import the image files whose paths are in a Parquet file."""
     from multitask.data import sources
 
     source = sources.paths_parquet(file, path_column, label_column, root, _lines(classes))
@@ -141,10 +164,14 @@ def paths(
 
 @import_app.command()
 def huggingface(
-    files: Annotated[str, typer.Argument(help="A Parquet file, a folder or a pattern of them.")],
+    files: Annotated[
+        str, typer.Argument(help="A Parquet file, a folder of Parquet files, or a pattern that matches some.")
+    ],
     table: Target,
-    image_column: Annotated[str, typer.Option(help="Column of the images: bytes and path.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    image_column: Annotated[
+        str, typer.Option(help="Name of the column of images, each with its bytes and path.")
+    ] = "image",
+    label_column: Annotated[str, typer.Option(help="Name of the column of labels.")] = "label",
     classes: Classes = None,
     split: Splits = None,
     seed: Seed = 0,
@@ -152,7 +179,7 @@ def huggingface(
     max_side: MaxSide = None,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
-    """Parquet files as the Hugging Face hub has them, images inside."""
+    """Import Parquet files that contain the images, as on the Hugging Face hub."""
     from multitask.data import sources
 
     source = sources.huggingface(files, image_column, label_column, _lines(classes))
@@ -161,7 +188,7 @@ def huggingface(
 
 @app.command()
 def inspect(table: TableUri, json_output: AsJson = False) -> None:
-    """Show what a table holds: classes, counts, files, bytes."""
+    """Show the classes, image counts, files and bytes of a table."""
     import numpy as np
 
     described = {}
@@ -178,7 +205,7 @@ def inspect(table: TableUri, json_output: AsJson = False) -> None:
     if json_output:
         print(json.dumps(described))
         return
-    shown = Table("table", "images", "classes", "images of a class", "files", "bytes", "bytes an image")
+    shown = Table("table", "images", "classes", "images of a class", "files", "bytes", "bytes per image")
     for uri, entry in described.items():
         of_class = entry["classes"].values()
         row = [len(of_class), f"{min(of_class):,} to {max(of_class):,}", entry["files"], f"{entry['bytes']:,}"]
@@ -189,9 +216,9 @@ def inspect(table: TableUri, json_output: AsJson = False) -> None:
 @app.command()
 def verify(
     table: TableUri,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
 ) -> None:
-    """Compare every shard with the index (presence, SHA-256, schema, labels); exit status 1 when one differs."""
+    """Compare every shard with the index (presence, SHA-256, schema, labels); the exit status is 1 if one differs."""
     from multitask.data import DataError
     from multitask.data.transforms import decode as decode_image
 
@@ -212,17 +239,17 @@ def verify(
     if broken:
         raise DataError(
             f"{broken} images cannot be decoded. Replace them in the source and import it again, or train with "
-            "undecodable: skip."
+            "`undecodable: skip`."
         )
 
 
 @app.command()
 def head(
     table: TableUri,
-    images: Annotated[int, typer.Option(min=1, help="How many.")] = 40,
-    to: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("head.png"),
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
+    to: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("head.png"),
 ) -> None:
-    """Write a contact sheet of a table's first images with their class names."""
+    """Write a picture of a table's first images with their class names."""
     from multitask.data import open_table
     from multitask.data.sheet import contact_sheet
     from patches.files import write_atomic
@@ -261,7 +288,7 @@ def _import(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar over rows; gives the function that moves it, of the rows done and of all rows."""
+    """Show a progress bar; yields the function that moves it, which takes the number of rows done and of all rows."""
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("images", total=None)
@@ -269,7 +296,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _open_all(uri: str, verify: bool) -> dict[str, Any]:
-    """The table at a place, or those of its folders that are tables."""
+    """Open the table at a URI, or all tables in the folder at a URI; returns URI -> table."""
     from multitask.data import open_table
     from multitask.data.format import INDEX_NAME
     from multitask.data.storage import locate
@@ -278,7 +305,7 @@ def _open_all(uri: str, verify: bool) -> dict[str, Any]:
     if place.size(INDEX_NAME) is not None:
         return {uri: open_table(uri, verify=verify)}
     names = sorted(name for name in place.names() if place.join(name).size(INDEX_NAME) is not None)
-    # With none, opening the place itself says what is wrong with it.
+    # If there is no table, opening the URI itself raises an error that says what is wrong.
     uris = [f"{uri.rstrip('/')}/{name}" for name in names] or [uri]
     return {table: open_table(table, verify=verify) for table in uris}
 
@@ -292,7 +319,7 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
 
 
 def _value(text: str) -> Any:
-    """A number, true or false, or else the text itself."""
+    """Return the number or the truth value that a text stands for, or else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster by Ray's Jobs API: what is sent, how it is watched, how it ended."""
+"""Jobs on a Ray cluster through Ray's Jobs API: start a job, follow its log, and say how it ended."""
 
 import asyncio
 import json
@@ -15,27 +15,35 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 STOP_WAIT_S = 600
-"""How long a job that is stopped may take to finish its step and write its checkpoint."""
+"""Time that a stopped job gets to finish its step and write its checkpoint."""
 SETUP_TIMEOUT_S = 1800
-"""For installing the pinned packages on a node that has none of them."""
+"""Time that a node without any of the pinned packages gets to install them."""
 PAUSE_S = 1.0
+"""Time between two looks at a job's status."""
 BROKEN_ENDS = 3
-"""Times that the log of a job that has ended may break off before what was shown of it has to do."""
+"""Number of times that the log of an ended job is read again after its connection broke."""
 KEPT_CHARS = 100_000
+"""Number of characters at the end of a log that are kept, to find the job's error in them."""
 INTERRUPTED = 130
+"""Exit status of a job that was stopped, as a shell reports Ctrl-C."""
 
 
 def forwarded(names: Sequence[str]) -> dict[str, bytes]:
-    """The file of a package that carries environment variables to the job's driver.
+    """Return the file (name -> content) that brings environment variables to the job's driver.
 
-    Ray's own `env_vars` would be written to the logs of every node and shown with the job.
+    Ray's own `env_vars` are not used, because Ray writes them to the logs of every node and shows them with the job.
 
+    Args:
+        names: the environment variables.
     Raises:
-        ValueError: one is not set here.
+        ValueError: a variable is not set on this machine.
     """
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
-        raise ValueError(f"--token {missing[0]}: no such environment variable here. Set it, or leave the option out.")
+        raise ValueError(
+            f"--token names the environment variable {missing[0]}, which is not set or empty. Set it, or leave the "
+            "option out."
+        )
     return {TOKENS: json.dumps({name: os.environ[name] for name in names}).encode()} if names else {}
 
 
@@ -48,16 +56,19 @@ def start(
     version: str,
     requirements: Sequence[str] | None,
 ) -> str:
-    """Upload a package and start what `multitask COMMAND` does, as a job; returns Ray's name for it.
+    """Upload a package and run `multitask COMMAND` as a job.
 
     Args:
-        command: verb and arguments, with paths of the cluster.
-        version: of the project, shown with the job.
-        requirements: lines of a requirements file for every node; None where the nodes have the packages.
+        package: the zip that `write_package` wrote.
+        command: a verb and its arguments, with paths as the cluster has them.
+        version: version of the project, which is shown with the job.
+        requirements: lines of a requirements file for every node, or None if the nodes have the packages already.
+    Returns:
+        Ray's name for the job.
     """
     runtime_env: dict[str, Any] = {
         "working_dir": str(package),
-        # Ray's stop is then the Ctrl-C on which training ends with a checkpoint.
+        # With SIGINT, stopping a job is like Ctrl-C: training ends with a checkpoint.
         "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
         "config": {"setup_timeout_seconds": SETUP_TIMEOUT_S},
     }
@@ -71,10 +82,12 @@ def start(
 
 
 def read_json(client: "JobSubmissionClient", path: Path) -> Any:
-    """A JSON file as the cluster's head sees it, read by a job of which nothing stays; None where there is none.
+    """Return the content of a JSON file on the cluster's head, or None if there is no such file.
+
+    A job prints the file and is deleted afterwards.
 
     Args:
-        path: of an object, whose first line is an opening brace alone.
+        path: file with a JSON object whose first line is an opening brace alone.
     Raises:
         RuntimeError: the job did not run.
     """
@@ -84,24 +97,27 @@ def read_json(client: "JobSubmissionClient", path: Path) -> Any:
     log = client.get_job_logs(job)
     client.delete_job(job)
     if details.status == "SUCCEEDED":
-        # Ray writes lines of its own before and behind, the command among them.
+        # Ray's log also has lines of its own before and after the object.
         return json.JSONDecoder().raw_decode(log, log.index("{\n"))[0]
     if details.driver_exit_code == 1:
         return None
-    raise RuntimeError(f"The cluster could not read {path}: {details.message}")
+    raise RuntimeError(f"The cluster could not run the job that reads {path}: {details.message}")
 
 
 class JobLog:
-    """A job's log, shown as it grows; what was shown stays so when the connection breaks and Ray begins anew."""
+    """Shows a job's log as it grows.
+
+    After a broken connection Ray sends the log again from its start; the part that was shown is then left out.
+    """
 
     def __init__(self, client: "JobSubmissionClient", job: str, show: Callable[[str], None]) -> None:
         self._client, self._job, self._show = client, job, show
         self._length = 0
         self.end = ""
-        """The last part of what was shown."""
+        """End of the log as far as it was shown, at most KEPT_CHARS characters."""
 
     async def read(self) -> None:
-        """Show what is new, until the job has ended or the connection breaks."""
+        """Show the new part of the log until the job has ended or the connection breaks."""
         place = 0
         async for chunk in self._client.tail_job_logs(self._job):
             new = chunk[max(0, self._length - place) :]
@@ -113,7 +129,7 @@ class JobLog:
 
 
 def follow(client: "JobSubmissionClient", job: str, log: JobLog) -> "JobDetails":
-    """Show a job's log until the job has ended; returns how."""
+    """Show a job's log until the job has ended, and return Ray's account of the job."""
     from aiohttp import ClientError
 
     broken_ends = 0
@@ -132,7 +148,7 @@ def follow(client: "JobSubmissionClient", job: str, log: JobLog) -> "JobDetails"
 
 
 def exit_status(details: "JobDetails") -> int:
-    """Of a job that has ended: 0 only if it succeeded, else its driver's, as a shell gives it."""
+    """Return the exit status of an ended job: 0 if it succeeded, else that of its driver as a shell reports it."""
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":
@@ -142,9 +158,9 @@ def exit_status(details: "JobDetails") -> int:
 
 
 def last_words(details: "JobDetails", log_end: str) -> str:
-    """Why a job failed: its own error where it printed one, or else what Ray says of its end."""
+    """Return why a job failed: the error that it printed, or else Ray's message about its end."""
     lines = log_end.splitlines()
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if errors:
         return "\n".join(lines[errors[-1] :])
-    return details.message or "Ray gives no reason. `ray status` and the dashboard may know more."
+    return details.message or "Ray gives no reason. Look at `ray status` and at the dashboard."

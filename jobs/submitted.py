@@ -1,7 +1,7 @@
-"""What a submitted job runs on its cluster, `python -m jobs.submitted STORAGE VERB ARGUMENTS`.
+"""The program that a submitted job runs on its cluster: `python -m jobs.submitted STORAGE VERB ARGUMENTS`.
 
-It takes the tokens that came along, looks whether all nodes see the storage, and does what `multitask VERB ARGUMENTS`
-does.
+It reads the tokens that were sent with the job, checks that all nodes see the storage, and runs
+`multitask VERB ARGUMENTS`.
 """
 
 import json
@@ -19,7 +19,7 @@ from jobs.package import TOKENS
 from multitask.cluster.session import ray_session
 
 LOOK_TIMEOUT_S = 1800.0
-"""A node's first look waits for the job's packages there."""
+"""Time in which every node must answer; a node answers only when it has installed the job's packages."""
 
 
 def main() -> None:
@@ -35,16 +35,16 @@ def main() -> None:
 
 
 def take_tokens(file: Path) -> None:
-    """Put forwarded tokens into this process's environment, and nowhere else."""
+    """Put the forwarded tokens into the environment of this process, and nowhere else."""
     if file.is_file():
         os.environ.update(json.loads(file.read_text()))
 
 
 def check_storage(storage: Path) -> None:
-    """Write a file into a folder and let every node of the cluster look for it.
+    """Write a file into the storage, and let every node of the cluster look for it.
 
     Raises:
-        RuntimeError: the folder cannot be written, or not all nodes see the file.
+        RuntimeError: the folder cannot be written, or a node does not see the file.
     """
     try:
         storage.mkdir(parents=True, exist_ok=True)
@@ -54,13 +54,13 @@ def check_storage(storage: Path) -> None:
         raise RuntimeError(f"--storage {storage} cannot be written here: {error}. Mount it on every node.") from error
     if blind:
         raise RuntimeError(
-            f"--storage {storage} is not one folder for all: a file written there is missing on {', '.join(blind)}. "
-            "Mount the same file system (NFS, EFS, a ReadWriteMany volume) at this path on every node."
+            f"--storage {storage} is not the same folder on all nodes: a file that was written there is missing on "
+            f"{', '.join(blind)}. Mount one file system (NFS, EFS, a ReadWriteMany volume) at this path on every node."
         )
 
 
 def nodes_without(file: Path) -> list[str]:
-    """Addresses of the cluster's nodes that do not see a file."""
+    """Return the addresses of the cluster's nodes that do not see a file."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     look: Any = ray.remote(num_cpus=0)(_sees)
     looks = [

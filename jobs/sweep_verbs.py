@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 def sweep(
     spec: Annotated[Path, typer.Argument(help="A sweep spec (YAML), for example jobs/specs/sweep_lr.yaml.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep of this spec; finished trials are not repeated.")
+        bool, typer.Option("--resume", help="Continue the sweep of this spec; finished trials are not repeated.")
     ] = False,
     mlflow_uri: Annotated[
-        str | None, typer.Option(help="Where it is tracked; by default an SQLite file beside its directory.")
+        str | None,
+        typer.Option(help="MLflow store that tracks the sweep; by default an SQLite file beside its directory."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
 ) -> None:
-    """Train a job with many settings, one trial each, and choose the best by validation."""
+    """Train a job once for each of many settings, and choose the best setting by validation."""
     from multitask import Stopped
     from multitask.sweep import run_sweep
     from multitask.sweep.outcomes import rows
@@ -55,7 +56,7 @@ def sweep(
 
 
 def _show(outcomes: "Sequence[TrialOutcome]") -> None:
-    """The best trials."""
+    """Print the best trials as a table."""
     from multitask.sweep.board import BEST_SHOWN
     from multitask.sweep.summary import trial_header, trial_rows
 

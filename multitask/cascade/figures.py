@@ -11,13 +11,14 @@ from multitask.cascade.predictions import Predictions
 from multitask.data import ImageTable
 from multitask.data.sheet import picture_grid
 from multitask.report.plots import (
-    DARK,
-    KNOWN_COLOURS,
-    LIGHT,
+    BLUE,
+    GREY,
     POINTS_PER_INCH,
+    WIDTH,
     Theme,
     bare,
     caption,
+    drawn,
     human_count,
     new_figure,
     padded,
@@ -26,9 +27,7 @@ from multitask.report.plots import (
     spread,
 )
 
-CASCADE, SINGLE = KNOWN_COLOURS["private_scale_bias"], KNOWN_COLOURS["independent"]
-WIDTH = 10.6
-"""Width of a figure in inches."""
+CASCADE, SINGLE = BLUE, GREY
 SHEET_IMAGES = 8
 """Number of images of each stage on the contact sheet."""
 
@@ -151,7 +150,7 @@ def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoi
 
 
 def section(check: Check, sheet: bytes | None = None, package: str | None = None) -> dict[str, Any]:
-    """Return the content of the report's section about a cascade, which `write_report` takes as `results["cascade"]`.
+    """Return the section about a cascade that the demo's report and `write_cascade_report` show.
 
     Args:
         check: measurements of the cascade.
@@ -166,18 +165,8 @@ def section(check: Check, sheet: bytes | None = None, package: str | None = None
         "stages": stage_rows(check),
         "models": model_rows(check),
         "figures": [
-            {
-                "light": accuracy_cost(check, LIGHT),
-                "dark": accuracy_cost(check, DARK),
-                "name": "accuracy_cost",
-                "words": curve,
-            },
-            {
-                "light": stage_shares(check, LIGHT),
-                "dark": stage_shares(check, DARK),
-                "name": "stage_shares",
-                "words": shares,
-            },
+            drawn("accuracy_cost", curve, lambda theme: accuracy_cost(check, theme)),
+            drawn("stage_shares", shares, lambda theme: stage_shares(check, theme)),
         ],
         "sheet": sheet,
         "package": package,

@@ -1,1 +1,1 @@
-"""Reports as HTML files that stand alone, and the plots in them."""
+"""HTML pages that need no other file, and the figures in them."""

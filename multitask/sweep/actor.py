@@ -1,4 +1,4 @@
-"""What runs a trial: a Ray Tune trainable that makes training jobs, one after the other, in one process."""
+"""The process that runs trials: a Ray Tune trainable that runs one training job after the other."""
 
 import os
 import queue
@@ -24,44 +24,50 @@ METRIC, ROUND = "validation_top1", "round"
 
 
 class TrialActor(tune.Trainable):
-    """Trains the trial that its config names; Tune hands it the next one when that has ended.
+    """Trains the trial that its config names, and then the next one that Tune hands to it.
 
-    A process imports torch and reads data and backbone once, and serves many trials.
+    The process imports torch and reads data and backbone once, and uses them for many trials.
     """
 
-    def setup(  # type: ignore[override] # `tune.with_parameters` gives the others
+    def setup(  # type: ignore[override] # `tune.with_parameters` passes `loaded` and `parent_run_id`
         self, config: Mapping[str, Any], loaded: LoadedInputs, parent_run_id: str
     ) -> None:
-        """Args:
-        config: `plan` is the trial's TrialPlan.
-        loaded: what the trials of the sweep share.
-        parent_run_id: MLflow's run of the sweep.
+        """Prepare the first trial.
+
+        Args:
+            config: its value `plan` is the TrialPlan of the trial.
+            loaded: tables and backbones that the trials of the sweep share.
+            parent_run_id: the MLflow run of the sweep.
         """
         self._loaded, self._parent_run_id = loaded, parent_run_id
         self._begin(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        self._run.stop()  # the scheduler may have stopped it: then it waits in the middle of its training
+        """End the trial before, and prepare the next one."""
+        self._run.stop()  # if the scheduler has stopped the trial, its training still waits for its next turn
         self._begin(new_config)
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        # Tune steps into a folder of its own; relative data paths start where the sweep began.
+        # Tune changes the working directory, but relative data paths refer to the directory where the sweep started.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
         self._run = TrialRun(config["plan"], self._loaded, self._parent_run_id)
 
     def step(self) -> dict[str, Any]:
+        """Train up to the next evaluation, and return its metrics."""
         return self._run.next()
 
     def cleanup(self) -> None:
+        """End the training before Tune ends this process."""
         self._run.stop()
 
 
 class TrialRun:
-    """A training in a thread of its own, which waits after each evaluation until it is told to go on.
+    """A training in a thread of its own, which pauses after each evaluation until it is told to continue.
 
-    What a trial did is in its run directory, so a trial that begins again tells its evaluations first, as if it made
-    them now, and goes on from its last checkpoint: a scheduler that has lost its memory gets it back.
+    The run directory records what a trial has done. A trial that is started again therefore first reports its recorded
+    evaluations, as if it made them now, and then continues from its last checkpoint. In this way a scheduler that was
+    started again learns everything that it knew before.
     """
 
     def __init__(self, plan: TrialPlan, loaded: LoadedInputs | None, parent_run_id: str | None) -> None:
@@ -80,10 +86,10 @@ class TrialRun:
         self._thread = threading.Thread(target=self._train, name=plan.spec.name, daemon=True)
 
     def next(self) -> dict[str, Any]:
-        """Train up to the next evaluation, or to the end (`done`).
+        """Train up to the next evaluation or to the end, and return the metrics; at the end they have `done: True`.
 
         Raises:
-            What the training raised.
+            BaseException: whatever the training raised.
         """
         if self._thread.ident is None:
             self._thread.start()
@@ -95,7 +101,7 @@ class TrialRun:
         return news
 
     def stop(self) -> None:
-        """End the training after its step, with a checkpoint; no matter if it has ended."""
+        """End the training after its current step, with a checkpoint. Do nothing if it has ended already."""
         self._stopped = True
         self._may_go_on.release()
         if self._thread.ident is not None:
@@ -114,20 +120,20 @@ class TrialRun:
         except Stopped:
             self._news.put({**last, "done": True})
         except BaseException as error:
-            # Also what ends before it has a run directory is known afterwards.
+            # The error is written beside the run directory, because the training may have failed before it made one.
             failure.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(failure, (str(error) or repr(error)).encode())
             self._news.put(error)
 
     def _run(self) -> Run:
         if self._stopped:
-            raise Stopped("The scheduler has stopped this trial before.")
+            raise Stopped("The scheduler stopped this trial in an earlier start of the sweep.")
         directory, console = self._plan.directory, Console(quiet=True)
         if (directory / "result.json").is_file():
             return Run(directory)
         if (directory / "spec.yaml").is_file():
             _await_end(directory)
-            # On a cluster of another size its workers have other shares.
+            # The spec in the directory may come from a cluster of another size, with another share of CPUs.
             write_spec(directory / "spec.yaml", self._plan.spec)
             return resume(directory, console=console, trial=self._trial)
         return train(self._plan.spec, console=console, trial=self._trial)
@@ -140,7 +146,7 @@ class TrialRun:
 
 
 def _await_end(directory: Path) -> None:
-    """Wait until a trial's earlier process counts as gone, which takes a minute where it was on another machine."""
+    """Wait until the earlier process of a trial counts as gone, which takes a minute if it was on another machine."""
     deadline = time.monotonic() + 2 * SILENT_S
     while (directory / STATUS).is_file() and time.monotonic() < deadline:
         if read_status(directory)["state"] != "running":
@@ -149,9 +155,11 @@ def _await_end(directory: Path) -> None:
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what a trial reports to Tune about an evaluation."""
     return {ROUND: evaluation.round, METRIC: evaluation.mean_top1}
 
 
 def _end_metrics(run: Run) -> dict[str, Any]:
+    """Return what a trial reports to Tune at its end: its last evaluation."""
     last = run.result["last"]
     return {ROUND: last["round"], METRIC: mean_top1(last["tasks"].values())}

@@ -1,4 +1,4 @@
-"""The live table of a sweep: what runs, what is best so far, and how long it will still take."""
+"""The live table of a sweep: the running trials, the best trials so far, and the time that is left."""
 
 import time
 from collections import Counter
@@ -17,12 +17,14 @@ from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan, short_names, show
 
 BEST_SHOWN = 10
+"""Number of trials in a table of the best ones."""
 ENDED = ("finished", "stopped", "failed")
+"""States of a trial that has come to its end."""
 
 
 @dataclass
 class Line:
-    """How a trial stands, as the table shows it."""
+    """What the table shows of a trial."""
 
     plan: TrialPlan
     state: str = "waiting"
@@ -31,31 +33,33 @@ class Line:
 
     @property
     def steps_left(self) -> int:
+        """Number of steps that the trial has still to make."""
         return 0 if self.state in ENDED else max(0, self.plan.spec.steps - self.round)
 
 
 @dataclass
 class Standing:
-    """All trials of a sweep, and the clock."""
+    """All trials of a sweep, with the clock that says how fast they are."""
 
     keys: Sequence[str]
-    """Of the space."""
+    """Keys of the space."""
     trials: int
-    """With those that nobody has suggested yet."""
+    """Number of trials, with those that the searcher has yet to suggest."""
     lines: dict[int, Line]
+    """Number of a trial -> its line."""
     began: float = field(default_factory=time.monotonic)
     steps_made: int = 0
-    """Since `began`: what an earlier start made says nothing of today's speed."""
+    """Number of steps since `began`; steps of an earlier start, which may have been slower or faster, do not count."""
 
     def note(self, number: int, round_: int, top1: float) -> None:
-        """An evaluation of a trial; those that a trial tells again are no work."""
+        """Record an evaluation of a trial. An evaluation that is reported a second time counts as no new steps."""
         line = self.lines[number]
         self.steps_made += max(0, round_ - line.round)
         line.round = max(line.round, round_)
         line.top1 = top1 if line.top1 is None else max(line.top1, top1)
 
     def seconds_left(self, now: float) -> float | None:
-        """By the speed so far; None while there is none."""
+        """Return the time left at the speed so far, or None if no step has been made."""
         if not self.steps_made:
             return None
         left = sum(line.steps_left for line in self.lines.values())
@@ -63,6 +67,7 @@ class Standing:
         return (left + unknown) * (now - self.began) / self.steps_made
 
     def title(self, name: str, now: float) -> str:
+        """Return the table's title: the number of trials in each state, and the time left."""
         counts = Counter(line.state for line in self.lines.values()) + Counter(waiting=self._unknown)
         states = ", ".join(f"{counts[state]} {state}" for state in (*ENDED, "running", "waiting") if counts[state])
         left = self.seconds_left(now)
@@ -70,7 +75,7 @@ class Standing:
         return f"{name}: {self.trials} trials, {states}{ahead}"
 
     def table(self, name: str, now: float) -> Table:
-        """Running trials, then the best of the others."""
+        """Return the table: the running trials, then the best of the others."""
         lines = list(self.lines.values())
         running = [line for line in lines if line.state == "running"]
         known = [line for line in lines if line.state != "running" and line.top1 is not None]
@@ -88,25 +93,30 @@ class Standing:
 
     @property
     def _unknown(self) -> int:
+        """Number of trials that the searcher has yet to suggest."""
         return self.trials - len(self.lines)
 
 
 class Board(tune.Callback):
-    """Keeps the table up to date while Tune works; a context that shows it."""
+    """A Tune callback that keeps the table up to date, and a context manager that shows it."""
 
     def __init__(
         self, name: str, keys: Sequence[str], trials: int, outcomes: Sequence[TrialOutcome], console: Console
     ) -> None:
-        """Args:
-        keys: of the space.
-        trials: how many there will be.
-        outcomes: how the trials that are known stand before this start.
+        """Prepare the table.
+
+        Args:
+            name: name of the sweep.
+            keys: keys of the space.
+            trials: number of all trials, also of those that the searcher has yet to suggest.
+            outcomes: outcomes of the known trials before this start.
+            console: where the table is shown.
         """
         self._name = name
         lines = {o.plan.number: Line(o.plan, _shown(o.state), o.rounds, o.top1) for o in outcomes}
         self.standing = Standing(keys, trials, lines)
         self.ended: set[int] = set()
-        """Trials that came to their end in this start."""
+        """Numbers of the trials that came to their end in this start."""
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
 
     def __enter__(self) -> "Board":
@@ -117,7 +127,7 @@ class Board(tune.Callback):
         self._live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its settings; nobody unpickles this one, as sweeps resume from their run directories."""
+        """Pickle nothing. Tune pickles its callbacks, but they are never read: sweeps resume from run directories."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
@@ -145,7 +155,7 @@ class Board(tune.Callback):
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
+    """Format a duration for people: `45 s`, `12 min`, `3 h 20 min`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -153,4 +163,5 @@ def duration(seconds: float) -> str:
 
 
 def _shown(state: str) -> str:
+    """Return the state that the table shows before Tune starts a trial."""
     return state if state in ENDED else "waiting"

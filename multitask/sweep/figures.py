@@ -1,4 +1,4 @@
-"""Figures of a sweep: accuracy against the rate, and against trained parameters, method by method."""
+"""Figures of a sweep: accuracy of each method against the learning rate, and against trained parameters."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from multitask.report.plots import (
-    DARK,
-    KNOWN_COLOURS,
-    LIGHT,
+    COLOURS,
     POINTS_PER_INCH,
-    SPARE_COLOURS,
+    WIDTH,
+    Colour,
+    Drawn,
     Theme,
     bare,
     caption,
+    drawn,
     human_count,
     new_figure,
     padded,
@@ -29,38 +30,26 @@ from multitask.sweep.outcomes import Choice
 from multitask.sweep.plan import show
 from patches.files import write_atomic
 
-WIDTH, HEIGHT, AXES, LABELS = 10.6, 4.7, 3.35, 2.6
-"""Inches; AXES is the height of the axes, LABELS the room at the right edge for the names of the methods."""
-COLOURS = (*KNOWN_COLOURS.values(), *SPARE_COLOURS)
+HEIGHT, AXES, LABELS = 4.7, 3.35, 2.6
+"""Inches: height of a figure, height of its axes, and room at the right edge for the names of the methods."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A method at a rate: the best of its settings, each the mean over its seeds."""
+    """A method at a learning rate: the best of its settings there, as the mean over their seeds."""
 
     rate: float
     trained_parameters: int
     top1: float
-    """Percent on validation data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A figure: PNGs for light and dark pages."""
-
-    name: str
-    words: str
-    """For readers who cannot see it."""
-    light: bytes
-    dark: bytes
+    """Percent on validation images."""
 
 
 Series = Mapping[str, Sequence[Point]]
-"""Method -> its points by rising rate."""
+"""Method -> its points, by rising learning rate."""
 
 
 def series(choices: Sequence[Choice]) -> Series:
-    """Method by method, in the order of the sweep."""
+    """Return the points of each method, with the methods in the order of the sweep."""
     best: dict[str, dict[float, Point]] = defaultdict(dict)
     for choice in choices:
         spec = choice.trial.spec
@@ -72,20 +61,19 @@ def series(choices: Sequence[Choice]) -> Series:
 
 
 def draw(found: Series) -> list[Drawn]:
-    """Both figures; none while nothing has finished."""
+    """Draw both figures, or none if no setting has finished."""
     if not found:
         return []
+    rates = "Validation accuracy against the learning rate, a line for each method."
+    parameters = "Validation accuracy against trained parameters, a point for each method and rate."
     return [
-        Drawn(name=make.__name__, words=words, light=make(found, LIGHT), dark=make(found, DARK))
-        for make, words in (
-            (accuracy_rate, "Validation accuracy against the learning rate, a line for each method."),
-            (accuracy_parameters, "Validation accuracy against trained parameters, a point for each method and rate."),
-        )
+        drawn("accuracy_rate", rates, lambda theme: accuracy_rate(found, theme)),
+        drawn("accuracy_parameters", parameters, lambda theme: accuracy_parameters(found, theme)),
     ]
 
 
 def write_figures(figures: Sequence[Drawn], directory: Path) -> list[Path]:
-    """NAME.png and NAME_dark.png of each."""
+    """Write NAME.png and NAME_dark.png of each figure, and return their paths."""
     files = {}
     for figure in figures:
         files[directory / f"{figure.name}.png"] = figure.light
@@ -96,7 +84,7 @@ def write_figures(figures: Sequence[Drawn], directory: Path) -> list[Path]:
 
 
 def accuracy_rate(found: Series, theme: Theme) -> bytes:
-    """A line per method over the rate, on a logarithmic axis; its best rate is marked. A PNG.
+    """Return a PNG: a line for each method over a logarithmic axis of rates; a large point marks its best rate.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 9.
     """
@@ -119,7 +107,9 @@ def accuracy_rate(found: Series, theme: Theme) -> bytes:
 
 
 def accuracy_parameters(found: Series, theme: Theme) -> bytes:
-    """Each method and rate over the parameters that are trained, on a logarithmic axis; the best rate is solid. A PNG.
+    """Return a PNG: a point for each method and rate over a logarithmic axis of trained parameters.
+
+    The point of a method's best rate is solid.
 
     Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, figure 3.
     """
@@ -135,7 +125,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
     _name(axes, names)
     counts = [point.trained_parameters for points in found.values() for point in points]
     axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # methods may all lie within one power of ten
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # all methods may lie within one power of ten
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     axes.minorticks_off()
     axes.set_xlabel("parameters that are trained", color=theme.muted, fontsize=9)
@@ -144,7 +134,7 @@ def accuracy_parameters(found: Series, theme: Theme) -> bytes:
 
 
 def _begin(found: Series, theme: Theme, title: str) -> tuple[Figure, Axes]:
-    """A figure with the accuracies on its y axis and a logarithmic x axis."""
+    """Return a figure with accuracies on its y axis and a logarithmic x axis."""
     figure = new_figure(WIDTH, HEIGHT, theme, title)
     axes = figure.add_axes((0.06, 0.62 / HEIGHT, 1 - 0.06 - LABELS / WIDTH, AXES / HEIGHT))
     values = [point.top1 for points in found.values() for point in points]
@@ -156,9 +146,9 @@ def _begin(found: Series, theme: Theme, title: str) -> tuple[Figure, Axes]:
 
 
 def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:
-    """Names at the right edge, (height, text, colour), as near to their heights as none hides another."""
+    """Write each (height, text, colour) at the right edge, as near to its height as the other names allow."""
     low, high = axes.get_ylim()
-    gap = 25 * (high - low) / (AXES * POINTS_PER_INCH)  # two lines
+    gap = 25 * (high - low) / (AXES * POINTS_PER_INCH)  # each name takes two lines
     places = spread([height for height, _, _ in names], gap, low, high)
     for (_, text, colour), place in zip(names, places, strict=True):
         axes.annotate(
@@ -172,8 +162,8 @@ def _name(axes: Axes, names: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def method_colours(found: Series) -> dict[str, tuple[str, str]]:
-    """Method -> its colour on light and on dark pages."""
+def method_colours(found: Series) -> dict[str, Colour]:
+    """Return the colour of each method."""
     return {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(found)}
 
 

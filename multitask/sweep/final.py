@@ -1,4 +1,4 @@
-"""What comes after the choice: the setting trained on all that is not test, and one look at the test tables."""
+"""The steps after the choice: train the setting on train and validation tables together, and read the test tables."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,30 +18,32 @@ TEST = "test.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the test tables said, once."""
+    """The result on the test tables, which a sweep reads only once."""
 
     trial: int
-    """The chosen trial."""
+    """Number of the chosen trial."""
     directory: str
-    """Of the run whose models were measured."""
+    """Directory of the run whose models were measured."""
     version: Version
-    """Of that run: `best` by validation, or the `last` where validation images were trained on."""
+    """Version of that run: `best` by validation, or `last` if validation images were trained on."""
     tasks: dict[str, dict[str, float]]
     """Task -> top1 and top5 in percent, loss."""
 
     @property
     def top1(self) -> float:
-        """Percent, mean over tasks."""
+        """Mean top-1 of the tasks in percent."""
         return mean_top1(self.tasks.values())
 
 
 def stopped(directory: Path) -> Stopped:
-    """A sweep's way to say that it was interrupted, and how to go on with it."""
-    return Stopped(f"Stopped. Go on with the same command and --resume; everything is in {directory}")
+    """Return the exception that says that a sweep was interrupted, and how to continue it."""
+    return Stopped(f"Stopped. Continue with the same command and --resume; everything is in {directory}")
 
 
 def run_to_its_end(spec: JobSpec, tracker: Tracker, console: Console) -> Run:
-    """A training beside the trials, below the sweep's run in MLflow; begun, gone on with, or found done.
+    """Start a training beside the trials, continue it, or find that it has finished.
+
+    Its MLflow run lies below that of the sweep.
 
     Raises:
         Stopped: Ctrl-C.
@@ -58,18 +60,19 @@ def run_to_its_end(spec: JobSpec, tracker: Tracker, console: Console) -> Run:
 
 
 def retrained_spec(choice: Choice, sweep: str, directory: Path) -> JobSpec:
-    """The chosen job on train and validation tables together, at its steps; evaluated at its end alone."""
-    # Another choice, as after a trial that failed and was tried again, has another folder.
+    """Return the chosen job with train and validation tables together, as many steps, and an evaluation at its end."""
+    # The folder has the trial's number: a resumed sweep may choose another trial, and must not continue this run.
     spec = winning_spec(choice, sweep, directory, f"retrained_{choice.trial.number:04d}")
     tasks = tuple(replace(task, train_on="train+validation") for task in spec.tasks)
     return replace(spec, tasks=tasks, evaluate_every=spec.steps)
 
 
 def measure(directory: Path, choice: Choice, retrained: Run | None) -> Verdict:
-    """Read the test tables with the retrained models, or else the chosen trial's, and note what they say.
+    """Evaluate the retrained models, or else those of the chosen trial, on the test tables, and write the result.
 
     Args:
-        directory: of the sweep.
+        directory: directory of the sweep.
+        retrained: the run on train and validation tables, or None if the spec asks for none.
     """
     version: Version = "best" if retrained is None else "last"
     run = Run(choice.trial.directory) if retrained is None else retrained
@@ -81,6 +84,6 @@ def measure(directory: Path, choice: Choice, retrained: Run | None) -> Verdict:
 
 
 def read_verdict(directory: Path) -> Verdict | None:
-    """What the test tables have said to a sweep; None if it has not asked."""
+    """Return the result on the test tables that a sweep has written, or None if it has not read them."""
     path = directory / TEST
     return Verdict(**json.loads(path.read_text())) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""How the trials of a sweep ended, read from their run directories; the choice among them; tables of all."""
+"""Outcomes of the trials of a sweep, read from their run directories; the choice among them; tables of all trials."""
 
 import io
 import json
@@ -25,43 +25,46 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutcome:
-    """How one trial stands."""
+    """What is known of one trial, which may still be running."""
 
     plan: TrialPlan
     state: State
-    """`stopped`: by the scheduler, or with the sweep; `lost`: its process is gone."""
+    """`stopped` means by the scheduler or together with the sweep; `lost` means that its process is gone."""
     curve: Curve = ()
     """(round, mean validation top-1 of the tasks in percent) of each evaluation, in order."""
     trained_parameters: int | None = None
-    """Of all tasks together; known of finished trials."""
+    """Number of trained parameters of all tasks together; known once the trial has finished."""
     seconds: float | None = None
+    """Duration of the training; known once the trial has finished."""
     mlflow_run_id: str | None = None
     error: str | None = None
 
     @property
     def top1(self) -> float | None:
-        """Percent: the best evaluation, which is the version that a run keeps as `best`."""
+        """Top-1 of the best evaluation in percent, which is that of the version that a run keeps as `best`."""
         return max((value for _, value in self.curve), default=None)
 
     @property
     def rounds(self) -> int:
+        """Round of the last evaluation."""
         return max((number for number, _ in self.curve), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A setting whose trials have all finished, so that it may be chosen."""
+    """A setting that may be chosen, because all its trials have finished."""
 
     trial: TrialPlan
-    """Its first one."""
+    """The first trial of the setting."""
     top1: float
-    """Percent on validation data, mean over the setting's trials."""
+    """Percent on validation images, mean over the setting's trials."""
     trials: int
+    """Number of the setting's trials."""
     trained_parameters: int
 
 
 def read_outcome(plan: TrialPlan) -> TrialOutcome:
-    """How a trial stands, from the files that it has written."""
+    """Read the outcome of a trial from the files that it has written."""
     failure = failure_file(plan)
     error = failure.read_text() if failure.is_file() else None
     if not (plan.directory / STATUS).is_file():
@@ -69,7 +72,7 @@ def read_outcome(plan: TrialPlan) -> TrialOutcome:
     status = read_status(plan.directory)
     outcome = TrialOutcome(
         plan=plan,
-        # Its result comes last.
+        # A trial writes its result after its status. If there is no result, the process was lost between the two.
         state="lost" if status["state"] == "finished" else status["state"],
         curve=_mean_curve(status["tasks"]),
         mlflow_run_id=status["mlflow_run_id"],
@@ -84,12 +87,12 @@ def read_outcome(plan: TrialPlan) -> TrialOutcome:
 
 
 def failure_file(plan: TrialPlan) -> Path:
-    """Where a trial says why it failed: beside its run directory, which may not exist yet."""
+    """Return the file in which a trial records why it failed. It lies beside the run directory, which may not exist."""
     return plan.directory.with_suffix(".error")
 
 
 def choices(outcomes: Sequence[TrialOutcome]) -> list[Choice]:
-    """The settings whose trials have all finished, in the order of the sweep."""
+    """Return the settings whose trials have all finished, in the order of the sweep."""
     by_setting: dict[int, list[TrialOutcome]] = defaultdict(list)
     for outcome in outcomes:
         by_setting[outcome.plan.setting].append(outcome)
@@ -103,18 +106,20 @@ def choices(outcomes: Sequence[TrialOutcome]) -> list[Choice]:
 
 
 def choose(outcomes: Sequence[TrialOutcome]) -> Choice | None:
-    """The setting with the highest validation accuracy, mean over its trials, of those whose trials have all finished.
+    """Return the setting with the highest validation accuracy as the mean over its trials, all of which have finished.
 
-    Of equal ones that with the fewest trained parameters, then the first.
+    Among equal settings, the one with the fewest trained parameters is chosen, and then the first.
     """
     return min(choices(outcomes), key=lambda choice: (-choice.top1, choice.trained_parameters), default=None)
 
 
 def winning_spec(choice: Choice, sweep: str, directory: Path, name: str = "best") -> JobSpec:
-    """The chosen trial's job, to run again: other name and directory, else the same, so the same bits.
+    """Return the chosen trial's job with another name and directory; all else is equal, so that it gives equal bits.
 
     Args:
-        name: of its folder in the sweep's directory.
+        sweep: name of the sweep.
+        directory: directory of the sweep.
+        name: name of the job's folder in `directory`.
     """
     spec = choice.trial.spec
     checkpoints = spec.checkpoints
@@ -124,7 +129,7 @@ def winning_spec(choice: Choice, sweep: str, directory: Path, name: str = "best"
 
 
 def rows(outcomes: Sequence[TrialOutcome]) -> list[dict[str, Any]]:
-    """A flat row for each trial: its setting, then how it went."""
+    """Return a flat row for each trial: its setting, then its outcome."""
     found = []
     for outcome in outcomes:
         names = short_names(list(outcome.plan.values))
@@ -148,7 +153,7 @@ def rows(outcomes: Sequence[TrialOutcome]) -> list[dict[str, Any]]:
 
 
 def write_tables(outcomes: Sequence[TrialOutcome], directory: Path) -> list[Path]:
-    """trials.csv and trials.parquet, with the same rows."""
+    """Write trials.csv and trials.parquet with the same rows, and return their paths."""
     found = rows(outcomes)
     table = pa.table({name: _column([row[name] for row in found]) for name in found[0]})
     files = {}
@@ -162,14 +167,14 @@ def write_tables(outcomes: Sequence[TrialOutcome], directory: Path) -> list[Path
 
 
 def write_winner(choice: Choice, sweep: str, directory: Path) -> Path:
-    """best.yaml, which `multitask train` runs."""
+    """Write best.yaml, which `multitask train` can run, and return its path."""
     path = directory / "best.yaml"
     write_spec(path, winning_spec(choice, sweep, directory))
     return path
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """Numbers or texts as they are; values of other kinds, or of several, as texts."""
+    """Return a column of numbers or texts; values of another kind, or of several kinds, become texts."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float} and len(kinds) == 2:
         values = [None if value is None else float(value) for value in values]
@@ -179,7 +184,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def _mean_curve(tasks: Mapping[str, Any]) -> Curve:
-    """The tasks' curves as one: evaluations that all tasks have."""
+    """Return the mean of the tasks' curves over the evaluations that all tasks have."""
     points: dict[int, list[float]] = defaultdict(list)
     for task in tasks.values():
         for point in task["curve"]:

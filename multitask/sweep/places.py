@@ -1,4 +1,4 @@
-"""What trials need against what the cluster has: a trial that finds no place would wait for ever, in silence."""
+"""Compares what trials need with what the cluster has: a trial without a place would wait for ever in silence."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, LocalSpec
 
 DRIVER_CPUS = 0.01
-"""Of a trial whose workers are actors of their own: its process only waits for them, and Ray refuses 0."""
+"""CPUs of a trial's own process if its workers are other processes: it only waits for them, and Ray refuses 0."""
 Bundle = dict[str, float]
-"""Resources that have to lie on one node."""
+"""Resources that have to be on one node."""
 
 
 @dataclass
 class Places:
-    """How the trials of a sweep share a cluster."""
+    """The way in which the trials of a sweep share a cluster."""
 
     nodes: Sequence[Node]
     asked: int
-    """Trials at a time that the CPUs are shared out to."""
+    """Number of concurrent trials among which the CPUs are divided."""
     concurrent: int
-    """Trials at a time; more than `asked` where there is room for more."""
+    """Number of concurrent trials; larger than `asked` if there is room for more."""
     _shares: dict[str, float] = field(default_factory=dict, init=False)
 
     def placed(self, spec: JobSpec) -> JobSpec:
-        """A trial's job, its workers' share of the CPUs written in.
+        """Return a trial's job with its workers' share of the CPUs.
 
         Raises:
-            SpecError: `concurrent` such trials find no room.
+            SpecError: there is no room for `concurrent` trials of this kind.
         """
         spec = self.with_share(spec)
         if not fits(_demands(spec, self.concurrent), self.nodes):
@@ -38,23 +38,23 @@ class Places:
         return spec
 
     def with_share(self, spec: JobSpec) -> JobSpec:
-        """Workers without a number of CPUs get equal ones, as engines give them, of what the drivers leave."""
+        """Return a job whose workers have a number of CPUs: the spec's, or an equal share of those that are left."""
         if isinstance(spec.engine, LocalSpec) or spec.resources.cpus_per_worker is not None:
             return spec
-        kind = repr(_demands(_with_cpus(spec, 1.0), 1))  # most trials of a sweep need the same
+        kind = repr(_demands(_with_cpus(spec, 1.0), 1))  # key of the cache: most trials of a sweep need the same
         if kind not in self._shares:
             workers = self.asked * sum(task.workers for task in spec.tasks)
             self._shares[kind] = share(workers, self.nodes, lambda cpus: _demands(_with_cpus(spec, cpus), self.asked))
         return _with_cpus(spec, self._shares[kind])
 
     def room(self, spec: JobSpec, most: int) -> int:
-        """How many such trials, up to `most`, the nodes hold at once."""
+        """Return how many trials with this job the nodes can hold at once, at most `most`."""
         return bisect_left(range(1, most + 1), True, key=lambda trials: not fits(_demands(spec, trials), self.nodes))
 
     def no_room(self, spec: JobSpec, trials: int) -> SpecError:
-        """What is missing for so many such trials at a time, and what to change."""
+        """Return the error that says what is missing for this number of concurrent trials, and what to change."""
         room = self.room(spec, trials)
-        lower = "Lower what a trial takes (resources, the tasks' workers, resources and labels)"
+        lower = "Lower what a trial takes (resources, and the tasks' workers, resources and labels)"
         change = f"Set concurrent: {room}" if room else lower
         return SpecError(
             f"The sweep would wait for ever for places for {trials} trial{'s' if trials > 1 else ''} at a time. "
@@ -63,15 +63,15 @@ class Places:
 
 
 def reserve(specs: Sequence[JobSpec], nodes: Sequence[Node], concurrent: int | None, trials: int) -> Places:
-    """Find out how many trials run at a time, or that it cannot work.
+    """Find out how many trials can run at a time.
 
     Args:
-        specs: of all trials, or of those that show what trials may need.
-        nodes: of the cluster.
-        concurrent: trials at a time; by default as many as find room.
-        trials: of the sweep.
+        specs: job specs of all trials, or of trials that show everything that a trial may need.
+        nodes: nodes of the cluster.
+        concurrent: number of concurrent trials that the sweep asks for; by default as many as have room.
+        trials: number of trials of the sweep.
     Raises:
-        SpecError: they find no room; has the arithmetic, and what to change.
+        SpecError: there is no room; the message has the numbers and says what to change.
     """
     asked = min(concurrent or 1, trials)
     places = Places(nodes, asked, asked)
@@ -85,9 +85,9 @@ def reserve(specs: Sequence[JobSpec], nodes: Sequence[Node], concurrent: int | N
 
 
 def reserved(spec: JobSpec) -> list[Bundle]:
-    """What Tune reserves for a trial: its own process first, then each worker that is a process of its own.
+    """Return what Tune reserves for a trial: its own process first, then each worker that is a process of its own.
 
-    Ray Train, and a run that chooses places, reserve those of the workers themselves.
+    The workers are left out if Ray Train, or a run that chooses places, reserves the workers' places itself.
     """
     bundles = [dict(demand.resources) for demand in _demands(spec, 1) for _ in range(demand.workers)]
     by_itself = spec.engine.name == "allreduce" or chooses_places(spec)
@@ -95,7 +95,7 @@ def reserved(spec: JobSpec) -> list[Bundle]:
 
 
 def _demands(spec: JobSpec, trials: int) -> list[Demand]:
-    """What so many trials take at once; of workers in processes of their own the share is known."""
+    """Return what this number of concurrent trials takes; workers in processes of their own need `cpus_per_worker`."""
     resources = spec.resources
     if isinstance(spec.engine, LocalSpec):
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}

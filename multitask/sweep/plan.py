@@ -1,4 +1,4 @@
-"""The trials of a sweep: known and checked before the first one starts, or suggested while it runs."""
+"""The trials of a sweep. Without a searcher, all are known and checked before the first one starts."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from multitask.spec.schema import JobSpec
 from multitask.sweep.spec import Dimension, SweepSpec
 
 SET_BY_SWEEP = ("name", "directory", "tracking")
-"""Keys of a job in which trials may differ without being other jobs."""
+"""Keys that the sweep sets for each trial; two trials that differ only in these keys are the same job."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,21 @@ class TrialPlan:
 
     number: int
     setting: int
-    """Trials of one setting differ in their seed alone."""
+    """Number of the setting; trials of one setting differ only in their seed."""
     values: Mapping[str, Any]
     """Key of the space -> its value."""
     spec: JobSpec
 
     @property
     def directory(self) -> Path:
+        """The trial's run directory."""
         return self.spec.run_directory
 
 
 def settings(spec: SweepSpec) -> list[dict[str, Any]]:
-    """Every point of the grid, `samples` times, each with values of its own for what is drawn.
+    """Return every point of the grid `samples` times, each time with newly drawn values of the other keys.
 
-    The same spec gives the same settings in the same order.
+    Equal specs give equal settings in the same order.
     """
     dimensions = spec.dimensions
     grids = {key: dimension.grid for key, dimension in dimensions.items() if dimension.grid is not None}
@@ -53,19 +54,22 @@ def settings(spec: SweepSpec) -> list[dict[str, Any]]:
 
 
 def edges(spec: SweepSpec) -> list[dict[str, Any]]:
-    """The first value of every key, then each other value in its turn: what a searcher's space is checked by."""
+    """Return the settings by which the space of a searcher is checked.
+
+    The first setting has the first value of every key. Each further setting has another value of one key.
+    """
     first = {key: dimension.named[0] for key, dimension in spec.dimensions.items()}
     others = [{key: value} for key, dimension in spec.dimensions.items() for value in dimension.named[1:]]
     return [first, *({**first, **other} for other in others)]
 
 
 def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
-    """The trials, setting by setting, each with a job spec that was checked; with a searcher those of the edges.
+    """Return the trials, setting by setting, each with a checked job spec; with a searcher, the trials of `edges`.
 
     Args:
-        weights: the file that their backbones start from; by default what the job says.
+        weights: file with which the backbones start; by default the job's own weights.
     Raises:
-        SpecError: a setting's job is wrong, or a key has no effect; names the setting and the key.
+        SpecError: the job of a setting is wrong, or a key has no effect; the message names the setting and the key.
     """
     found = [values for values in (edges if spec.suggested else settings)(spec) for _ in range(spec.repeats)]
     plans = [plan_trial(spec, number, values, weights) for number, values in enumerate(found)]
@@ -74,7 +78,7 @@ def plan_trials(spec: SweepSpec, weights: str | None = None) -> list[TrialPlan]:
 
 
 def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights: str | None = None) -> TrialPlan:
-    """The trial of a number, with the setting that it has; as `plan_trials`."""
+    """Return the trial of a number and a setting; arguments and errors are those of `plan_trials`."""
     setting, repeat = divmod(number, spec.repeats)
     directory = spec.run_directory
     raw = copy.deepcopy(spec.job)
@@ -95,10 +99,10 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Give a key of a job, in dotted form, a value; `tasks.KEY` gives it to every task.
+    """Set a key of a job, in dotted form, to a value; `tasks.KEY` sets the key of every task.
 
     Raises:
-        SpecError: the job has no such task, or something other than keys and values on the way.
+        SpecError: the job has no tasks, or a part of the key names something that has no keys of its own.
     """
     if not key.startswith("tasks."):
         _set_below(raw, key.split("."), value, key)
@@ -114,24 +118,24 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """A setting in a line: `optimizer.rate=0.01, tasks.method=full`."""
+    """Format a setting in one line: `optimizer.rate=0.01, tasks.method=full`."""
     names = short_names(list(values))
     return ", ".join(f"{names[key]}={show(value)}" for key, value in values.items())
 
 
 def show(value: Any) -> str:
-    """A value of a setting for people: a drawn rate needs no sixteen digits."""
+    """Format a value of a setting for people, with at most four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key -> its last part, where no other key ends in the same."""
+    """Return a short name for each key: its last part, or the whole key if another key ends in the same part."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
 def _check_differences(sweep: str, plans: Sequence[TrialPlan]) -> None:
-    """Settings that make one and the same job have a key without effect: the sweep's table would tell untruths."""
+    """Check that no two settings make the same job, because then a key has no effect, and the table would mislead."""
     made: dict[str, TrialPlan] = {}
     for plan in plans:
         job = dump_spec(plan.spec)
@@ -140,8 +144,9 @@ def _check_differences(sweep: str, plans: Sequence[TrialPlan]) -> None:
         if other.values != plan.values:
             raise SpecError(
                 f"sweep '{sweep}': the settings {describe(other.values)} and {describe(plan.values)} are one and the "
-                "same job. A key of space has no effect there, as the sweep sets it for all trials (name, directory, "
-                "tracking, with a source backbone.weights), or as another key or the job's tasks replace it."
+                "same job, so a key of space has no effect. Either the sweep sets that key for all trials (name, "
+                "directory, tracking, and backbone.weights if there is a source), or another key or the job's tasks "
+                "replace it. Leave the key out."
             )
 
 
@@ -164,7 +169,7 @@ def _set_below(node: dict[str, Any], path: Sequence[str], value: Any, key: str) 
 
 
 def _part_checkpoints(raw: dict[str, Any], number: int) -> None:
-    """Trials that save to one place would read each other's checkpoints."""
+    """Give a trial a place of its own for checkpoints, so that trials do not read each other's."""
     checkpoints = raw.get("checkpoints")
     if isinstance(checkpoints, dict) and checkpoints.get("uri"):
         checkpoints["uri"] = f"{str(checkpoints['uri']).rstrip('/')}/{number:04d}"

@@ -1,4 +1,4 @@
-"""Start a sweep, or go on with one, from its spec to the choice and what comes after it."""
+"""Run a sweep, or continue one: from its spec through its trials to the choice, the retraining and the test."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from multitask.cluster.session import ray_session
 from multitask.job import Job, LoadedInputs
 from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
-from multitask.report.report import write_sweep_report
+from multitask.report.pages import write_sweep_report
 from multitask.run.directory import RunError, write_json
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
@@ -38,14 +38,14 @@ SOURCE_BACKBONE = "source/export/backbone.safetensors"
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has found, and where."""
+    """The result of a sweep."""
 
     directory: Path
     outcomes: tuple[TrialOutcome, ...]
     choice: Choice | None
-    """The best setting; None if no setting's trials have all finished."""
+    """The best setting, or None if there is no setting of which all trials have finished."""
     verdict: Verdict | None
-    """Where the spec asks for it."""
+    """The result on the test tables, or None if they were not read."""
     mlflow_run_id: str
 
 
@@ -59,13 +59,13 @@ def run_sweep(
     """Train every trial of a sweep and choose the best setting by validation.
 
     Args:
-        source: a YAML file, a mapping, or a spec already built.
-        go_on: take up a sweep that stopped; finished trials are not repeated, others go on from their last checkpoint
-            and failed ones get another try.
-        mlflow_uri: where the sweep is tracked, instead of what its job says.
-        console: where the live table goes; standard error by default.
+        source: a YAML file, a mapping, or a sweep spec.
+        go_on: continue a sweep that stopped. Finished trials are not repeated, unfinished ones continue from their
+            last checkpoint, and failed ones are tried again.
+        mlflow_uri: the MLflow store that tracks the sweep; by default the one that its job names.
+        console: where the live table is shown; standard error by default.
     Raises:
-        SpecError and the errors of patches and data: before anything starts.
+        SpecError, and the errors of patches and data: something does not fit; raised before anything starts.
         Stopped: Ctrl-C.
     """
     spec = source if isinstance(source, SweepSpec) else load_sweep(source)
@@ -89,7 +89,7 @@ def run_sweep(
         plans = [ready(plan) for plan in plans]
         search = None
         if spec.suggested:
-            from multitask.sweep.searcher import Suggestions  # here, because few sweeps need Optuna
+            from multitask.sweep.searcher import Suggestions  # imported here, because few sweeps need Optuna
 
             search = Suggestions(spec, lambda number, values: ready(plan_trial(spec, number, values, weights)))
         write_atomic(directory / SPEC, _text(spec))
@@ -98,55 +98,74 @@ def run_sweep(
             if spec.source is not None:
                 _train_source(spec.source, directory / "source", tracker, tracking.experiment, console)
             verdict = read_verdict(directory)
-            # After a look at the test tables nothing is chosen any more.
+            # Once the test tables have been read, no further trials run, so that the test cannot influence the choice.
             complete = verdict is not None or run_trials(
                 spec, plans, search, loaded, places.concurrent, tracker.run_id, console
             )
             outcomes = tuple(read_outcome(plan) for plan in (plans if search is None else search.plans))
-            choice = choose(outcomes)
-            if complete and choice is not None and verdict is None:
-                verdict = _finish(spec, choice, directory, tracker, console)
-            if outcomes:
-                _record(spec, directory, outcomes, choice, verdict, tracker)
-            if not complete:
-                raise stopped(directory)
+            return _conclude(spec, outcomes, complete, verdict, tracker, console)
+
+
+def _conclude(
+    spec: SweepSpec,
+    outcomes: tuple[TrialOutcome, ...],
+    complete: bool,
+    verdict: Verdict | None,
+    tracker: Tracker,
+    console: Console,
+) -> SweepResult:
+    """Choose the best setting, retrain and test if the spec asks for it, and write tables, figures and report.
+
+    Args:
+        complete: whether all trials have ended.
+        verdict: the result on the test tables, if an earlier start of the sweep has read them.
+    Raises:
+        Stopped: the sweep is not complete; raised after everything has been written.
+    """
+    directory, choice = spec.run_directory, choose(outcomes)
+    if complete and choice is not None and verdict is None:
+        verdict = _retrain_and_test(spec, choice, directory, tracker, console)
+    if outcomes:
+        _record(spec, directory, outcomes, choice, verdict, tracker)
+    if not complete:
+        raise stopped(directory)
     return SweepResult(directory, outcomes, choice, verdict, tracker.run_id)
 
 
 def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
-    """A sweep is taken up on request only, and only by the spec that it began with."""
+    """Check that a new sweep has an empty directory, and that a continued one has the spec that it began with."""
     if not go_on:
         if directory.exists() and any(directory.iterdir()):
             raise SpecError(
-                f"'{directory}' is not empty. Go on with the sweep in it (--resume), name another with `directory`, or "
+                f"'{directory}' is not empty. Continue the sweep in it (--resume), name another with `directory`, or "
                 "remove it."
             )
     elif not (directory / SPEC).is_file():
         raise RunError(f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume.")
     elif (directory / SPEC).read_bytes() != _text(spec):
         raise SpecError(
-            f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Go on with "
-            "that one, and with the --mlflow-uri that it began with, or name another `directory`."
+            f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Continue "
+            "with that spec and with the --mlflow-uri that it began with, or name another `directory`."
         )
 
 
 def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
-    """Build each kind of job once: what does not fit is found before the first trial.
+    """Build each kind of job once, so that whatever does not fit is found before the first trial.
 
     Returns:
-        What the trials share; without the backbones, where these have to be trained first.
+        What the trials share; without backbones if a source has to be trained first.
     """
     _check_milestone(spec, plans)
     tasks = [task for plan in plans for task in plan.spec.tasks]
     if any(task.train_on != "train" for task in tasks):
         raise SpecError(
-            "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set retrain: "
-            "true to have the chosen setting trained on both"
+            "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set `retrain: "
+            "true` to have the chosen setting trained on both"
         )
     if any(plan.spec.workers is not None for plan in plans):
         raise SpecError(
-            "workers of all tasks together are shared out when a job starts, but a sweep counts places for each trial "
-            "before; leave the job's workers out, and give each task its own"
+            "the job has `workers`, which are divided among its tasks when it starts, but a sweep counts the places of "
+            "each trial before that; leave the job's `workers` out, and give each task its own"
         )
     if spec.test:
         for task in {task.data: task for task in tasks}.values():
@@ -164,13 +183,13 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
 
 
 def _kind(spec: JobSpec) -> str:
-    """Equal for jobs that fit their backbones and data alike."""
+    """Return a text that is equal for jobs with the same backbone, tasks and shared training."""
     content = dump_spec(spec)
     return json.dumps([content[key] for key in ("backbone", "train_shared", "tasks")])
 
 
 def _check_source(source: JobSpec, backbones: Iterable[Backbone]) -> None:
-    """What it trains has to fit: found afterwards, its training would have been for nothing."""
+    """Check that the backbone that the source trains fits the trials, so that it is not trained in vain."""
 
     def shapes(backbone: Backbone) -> dict[str, Any]:
         return {name: tensor.shape for name, tensor in backbone.network.state_dict().items()}
@@ -185,11 +204,11 @@ def _check_source(source: JobSpec, backbones: Iterable[Backbone]) -> None:
 
 
 def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
-    """A scheduler that meets no trial before its end would stop nobody."""
+    """Check that the scheduler's first milestone comes before the end of a trial; otherwise it would stop none."""
     if not isinstance(spec.scheduler, AshaScheduler):
         return
     grace, jobs = spec.scheduler.grace_rounds, [plan.spec for plan in plans]
-    # It decides at evaluations: at the first one that is not before its milestone.
+    # The scheduler decides at evaluations: at the first one that is not before its milestone.
     if all(math.ceil(grace / job.evaluate_every) * job.evaluate_every >= job.steps for job in jobs):
         raise SpecError(
             f"scheduler.grace_rounds is {grace}, but the trials have {jobs[0].steps} steps and are evaluated every "
@@ -199,7 +218,7 @@ def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
 
 
 def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Tracker:
-    """MLflow's run of the sweep, or the one of its earlier start."""
+    """Start the MLflow run of the sweep, or reopen the one of its earlier start."""
     state = spec.run_directory / STATE
     assert tracking.uri is not None, "`plan_trials` has set it"
     return Tracker(
@@ -214,7 +233,7 @@ def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Track
 
 
 def _space(spec: SweepSpec) -> dict[str, Any]:
-    """Key -> its values, as MLflow's params show them."""
+    """Return each key with its values, as MLflow's params show them."""
     return {
         key: {kind: values for kind, values in asdict(dimension).items() if values is not None}
         for key, dimension in spec.dimensions.items()
@@ -226,13 +245,15 @@ def _text(spec: SweepSpec) -> bytes:
 
 
 def _train_source(source: str, directory: Path, tracker: Tracker, experiment: str, console: Console) -> None:
-    """Train and export what the trials' backbone comes from, once."""
+    """Train and export the source, from whose backbone the trials start, unless that is done already."""
     changes = {"directory": str(directory), "tracking": {"uri": tracker.tracking_uri, "experiment": experiment}}
     run_to_its_end(load_spec(source, changes), tracker, console).export("best")
 
 
-def _finish(spec: SweepSpec, choice: Choice, directory: Path, tracker: Tracker, console: Console) -> Verdict | None:
-    """Retrain and test as far as the spec asks for it."""
+def _retrain_and_test(
+    spec: SweepSpec, choice: Choice, directory: Path, tracker: Tracker, console: Console
+) -> Verdict | None:
+    """Retrain the chosen setting, and read the test tables, each only if the spec asks for it."""
     retrained = None
     if spec.retrain:
         retrained = run_to_its_end(retrained_spec(choice, spec.name, directory), tracker, console)
@@ -247,7 +268,7 @@ def _record(
     verdict: Verdict | None,
     tracker: Tracker,
 ) -> None:
-    """Tables, figures, the report and the winner's spec, in the directory and in MLflow."""
+    """Write tables, figures, report and the chosen job's spec to the directory and to MLflow."""
     found = series(choices(outcomes))
     figures = draw(found)
     report = write_sweep_report(spec.name, section(outcomes, found, figures, choice, verdict), directory)

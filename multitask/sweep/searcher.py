@@ -18,21 +18,23 @@ from multitask.sweep.plan import TrialPlan
 from multitask.sweep.spec import Dimension, OptunaSearcher, SweepSpec
 
 SETTINGS = "settings.json"
-"""In the sweep's directory: what was suggested, in the order of the trials."""
+"""File in the sweep's directory with the suggested settings, in the order of the trials."""
 
 
 class Suggestions(OptunaSearch):
-    """Asks Optuna for a setting whenever Tune has room for a trial, and tells it what trials found.
+    """Asks Optuna for a setting whenever Tune has room for a trial, and tells Optuna the results of trials.
 
-    A sweep that goes on gets its earlier settings first, in their order; their trials tell again what they did.
+    A continued sweep gets its earlier settings first, in their order, and their trials report their results again.
     """
 
     def __init__(self, spec: SweepSpec, plan: Callable[[int, Mapping[str, Any]], TrialPlan]) -> None:
-        """Args:
-        plan: makes the trial of a number and its setting; what it raises ends the sweep.
+        """Read the settings of an earlier start, and set up Optuna.
+
+        Args:
+            plan: makes a trial from its number and setting; an error that it raises ends the sweep.
         """
         assert isinstance(spec.searcher, OptunaSearcher)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table tells of trials
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table shows the trials
         self._plan, self._dimensions = plan, spec.dimensions
         self._file = spec.run_directory / SETTINGS
         self._settings: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.is_file() else []
@@ -47,10 +49,11 @@ class Suggestions(OptunaSearch):
 
     @property
     def plans(self) -> list[TrialPlan]:
-        """The trials of all settings so far."""
+        """Trials of all settings that were suggested so far."""
         return [self._plan(number, values) for number, values in enumerate(self._settings)]
 
     def suggest(self, trial_id: str) -> dict[str, TrialPlan]:
+        """Return the next trial, and write down its setting if it is a new one."""
         point = super().suggest(trial_id)
         assert point is not None
         number, values = len(self._trials), self._values(point)
@@ -61,24 +64,26 @@ class Suggestions(OptunaSearch):
         return {"plan": self._trials[trial_id]}
 
     def on_trial_result(self, trial_id: str, result: Any) -> None:
-        """What counts is known at a trial's end."""
+        """Ignore evaluations during a trial: Optuna learns a trial's best evaluation at the trial's end."""
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
-        """Its best evaluation is what the choice goes by, not its last."""
+        """Tell Optuna the best evaluation of a trial, by which the choice goes too, and not the last one."""
         top1 = None if error else read_outcome(self._trials[trial_id]).top1
         super().on_trial_complete(trial_id, {METRIC: top1}, error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nobody restores it, as sweeps resume from their run directories; Tune wants a file."""
+        """Create an empty file, because Tune wants one. It is never read: sweeps resume from their run directories."""
         Path(checkpoint_path).touch()
 
     def _values(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the setting that one of Optuna's points stands for."""
         return {
             key: point[key] if dimension.log_uniform is not None else dimension.named[point[key]]
             for key, dimension in self._dimensions.items()
         }
 
     def _point(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return Optuna's point for a setting."""
         return {
             key: values[key] if dimension.log_uniform is not None else dimension.named.index(values[key])
             for key, dimension in self._dimensions.items()
@@ -86,9 +91,9 @@ class Suggestions(OptunaSearch):
 
 
 class NumberedSampler(BaseSampler):
-    """Optuna's TPE, seeded by the number of the trial.
+    """Optuna's tree-structured Parzen estimator, seeded anew for each trial by the trial's number.
 
-    So a suggestion depends on the seed and on what is known, and not on how often the sweep was stopped.
+    A suggestion then depends on the seed and on the known results, but not on how often the sweep was stopped.
     """
 
     def __init__(self, seed: int, startup_trials: int) -> None:
@@ -109,7 +114,7 @@ class NumberedSampler(BaseSampler):
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
-    """Of the values' places among their like, where they are named: Optuna takes no mappings."""
+    """Return Optuna's distribution of a key: a range, or the indices of values, because Optuna takes no mappings."""
     if dimension.log_uniform is not None:
         low, high = dimension.log_uniform
         return FloatDistribution(low, high, log=True)

@@ -1,4 +1,4 @@
-"""The sweep spec: a job, and the values that some of its keys take."""
+"""The sweep spec: a job, and the values that a sweep tries for some of its keys."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,14 +15,14 @@ from multitask.spec.schema import STRICT, Count, Name, Rate
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Dimension:
-    """The values of one key: exactly one of the three."""
+    """The values of one key. Exactly one of the three fields is set."""
 
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """Each of these, with each value of every other grid."""
+    """Values that are all used, each together with every value of every other grid."""
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """One of these, drawn."""
+    """Values of which one is drawn."""
     log_uniform: tuple[Rate, Rate] | None = None
-    """A number between these two, drawn so that its logarithm is uniform."""
+    """Two numbers between which one is drawn, so that its logarithm is uniform."""
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
@@ -42,35 +42,36 @@ class Dimension:
 
     @property
     def drawn(self) -> bool:
+        """Whether values are drawn at random."""
         return self.grid is None
 
     @property
     def named(self) -> tuple[Any, ...]:
-        """The values that stand in the sweep: all, or the two ends of a range."""
+        """The values that the spec names: all of them, or the two ends of a range."""
         return self.grid or self.choice or self.log_uniform or ()
 
 
 RATE, TASK_BATCH, WEIGHT_DECAY = "optimizer.rate", "tasks.batch_size", "optimizer.weight_decay"
 READY: dict[str, dict[str, Dimension]] = {
-    # Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5: 0.0045 to 0.45 "by factors of 3". Powers of 3
-    # miss 0.45 and the paper's own 0.045, so these are the nearest steps that reach both.
+    # Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5: 0.0045 to 0.45 "by factors of 3". With factors of
+    # exactly 3, the rates miss 0.45 and the paper's own 0.045; these are the nearest rates that include both.
     "k_for_1_rates": {RATE: Dimension(grid=(0.0045, 0.015, 0.045, 0.15, 0.45))},
-    # Alini et al., "Parasite Networks", 2024, with rate_rule: per_256_images; after "Visual Prompt Tuning".
+    # Alini et al., "Parasite Networks", 2024, after "Visual Prompt Tuning". To be used with rate_rule: per_256_images.
     "parasite_grid": {
         RATE: Dimension(grid=(1e-4, 5e-4, 1e-3, 5e-3, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)),
         WEIGHT_DECAY: Dimension(grid=(0.0, 1e-4, 1e-3, 1e-2)),
         TASK_BATCH: Dimension(grid=(32, 64, 128, 256, 384, 1024)),
     },
-    # Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025: three values up to the number of blocks. The
-    # paper's text has lost them; a third, two thirds and all of ViT-B/16's 12 blocks are the natural reading.
+    # Tang, Fu and Wu, "Minimal Interaction Separated Tuning", CVPR 2025: three values up to the number of blocks. They
+    # are missing in the paper's text; a third, two thirds and all of ViT-B/16's 12 blocks are the natural reading.
     "mist_k": {"tasks.options.k": Dimension(grid=(4, 8, 12))},
 }
-"""Spaces of the papers."""
+"""Name of a paper's space -> its keys with their values."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NoScheduler:
-    """Every trial makes all its steps."""
+    """No trial is stopped early."""
 
     name: Literal["none"] = "none"
 
@@ -84,9 +85,9 @@ class AshaScheduler:
 
     name: Literal["asha"]
     grace_rounds: Count
-    """The first milestone; the next ones lie at this times reduction, reduction², ..."""
+    """Round of the first milestone; the next ones are this times reduction, reduction², ..."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """One in so many trials passes a milestone."""
+    """One of this many trials passes a milestone."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -98,46 +99,49 @@ class NoSearcher:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptunaSearcher:
-    """Settings are suggested while the sweep runs, each by what the trials before it found.
+    """Each setting is suggested while the sweep runs, based on the results of the trials before it.
 
     Source: the tree-structured Parzen estimator of Akiba et al., "Optuna", KDD 2019, arXiv:1907.10902.
     """
 
     name: Literal["optuna"]
     startup_trials: Count = 10
-    """Settings at random before it learns."""
+    """Number of random settings before the searcher uses what it has learned."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepSpec:
+    """A sweep as its YAML file describes it."""
+
     name: Name
-    """Names the sweep, its directory and, with a number, its trials."""
+    """Name of the sweep and of its directory; with a number, also the name of each trial."""
     job: dict[str, Any]
-    """A job spec; `base: FILE` changes another one."""
+    """A job spec; with `base: FILE` it states only what differs from another one."""
     space: dict[str, Dimension] = Field(default_factory=dict)
-    """Key of the job -> its values. `tasks.KEY` is the key of every task, `tasks.NAME.KEY` that of one."""
+    """Key of the job -> its values. `tasks.KEY` is the key of every task, `tasks.NAME.KEY` that of the task NAME."""
     ready: tuple[Literal["k_for_1_rates", "parasite_grid", "mist_k"], ...] = ()
-    """Spaces of papers to take in; `space` may replace their keys."""
+    """Names of papers' spaces to use; a key in `space` replaces the same key of a paper's space."""
     samples: Count = 1
-    """Draws of all `choice` and `log_uniform` keys for each point of the grid; with a searcher all trials."""
+    """Number of draws of all `choice` and `log_uniform` keys for each point of the grid; with a searcher, number of all
+    trials."""
     repeats: Count = 1
-    """Trials of each setting, with the seeds seed, seed + 1, ... of the job; their mean counts."""
+    """Number of trials of each setting, with the job's seed, seed + 1, ...; the setting counts by their mean."""
     searcher: Annotated[NoSearcher | OptunaSearcher, Field(discriminator="name")] = NoSearcher()
     scheduler: Annotated[NoScheduler | AshaScheduler, Field(discriminator="name")] = NoScheduler()
     source: str | None = None
-    """A job spec to train first; every trial starts from its backbone (best by validation)."""
+    """A job spec to train first; every trial starts from the backbone of its version that is best by validation."""
     concurrent: Count | None = None
-    """Trials at a time; by default as many as find room, with CPUs left to nobody."""
+    """Number of trials that run at the same time; by default as many as have room, so that all CPUs are in use."""
     retries: Annotated[int, Field(ge=0)] = 1
-    """Times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
+    """Number of times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
     retrain: bool = False
-    """Train the chosen setting anew on train and validation tables together, when the choice stands."""
+    """After the choice, train the chosen setting once more on train and validation tables together."""
     test: bool = False
-    """Measure the result on the test tables, once: the retrained models, or else the chosen trial's."""
+    """Evaluate the retrained models, or else those of the chosen trial, on the test tables, once."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws and suggestions, and of the order in which trials start under a scheduler."""
+    """Seed of the draws and suggestions, and of the order in which trials start under a scheduler."""
     directory: str | None = None
-    """Where everything goes; runs/NAME by default."""
+    """Directory of everything that the sweep writes; runs/NAME by default."""
 
     @model_validator(mode="after")
     def _something_varies(self) -> Self:
@@ -181,33 +185,35 @@ class SweepSpec:
 
     @property
     def dimensions(self) -> dict[str, Dimension]:
-        """Key -> its values: the ready spaces, then the sweep's own."""
+        """Key -> its values, from the papers' spaces in `ready` and then from `space`."""
         ready = {key: values for name in self.ready for key, values in READY[name].items()}
         return {**ready, **self.space}
 
     @property
     def suggested(self) -> bool:
-        """Whether settings are found while the sweep runs."""
+        """Whether a searcher suggests the settings while the sweep runs."""
         return isinstance(self.searcher, OptunaSearcher)
 
     @property
     def run_directory(self) -> Path:
+        """Absolute path of the sweep's directory."""
         return Path(self.directory or f"runs/{self.name}").resolve()
 
 
 _ADAPTER = TypeAdapter(SweepSpec)
 OWN_KEYS = ("name", "directory")
-"""Of a job; the sweep sets them for each trial."""
+"""Keys of a job that the sweep sets for each trial."""
 
 
 def load_sweep(source: str | Path | Mapping[str, Any], folder: Path | None = None) -> SweepSpec:
-    """Read and check a sweep spec; its job is checked with the values of each trial, by `plan_trials`.
+    """Read and check a sweep spec. Its job is checked later, with the values of each trial, by `plan_trials`.
 
     Args:
-        source: a YAML file, or the same as a mapping.
-        folder: where the relative paths of a mapping start; by default where the command runs.
+        source: a YAML file, or its content as a mapping.
+        folder: folder to which the relative paths of a mapping refer; by default the working directory.
     Raises:
-        SpecError: unknown or missing keys, wrong types or values out of range; names file, key and what is allowed.
+        SpecError: a key is unknown or missing, or a value has a wrong type or is out of range; the message names file,
+            key and what is allowed.
     """
     if isinstance(source, Mapping):
         where, raw, folder = "sweep spec", dict(source), folder or Path()
@@ -225,5 +231,5 @@ def load_sweep(source: str | Path | Mapping[str, Any], folder: Path | None = Non
 
 
 def dump_sweep(spec: SweepSpec) -> dict[str, Any]:
-    """The sweep as plain data, its job's base merged in and its paths absolute: equal for equal sweeps."""
+    """Return the sweep as plain data, equal for equal sweeps, with its job's base merged in and absolute paths."""
     return _ADAPTER.dump_python(spec, mode="json")

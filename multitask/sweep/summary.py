@@ -1,11 +1,12 @@
-"""A sweep in words and tables: what its report shows."""
+"""The texts and tables of a sweep's report."""
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from multitask.report.plots import Drawn
 from multitask.sweep.board import duration
-from multitask.sweep.figures import Drawn, Series, method_colours
+from multitask.sweep.figures import Series, method_colours
 from multitask.sweep.final import Verdict
 from multitask.sweep.outcomes import Choice, TrialOutcome
 from multitask.sweep.plan import describe, short_names, show
@@ -20,7 +21,7 @@ def section(
     choice: Choice | None,
     verdict: Verdict | None,
 ) -> dict[str, Any]:
-    """What `multitask.report.report.write_sweep_report` shows."""
+    """Return everything that `multitask.report.pages.write_sweep_report` shows."""
     colours = method_colours(found)
     return {
         "headline": headline(len({outcome.plan.setting for outcome in outcomes}), choice, verdict),
@@ -38,22 +39,22 @@ def section(
 
 
 def headline(settings: int, choice: Choice | None, verdict: Verdict | None) -> str:
-    """The result in one or two sentences."""
+    """Return the result in one or two sentences; `settings` is the number of settings."""
     if choice is None:
         return f"None of {settings} settings has finished all its trials."
-    of = f", mean over {choice.trials} seeds" if choice.trials > 1 else ""
+    mean = f", mean over {choice.trials} seeds" if choice.trials > 1 else ""
     text = (
-        f"Best of {settings} settings: {describe(choice.trial.values)}, with {choice.top1:.1f} % validation top-1{of} "
-        f"and {choice.trained_parameters:,} trained parameters."
+        f"Best of {settings} settings: {describe(choice.trial.values)}, with {choice.top1:.1f} % validation "
+        f"top-1{mean} and {choice.trained_parameters:,} trained parameters."
     )
     if verdict is not None:
-        of = "Trained anew on train and validation together" if verdict.version == "last" else "Its trial"
-        text += f" {of}, measured once: {verdict.top1:.1f} % top-1 on test images."
+        models = "Trained anew on train and validation together" if verdict.version == "last" else "Its trial"
+        text += f" {models}, measured once: {verdict.top1:.1f} % top-1 on test images."
     return text
 
 
 def facts(outcomes: Sequence[TrialOutcome]) -> list[str]:
-    """Trials by their state, and the time that training took."""
+    """Return the number of trials in each state, and the time that the finished ones took."""
     states = Counter(outcome.state for outcome in outcomes)
     seconds = sum(outcome.seconds or 0.0 for outcome in outcomes)
     counts = [f"{count} {state}" for state, count in states.items()]
@@ -61,7 +62,7 @@ def facts(outcomes: Sequence[TrialOutcome]) -> list[str]:
 
 
 def method_rows(found: Series) -> list[tuple[str, ...]]:
-    """For each method: its best rate, the accuracy there and at its worst rate, and what it trains."""
+    """Return a line for each method: best rate, accuracy there and at its worst rate, rates, trained parameters."""
     lines: list[tuple[str, ...]] = []
     for method, points in found.items():
         best, lowest = max(points, key=lambda point: point.top1), min(point.top1 for point in points)
@@ -71,6 +72,7 @@ def method_rows(found: Series) -> list[tuple[str, ...]]:
 
 
 def verdict_rows(verdict: Verdict) -> list[tuple[str, ...]]:
+    """Return a line for each task: its accuracy and loss on the test images."""
     return [
         (task, f"{values['top1']:.2f}", f"{values['top5']:.2f}", f"{values['loss']:.4f}")
         for task, values in verdict.tasks.items()
@@ -78,12 +80,13 @@ def verdict_rows(verdict: Verdict) -> list[tuple[str, ...]]:
 
 
 def trial_header(outcomes: Sequence[TrialOutcome]) -> list[str]:
+    """Return the column names of `trial_rows`."""
     names = short_names(list(outcomes[0].plan.values))
     return ["trial", *names.values(), "seed", "state", "validation top-1, %", "rounds", "trained", "seconds"]
 
 
 def trial_rows(outcomes: Sequence[TrialOutcome]) -> list[tuple[str, ...]]:
-    """A line for each trial, the best first."""
+    """Return a line for each trial, the best first."""
     ranked = sorted(outcomes, key=lambda outcome: (outcome.state != "finished", -(outcome.top1 or 0.0)))
     return [
         (

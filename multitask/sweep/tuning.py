@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials; their run directories keep what they did."""
+"""Runs the trials with Ray Tune; their results are in their run directories."""
 
 import contextlib
 import os
@@ -35,11 +35,15 @@ def run_trials(
     parent_run_id: str,
     console: Console,
 ) -> bool:
-    """Have Tune run every trial that has not ended; returns whether all came to their end.
+    """Have Tune run every trial that has not ended, and return whether all of them came to their end.
 
     Args:
-        plans: all trials, or with `search` those that show what its trials may need.
-        search: suggests the trials.
+        plans: all trials; with `search`, trials that show everything that a trial may need.
+        search: the searcher that suggests the trials, if the sweep has one.
+        loaded: tables and backbones that the trials share.
+        concurrent: number of trials that run at the same time.
+        parent_run_id: the MLflow run of the sweep.
+        console: where the live table is shown.
     """
     asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None
     outcomes = [read_outcome(plan) for plan in (plans if search is None else search.plans)]
@@ -56,7 +60,7 @@ def run_trials(
     trainable = tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory(reserved(config["plan"].spec)))
     files = spec.run_directory / "tune"
     shutil.rmtree(files, ignore_errors=True)
-    with Board(spec.name, tuple(spec.dimensions), trials, outcomes, console) as board, _quiet_tune():
+    with Board(spec.name, tuple(spec.dimensions), trials, outcomes, console) as board, quiet_tune():
         tuner = tune.Tuner(
             trainable,
             param_space=space,
@@ -74,7 +78,7 @@ def run_trials(
                 storage_path=str(files.parent),
                 failure_config=tune.FailureConfig(max_failures=spec.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[board, JsonLoggerCallback()],  # Tune misses its results without a file of them
+                callbacks=[board, JsonLoggerCallback()],  # without a file of results Tune complains at its end
                 verbose=0,
             ),
         )
@@ -83,12 +87,14 @@ def run_trials(
 
 
 def start_order(outcomes: Sequence[TrialOutcome], scheduler_seed: int | None) -> list[int]:
-    """The trials that Tune has to run, by their numbers.
+    """Return the numbers of the trials that Tune has to run, in the order in which they start.
+
+    Without a scheduler these are the unfinished trials. A scheduler compares trials, so it gets all of them: ended ones
+    report their results again. They start in random order, because in a grid's order each method might be better than
+    the methods before it, and all its trials would pass every milestone.
 
     Args:
-        scheduler_seed: with a scheduler, which compares trials: those that have ended tell it again what they did, and
-            all come in random order, as in a grid's order whole methods may each be better than those before them,
-            and pass every milestone.
+        scheduler_seed: seed of the random order; None without a scheduler.
     """
     if scheduler_seed is None:
         return [outcome.plan.number for outcome in outcomes if outcome.state != "finished"]
@@ -104,16 +110,17 @@ def _scheduler(asha: AshaScheduler | None, steps: int) -> Any:
         max_t=steps,
         grace_period=asha.grace_rounds,
         reduction_factor=asha.reduction,
-        stop_last_trials=False,  # a trial ends by itself, and writes its result
+        stop_last_trials=False,  # a trial of full length ends by itself, and then writes its result
     )
 
 
 @contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Without Tune's own loggers, as MLflow has every result, its traces, as a sweep tells of failures at its end, and
-    its tables.
+def quiet_tune() -> Iterator[None]:
+    """Turn off what Tune prints and logs, and restore signal handlers and environment at the end.
 
-    Tune leaves its handlers of signals behind; they would swallow the next Ctrl-C.
+    Tune's loggers are off because MLflow has every result, its tracebacks because a sweep reports failures at its end,
+    and its tables because the sweep has its own. Tune leaves its signal handlers behind, which would swallow the next
+    Ctrl-C.
     """
     quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_AIR_NEW_OUTPUT": "0"}
     before = {name: os.environ.get(name) for name in quiet}

@@ -1,4 +1,4 @@
-"""The demo at full length, with what it promises of its numbers."""
+"""The demo at full length keeps its promises about its numbers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import patches
-from jobs.demo import run_demo
+from jobs.demo.run import run_demo
 from multitask.cascade import CascadeModel, read_predictions
 from multitask.cascade.cascade import answers_of
 from multitask.data import open_table
@@ -76,7 +76,7 @@ def test_private_scale_and_bias_matches_three_models_and_a_cascade_its_best_reso
 
 
 def check_package(package: Path, run: Run, stages: list[str]) -> None:
-    """It loads, and answers images as the predictions that it was checked on say."""
+    """Check that the cascade loads, and that it answers images as the predictions on which it was checked say."""
     model = CascadeModel.load(package)
     point = model.cascade.point()
     assert [stage.model for stage in point.stages] == stages

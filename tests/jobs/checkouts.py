@@ -1,4 +1,4 @@
-"""A small project under git, as `multitask submit` packs the real one."""
+"""A small project under git, to be packed by `multitask submit` like the real one."""
 
 import subprocess
 from pathlib import Path

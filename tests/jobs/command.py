@@ -1,4 +1,4 @@
-"""The command in this process: a new one would spend most of its time on importing torch."""
+"""Runs the command in this process, because a new process would spend most of its time on importing torch."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ from jobs.cli import main
 
 
 def multitask(*arguments: object) -> CompletedProcess[str]:
-    """What `multitask ARGUMENTS` prints and its exit status."""
+    """Run `multitask ARGUMENTS`, and return what it prints and its exit status."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["multitask", *map(str, arguments)])
@@ -21,7 +21,7 @@ def multitask(*arguments: object) -> CompletedProcess[str]:
         except SystemExit as end:
             status = int(end.code or 0)
         except Exception:
-            # As the interpreter ends a program.
+            # The interpreter ends a program like this.
             traceback.print_exc()
             status = 1
     return CompletedProcess(arguments, status, out.getvalue(), err.getvalue())

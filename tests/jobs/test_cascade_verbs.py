@@ -1,4 +1,4 @@
-"""From a run to a cascade by commands alone."""
+"""The way from a run to a cascade with commands only."""
 
 import json
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_fit_evaluate_run_and_plot(run: Path, tmp_path: Path) -> None:
 
 
 def outside_predictions(folder: Path) -> Path:
-    """Of models that this project did not train."""
+    """Predictions of models that this project did not train."""
     random = np.random.default_rng(0)
     labels = np.arange(400) % 3
     for model, noise in (("phone", 1.0), ("server", 0.3)):
@@ -109,8 +109,8 @@ def test_models_from_elsewhere_take_costs_from_a_table(tmp_path: Path) -> None:
     [
         (["--to", "cascade.zip"], "ends in .cascade"),
         (["--to", "x.cascade"], "Name their folder: --export"),
-        (["--to", "x.json"], "or --cost-table"),
-        (["--to", "x.json", "--cost-table", "costs.csv"], "go together"),
+        (["--to", "x.json"], "from a file (--cost-table)"),
+        (["--to", "x.json", "--cost-table", "costs.csv"], "Name both"),
         (["--to", "x.json", "--model", "phon"], "Did you mean 'phone'"),
     ],
 )

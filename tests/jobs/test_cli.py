@@ -1,4 +1,4 @@
-"""The command as a user meets it: exit status, messages, JSON."""
+"""The command as a user sees it: exit status, messages, JSON."""
 
 import json
 from collections.abc import Callable
@@ -119,8 +119,8 @@ def test_a_bundle_of_another_backbone_is_refused(make_spec: Callable[..., JobSpe
     [
         ([], "Name one of: a job spec, --resume RUN"),
         (["job.yaml", "--resume", "runs/job"], "Name one of: a job spec, --resume RUN"),
-        (["--attach", "runs/job"], "--task goes with --attach"),
-        (["job.yaml", "--task", "pets"], "--task goes with --attach"),
+        (["--attach", "runs/job"], "--task needs one of the two"),
+        (["job.yaml", "--task", "pets"], "--task needs one of the two"),
     ],
 )
 def test_train_says_what_goes_together(arguments: list[str], message: str) -> None:
@@ -150,4 +150,4 @@ def test_what_the_server_turned_away_is_shown(spec_file: Path, tmp_path: Path, m
 
     run = tmp_path / "runs" / "job"
     assert json.loads((run / "result.json").read_text())["rejected_calls"] == 2
-    assert "turned away: 2 pushes and joins" in multitask("status", run).stdout
+    assert "rejected: 2 pushes and joins" in multitask("status", run).stdout

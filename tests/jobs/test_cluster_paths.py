@@ -1,4 +1,4 @@
-"""Which paths of a job hold on a cluster, and what is said of the others."""
+"""The paths of a job that can be used on a cluster, and the errors about those that cannot."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ STORAGE = "/shared/multitask"
 
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterPaths:
-    """Of a project with one tracked table, from which the command runs."""
+    """Paths of a project with one tracked table; the command runs in its folder."""
     project = tmp_path / "project"
     (project / "data" / "pets" / "train").mkdir(parents=True)
     monkeypatch.chdir(project)

@@ -1,4 +1,4 @@
-"""`multitask submit` and `multitask jobs` against a cluster that is not there: the client alone is invented."""
+"""`multitask submit` and `multitask jobs` with a client that only pretends to have a cluster."""
 
 import json
 import shlex
@@ -26,7 +26,7 @@ ERROR = "error: Worker 'pets/0' of task 'pets' failed: no space\n(--debug shows 
 
 @dataclass
 class Cluster:
-    """What a cluster was told, and what it answers."""
+    """A client that records what a cluster is told, and gives prepared answers."""
 
     status: JobStatus = JobStatus.SUCCEEDED
     exit_code: int | None = 0
@@ -84,7 +84,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def spec_file(make_spec: Callable[..., JobSpec], tmp_path: Path) -> Path:
-    """A spec outside the project, as from a clean directory."""
+    """A job spec outside the project."""
     path = tmp_path / "clean" / "mine.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(dump_spec(make_spec())))
@@ -196,7 +196,7 @@ def test_other_verbs_work_on_the_storage(cluster: Cluster) -> None:
         (["evaluate", "/shared/job", "--save-predictions=predictions"], "save_predictions is 'predictions'"),
         (["cascade", "run", "/shared/a.cascade", "s3://bucket/pets", "--to", "/tmp/a.parquet"], "to is '/tmp/a.parq"),
         (["demo"], "'demo' cannot be submitted; train, sweep, evaluate, cascade, export can."),
-        (["cascade", "fitt"], "After 'cascade' comes one of fit, evaluate, run, plot."),
+        (["cascade", "fitt"], "'cascade' must be followed by one of fit, evaluate, run, plot."),
         (["export", "/shared/job", "--versoin", "last"], "No such option: --versoin"),
         (["export", "/shared/job", "--version", "newest"], "newest"),
         (["export"], "Missing argument"),
@@ -266,7 +266,7 @@ def test_no_cluster_is_an_error_that_names_the_address(spec_file: Path, monkeypa
 def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cluster) -> None:
     where = {"process": 1, "host": "another", "updated": time.time() - 5}
     status = {"name": "run", "state": "running", "engine": "async", "error": None, "tasks": {}, **where}
-    # Ray's lines come before the job's and, as the two write to one file, behind them.
+    # Ray and the job write to one file, so Ray's lines come before those of the job, and also after them.
     around = ("Runtime env is setting up.\n", "Running entrypoint for job raysubmit_1: cat\n{'an': 'event'}\n")
     cluster.log = json.dumps(status, indent=2).join(around)
 
@@ -280,7 +280,7 @@ def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cl
     assert cluster.deleted == ["raysubmit_1"]
 
 
-@pytest.mark.parametrize(("exit_code", "said"), [(1, "holds no run on the cluster's head"), (None, "Ray's account")])
+@pytest.mark.parametrize(("exit_code", "said"), [(1, "The cluster's head has no run in"), (None, "Ray's account")])
 def test_a_status_that_cannot_be_read_there_is_an_error(cluster: Cluster, exit_code: int | None, said: str) -> None:
     cluster.status, cluster.exit_code = JobStatus.FAILED, exit_code
     shown = multitask("status", "/shared/run", "--address", "http://head:8265")

@@ -1,4 +1,4 @@
-"""`multitask data` as a user meets it."""
+"""`multitask data` as a user sees it."""
 
 import json
 from pathlib import Path

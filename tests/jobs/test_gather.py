@@ -1,4 +1,4 @@
-"""`multitask gather`: a task's images as MIST's messages."""
+"""`multitask gather`: a task's images become the feature maps that MIST's edge learns from."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`multitask plan` as a user meets it."""
+"""`multitask plan` as a user sees it."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_a_plan_reaches_from_the_spec_to_a_thousand_workers(write_spec: Callable
     assert [one["workers"] for one in estimates] == [2**number for number in range(1, 11)]
     assert [one["nodes"] for one in estimates] == [one["workers"] for one in estimates]
     assert estimates[0]["images_per_s"] == pytest.approx(16 / estimates[0]["steps_s"][0])
-    # Steps of milliseconds: a thousand workers push more than one shard can take.
+    # Steps take milliseconds, so a thousand workers push more than one shard can handle.
     assert estimates[-1]["limit"] == found["saturation"]["limit"] == "the server's shards"
 
 

@@ -13,7 +13,7 @@ SPECS = Path(__file__).parents[2] / "jobs" / "specs"
 
 @pytest.mark.parametrize("name", ["imagenet_places", "imagenet_resolutions", "transfer"])
 def test_two_steps_of_the_papers_settings(name: str, make_data: Callable[..., str], tmp_path: Path) -> None:
-    """Everything is the spec's own but the data, the batch size, the engine, and weights that cannot be downloaded."""
+    """Everything is from the spec except data, batch size, engine, and weights that cannot be downloaded."""
     data = make_data(classes=5, rows=6, size=96)
     raw = dump_spec(load_spec(SPECS / f"{name}.yaml"))
     raw["tasks"] = [task | {"data": data, "batch_size": 2} for task in raw["tasks"]]
@@ -35,7 +35,7 @@ def test_the_papers_settings() -> None:
     assert {task.name: task.resolution for task in resolutions.tasks} == {
         f"imagenet@{resolution}": resolution for resolution in (96, 128, 160, 192, 224)
     }
-    # The five share one head and one schedule; convolutions are trained by all.
+    # The five resolutions share one head and one schedule, and all of them train the convolutions.
     assert {(task.method, task.num_classes) for task in resolutions.tasks} == {("scale_bias", None)}
     assert transfer.backbone.name == "inception_v3"
     assert not transfer.train_shared

@@ -1,4 +1,4 @@
-"""How a job on a cluster is started, followed and judged."""
+"""A job on a cluster is started, followed, and its end is reported."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -17,11 +17,14 @@ from jobs.submission import JobLog, exit_status, follow, forwarded, last_words
 
 
 class BreakingClient:
-    """A job's log in chunks, over a connection that breaks."""
+    """A client that sends a job's log in chunks over a connection that breaks."""
 
     def __init__(self, chunks: Sequence[str], breaks: Sequence[int]) -> None:
-        """Args:
-        breaks: chunks that each connection lives for, until one that lives on.
+        """Prepare the log.
+
+        Args:
+            chunks: the job's log.
+            breaks: number of chunks after which each connection breaks; later connections do not break.
         """
         self._chunks, self._breaks = chunks, list(breaks)
 
@@ -104,5 +107,5 @@ def test_tokens_travel_in_a_file_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     (content,) = forwarded(["MLFLOW_TRACKING_TOKEN"]).values()
     assert json.loads(content) == {"MLFLOW_TRACKING_TOKEN": "secret"}
     assert list(forwarded(["MLFLOW_TRACKING_TOKEN"])) == [TOKENS]
-    with pytest.raises(ValueError, match="--token NO_SUCH_TOKEN: no such environment variable"):
+    with pytest.raises(ValueError, match="names the environment variable NO_SUCH_TOKEN, which is not set"):
         forwarded(["MLFLOW_TRACKING_TOKEN", "NO_SUCH_TOKEN"])

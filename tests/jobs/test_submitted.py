@@ -1,4 +1,4 @@
-"""What a job does on its cluster before its verb."""
+"""The checks that a job makes on its cluster before it runs its verb."""
 
 import contextlib
 import json

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.demo.report import write_report
 from multitask.cascade import Check, OperatingPoint, Predictions, figures, fit_and_check
 from multitask.cascade.checking import Interval
 from multitask.cascade.figures import accuracy_cost, headline, model_rows, section, stage_rows, stage_sheet
@@ -16,10 +17,9 @@ from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import Rule
 from multitask.data import open_table
 from multitask.report.plots import DARK, LIGHT
-from multitask.report.report import write_report
 from tests.conftest import MakeData, png
+from tests.jobs.test_demo_report import make_results
 from tests.multitask.cascade.pools import costs_of_pool, make_predictions
-from tests.multitask.report.test_report import make_results
 
 
 @pytest.fixture(scope="module")

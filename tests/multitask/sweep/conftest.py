@@ -1,4 +1,4 @@
-"""What the tests of sweeps share: how trials of made-up settings ended."""
+"""Fixtures of the tests of sweeps: invented outcomes of trials."""
 
 from collections.abc import Callable
 from pathlib import Path

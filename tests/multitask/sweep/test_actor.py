@@ -1,4 +1,4 @@
-"""A trial, an evaluation at a time, without Ray."""
+"""A trial runs from one evaluation to the next, without Ray."""
 
 import json
 import time
@@ -24,7 +24,7 @@ MakeSpec = Callable[..., JobSpec]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One for all, because its first use takes seconds."""
+    """MLflow store that all tests of this file share, because its first use takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
@@ -67,7 +67,7 @@ def test_a_stopped_trial_tells_again_what_it_did_and_ends_with_the_bits_of_one_t
 ) -> None:
     trial = TrialRun(plan, None, None)
     first = trial.next()
-    # Written when it is told: a trial that is killed now tells it again.
+    # The evaluation is in the run directory when it is reported: a trial that is killed now reports it again.
     assert read_outcome(plan).curve == ((first["round"], first["validation_top1"]),)
     trial.stop()
     assert read_outcome(plan).state == "stopped"
@@ -132,7 +132,7 @@ def test_a_finished_trial_is_told_again_and_not_trained_again(plan: TrialPlan) -
 
 
 def test_a_failed_trial_says_why_beside_its_directory(spec: JobSpec) -> None:
-    # A rate at which the first step leaves no finite loss.
+    # With this rate the loss is not finite after the first step.
     plan = TrialPlan(0, 0, {}, replace(spec, optimizer=replace(spec.optimizer, rate=1e30)))
 
     with pytest.raises(multitask.TrainingError, match="pets"):

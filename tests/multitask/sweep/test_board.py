@@ -24,16 +24,16 @@ def plans(make_spec: Callable[..., JobSpec]) -> list[TrialPlan]:
 
 def test_time_left_follows_todays_speed(plans: list[TrialPlan]) -> None:
     standing = Standing(KEYS, 4, {plan.number: Line(plan) for plan in plans}, began=1000.0)
-    standing.lines[0] = Line(plans[0], "finished", 100, 80.0)  # by an earlier start
+    standing.lines[0] = Line(plans[0], "finished", 100, 80.0)  # finished in an earlier start
     assert standing.seconds_left(1000.0) is None
 
     standing.note(1, 50, 60.0)
 
-    # 50 steps in 10 s; 50 + 100 + 100 are left.
+    # 50 steps were made in 10 s, and 50 + 100 + 100 are left.
     assert standing.seconds_left(1010.0) == pytest.approx(50.0)
     standing.lines[2].state = "failed"
     assert standing.seconds_left(1010.0) == pytest.approx(30.0)
-    # Two more, that nobody has suggested yet.
+    # Two more trials, which the searcher has yet to suggest.
     standing.trials = 6
     assert standing.seconds_left(1010.0) == pytest.approx(70.0)
 
@@ -69,7 +69,7 @@ class Trial:
 
 
 def test_what_tune_tells_moves_the_trials_on(plans: list[TrialPlan]) -> None:
-    # The others are suggested while the sweep runs.
+    # The other trials are suggested while the sweep runs.
     board = Board("rates", KEYS, 4, [TrialOutcome(plan=plans[0], state="waiting")], Console(quiet=True))
     about: dict[str, Any] = {"iteration": 0, "trials": []}
 

@@ -1,4 +1,4 @@
-"""What comes after the choice, without Ray."""
+"""Retraining and test after the choice, without Ray."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How trials ended, and the choice among them."""
+"""Outcomes of trials, and the choice among them."""
 
 import csv
 import json
@@ -115,7 +115,7 @@ def write_status(outcome: TrialOutcome, state: str) -> None:
     tasks = {name: {"curve": [{"step": s, "top1": t} for s, t in curve]} for name, curve in curves.items()}
     status = {"state": state, "tasks": tasks, "mlflow_run_id": "f00d", "error": None}
     outcome.plan.directory.mkdir(parents=True)
-    # The process of a trial that was killed: none has this number.
+    # The process of the trial was killed: no process has this number.
     writer = {"process": 2**30, "host": socket.gethostname(), "updated": 0.0}
     write_json(outcome.plan.directory / "status.json", {**status, **writer})
 
@@ -125,7 +125,7 @@ def test_a_trials_state_is_read_from_its_files(make_outcome: MakeOutcome) -> Non
     write_status(lost, "running")
     write_status(finished, "finished")
     write_status(stopped, "stopped")
-    write_status(cut, "finished")  # killed before it could write its result
+    write_status(cut, "finished")  # the process was killed before it could write its result
     failure_file(failed.plan).parent.mkdir(parents=True, exist_ok=True)
     failure_file(failed.plan).write_text("no such table")
     failure_file(finished.plan).write_text("at its first try")
@@ -135,7 +135,7 @@ def test_a_trials_state_is_read_from_its_files(make_outcome: MakeOutcome) -> Non
 
     assert [outcome.state for outcome in found] == ["waiting", "lost", "failed", "finished", "stopped", "lost"]
     assert [outcome.error for outcome in found] == [None, None, "no such table", None, None, None]
-    # One evaluation is not complete: the driver was killed while it wrote.
+    # One evaluation lacks a task, because the driver was killed while it wrote.
     assert found[1].curve == ((2, 45.0),)
     assert (found[3].trained_parameters, found[3].seconds, found[3].mlflow_run_id) == (7, 2.5, "f00d")
 

@@ -1,4 +1,4 @@
-"""What trials need against what the cluster has."""
+"""The needs of trials, compared with what the cluster has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def test_local_trials_take_a_cpu_each(make_spec: MakeSpec) -> None:
 
 def test_no_more_trials_at_a_time_than_there_are(make_spec: MakeSpec) -> None:
     assert reserve([make_spec()], [Node({"CPU": 64.0})], None, 1).concurrent == 1
-    # Two cores are too few for eight trials, but there are two.
+    # Two cores are too few for eight trials at a time, but the sweep has only two trials.
     assert reserve([make_spec()] * 2, TWO_CPUS, 8, 2).concurrent == 2
 
 
@@ -43,8 +43,8 @@ def test_workers_share_what_their_driver_leaves(make_spec: MakeSpec, engine: str
 
     assert places.concurrent == 1
     assert placed.resources.cpus_per_worker == 0.99
-    # Ray Train, and a run that chooses places, reserve those of their workers; with two of them a trial would wait for
-    # itself.
+    # Ray Train, and a run that chooses places, reserve the places of their workers. If Tune reserved them too, a trial
+    # would wait for itself.
     by_itself = engine == "allreduce" or changes
     assert reserved(placed) == [{"CPU": 0.01}, *([] if by_itself else [{"CPU": 0.99}] * 2)]
 
@@ -86,7 +86,7 @@ def test_a_worker_has_to_fit_on_one_node(make_spec: MakeSpec) -> None:
     spec = make_spec(tasks={"pets": {"workers": 3}}, engine={"name": "async"}, resources={"cpus_per_worker": 1.0})
 
     assert reserve([spec], [Node({"CPU": 2.0}), Node({"CPU": 1.5})], None, 1).concurrent == 1
-    # As many CPUs, but the third worker finds only halves.
+    # The nodes have enough CPUs together, but the third worker finds only half a CPU on each.
     with pytest.raises(SpecError, match=r"room for 2 of 3: 2 nodes with 1.75 CPU for 1"):
         reserve([spec], [Node({"CPU": 1.75})] * 2, None, 1)
 
@@ -105,7 +105,7 @@ def test_every_trial_has_to_find_room(make_spec: MakeSpec) -> None:
     nodes = [Node({"CPU": 1.5})] * 3
 
     assert reserve([wide], nodes, None, 1).concurrent == 1
-    # It takes fewer CPUs, but all on one node.
+    # This trial takes fewer CPUs, but all on one node.
     with pytest.raises(SpecError, match="Engine local needs 1 worker of 2 CPU"):
         reserve([wide, tall], nodes, None, 2)
 

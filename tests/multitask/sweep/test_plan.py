@@ -196,7 +196,7 @@ def test_a_setting_that_fits_no_job_is_named(
     [
         {"directory": {"grid": ["a", "b"]}},
         {"tracking.experiment": {"grid": ["a", "b"]}},
-        {"task_defaults.method": {"grid": ["full", "last_layer"]}},  # the tasks have one each
+        {"task_defaults.method": {"grid": ["full", "last_layer"]}},  # each task has a method of its own
         {"tasks.pets.batch_size": {"grid": [2, 4]}, "tasks.batch_size": {"grid": [8]}},
     ],
 )

@@ -1,4 +1,4 @@
-"""What a sweep refuses before it starts, without Ray."""
+"""Errors that a sweep raises before it starts, without Ray."""
 
 import shutil
 from collections.abc import Callable

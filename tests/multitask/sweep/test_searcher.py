@@ -1,4 +1,4 @@
-"""What Optuna is told, and what it suggests, without Ray."""
+"""Results that Optuna gets, and settings that it suggests, without Ray."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def spec(tmp_path: Path) -> SweepSpec:
 
 @pytest.fixture
 def drive(spec: SweepSpec, make_outcome: MakeOutcome, monkeypatch: pytest.MonkeyPatch) -> Drive:
-    """Runs made-up trials up to a number of them, one at a time, as Tune would; returns their settings."""
+    """Run up to a number of invented trials, one at a time, as Tune would, and return their settings."""
 
     def plan(number: int, values: Mapping[str, Any]) -> TrialPlan:
         return replace(make_outcome(number, 0.0).plan, values=dict(values))
@@ -83,7 +83,7 @@ def test_what_trials_found_leads_to_better_ones(drive: Drive) -> None:
     scores = [best_at_a_hundredth(values) for values in found]
     assert sum(scores[-5:]) > sum(scores[:5])
     elsewhere = drive(15, lambda values: -best_at_a_hundredth(values))
-    # Nothing is known of the first ones.
+    # The first settings are suggested without any results.
     assert elsewhere[:5] == found[:5]
     assert all(values != other for values, other in zip(found[5:], elsewhere[5:], strict=True))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from multitask.report.report import write_sweep_report
+from multitask.report.pages import write_sweep_report
 from multitask.sweep.figures import draw, series
 from multitask.sweep.final import Verdict
 from multitask.sweep.outcomes import TrialOutcome, choices, choose

@@ -1,9 +1,9 @@
-"""What Tune is given to do, without Ray."""
+"""The trials that Tune gets to run, without Ray."""
 
 import os
 import signal
 
-from multitask.sweep.tuning import _quiet_tune, start_order
+from multitask.sweep.tuning import quiet_tune, start_order
 from tests.multitask.sweep.conftest import MakeOutcome
 
 
@@ -13,7 +13,7 @@ def test_finished_trials_start_again_only_to_tell_a_scheduler(make_outcome: Make
     assert start_order(outcomes, None) == list(range(0, 20, 2))
     told = start_order(outcomes, 0)
     assert sorted(told) == list(range(20))
-    # In an order of its own, the same at each start.
+    # The order is random, and the same at each start.
     assert told != sorted(told)
     assert told == start_order(outcomes, 0)
     assert told != start_order(outcomes, 1)
@@ -22,7 +22,7 @@ def test_finished_trials_start_again_only_to_tell_a_scheduler(make_outcome: Make
 def test_a_sweep_leaves_signals_and_environment_as_they_were() -> None:
     before, environment = signal.getsignal(signal.SIGINT), dict(os.environ)
 
-    with _quiet_tune():
+    with quiet_tune():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         assert os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] == "0"
 

@@ -1,20 +1,16 @@
-"""The report: one file that stands alone, with the numbers of the results."""
+"""The demo's report: one HTML file that needs no other file, with the numbers of the results."""
 
 import io
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from multitask.report.plots import human_bytes, spread
-from multitask.report.report import accuracy_table, headline, table_rows, write_report
+from jobs.demo.report import accuracy_table, headline, modes, write_report
 from tests.conftest import png
 
 
@@ -97,7 +93,7 @@ def test_terminal_and_report_show_the_same_rows() -> None:
 
     Console(file=output, width=140).print(accuracy_table(results))
 
-    rows = table_rows(results)
+    rows = modes(results)
     assert [row.mean for row in rows] == [85.0, 68.25, 84.5, 85.5]
     for row in rows:
         line = next(line for line in output.getvalue().splitlines() if row.title in line)
@@ -137,17 +133,3 @@ def test_missing_parts_are_left_out(tmp_path: Path) -> None:
 def test_results_without_modes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold no modes"):
         write_report(make_results(modes={}), tmp_path)
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0.1, 10))
-def test_labels_never_overlap_and_keep_their_order(wanted: list[float], gap: float) -> None:
-    placed = spread(wanted, gap, 0.0, 100.0)
-
-    ordered = [placed[index] for index in sorted(range(len(wanted)), key=wanted.__getitem__)]
-    assert all(after - before >= gap - 1e-6 for before, after in pairwise(ordered))
-    assert all(gap / 2 - 1e-6 <= place <= 100 - gap / 2 + 1e-6 for place in placed)
-
-
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (54_321, "54.3 kB"), (1_000_000, "1.0 MB")])
-def test_sizes_are_readable(size: int, text: str) -> None:
-    assert human_bytes(size) == text

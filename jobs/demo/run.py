@@ -1,5 +1,6 @@
-"""The demo: three real tasks on one backbone, trained three ways, exported, and checked in a fresh process; and one of
-them at four resolutions, as a cascade.
+"""The demo's run: train three real tasks in three ways, export, and check the bundles in a fresh process.
+
+Then train one of the tasks at four resolutions, and chain these models into a cascade.
 """
 
 import json
@@ -8,7 +9,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,30 +20,38 @@ from rich.console import Console
 
 import multitask
 import patches
+from jobs.demo.report import BASELINE, FAIR, OURS, SEPARATE, accuracy_table, write_report
 from multitask.cascade import Check, check
 from multitask.cascade.figures import headline, section, stage_sheet
 from multitask.cascade.from_run import cascade_from_run
 from multitask.cluster.session import ray_session
 from multitask.data import TrainBatches, open_table
 from multitask.evaluation import reestimate_statistics, torch_threads
-from multitask.report.report import accuracy_table, write_report
 from multitask.run.directory import Export, Run, evaluate_models, write_json
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import TaskSpec
 
-SPECS = Path(__file__).parent / "specs"
+DURATION = "about 8 minutes on two cores that do nothing else"
+"""Duration of the demo with the steps of its job specs. `multitask demo` prints it at its start."""
+SPECS = Path(__file__).resolve().parent.parent / "specs"
 MODES = {
-    "private_scale_bias": ("demo.yaml", "private scale-and-bias + last layer"),
-    "private_last_layer": ("demo_last_layer.yaml", "private last layer, all else shared"),
-    "independent": ("demo_independent.yaml", "three independent models"),
+    OURS: ("demo.yaml", "private scale-and-bias + last layer"),
+    BASELINE: ("demo_last_layer.yaml", "private last layer, all else shared"),
+    SEPARATE: ("demo_independent.yaml", "three independent models"),
 }
-RESOLUTIONS = ("demo_resolutions.yaml", "one data set at four resolutions, private scale-and-bias")
+"""Mode -> its job spec and its title."""
+RESOLUTIONS = "resolutions"
+RESOLUTIONS_SPEC = ("demo_resolutions.yaml", "one data set at four resolutions, private scale-and-bias")
 OPERATING_POINTS = 9
 SLACK = 0.001
-"""The resolutions differ by tenths of a point after so few steps; beating the best by more is often beyond them."""
-REESTIMATED = "private_last_layer_reestimated"
-REESTIMATION_BATCHES = 100
+"""Slack of the cascade's fit.
+
+After so few steps the resolutions differ by tenths of a point, so a larger slack would often leave no cascade at all.
+"""
+REESTIMATION_BATCHES = 40
+"""Training batches of each task on which the running statistics of the fair baseline are measured."""
 EXAMPLES = 10
+"""Test images of each task that the report shows."""
 LICENCES = {
     "fashion": "Fashion-MNIST, Copyright 2017 Zalando SE, MIT",
     "animals": "Animal-MNIST, Sina Mohammadi, MIT",
@@ -52,34 +60,28 @@ LICENCES = {
 
 
 def run_demo(directory: Path, steps: int | None = None) -> Path:
-    """Train, export, re-evaluate in a fresh process, fit a cascade, and write results.json, report.html and the plots.
+    """Train, export, evaluate again in a fresh process, fit a cascade, and write results, figures and report.
 
     Args:
-        directory: where everything goes; runs of an earlier demo in it are replaced.
-        steps: steps per task; the specs' by default.
+        directory: receives all files; runs of an earlier demo in it are replaced.
+        steps: steps of each task; by default those of the job specs.
     Returns:
-        The report's path.
+        The path of the report.
     """
     console = Console()
+    if steps is None:
+        console.print(f"The demo takes {DURATION}.")
     start = time.perf_counter()
-    # Absolute: the fresh process and the bundles' readers may stand elsewhere.
-    directory = directory.resolve()
-    runs = {}
-    with ray_session():
-        for mode, (file, title) in {**MODES, "resolutions": RESOLUTIONS}.items():
-            console.print(f"[bold]{title}[/bold]")
-            overrides = {"directory": str(directory / mode)} | ({"steps": steps} if steps else {})
-            runs[mode] = multitask.train(load_spec(SPECS / file, overrides), overwrite=True, console=console)
-    resolutions = runs.pop("resolutions")
-    console.print("exporting, and reading the test tables")
+    directory = directory.resolve()  # absolute, because the fresh process and readers of the report may run elsewhere
+    runs = _train(directory, steps, console)
+    resolutions = runs.pop(RESOLUTIONS)
+    console.print("exporting the models, and evaluating them on the test images")
     exports = {mode: run.export() for mode, run in runs.items()}
-    modes = {mode: _mode(MODES[mode][1], run, exports[mode]) for mode, run in runs.items()}
-    modes = _insert_after(
-        modes, "private_last_layer", REESTIMATED, _reestimated(runs["private_last_layer"], directory / REESTIMATED)
-    )
+    rows = {mode: _mode(MODES[mode][1], run, exports[mode]) for mode, run in runs.items()}
+    fair = _reestimated(runs[BASELINE], directory / FAIR)
     package = directory / "fashion.cascade"
     checked, sheet = _cascade(resolutions, package)
-    run, export = runs["private_scale_bias"], exports["private_scale_bias"]
+    run, export = runs[OURS], exports[OURS]
     fresh = _evaluate_in_a_fresh_process(run)
     results = {
         "title": "Three tasks, one backbone",
@@ -87,7 +89,7 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         "seed": run.spec.seed,
         "environment": _environment(),
         "tasks": {task.name: _task(task, directory) for task in run.spec.tasks},
-        "modes": modes,
+        "modes": {OURS: rows[OURS], BASELINE: rows[BASELINE], FAIR: fair, SEPARATE: rows[SEPARATE]},
         "backbone": {
             "path": str(export.backbone),
             "bytes": export.backbone.stat().st_size,
@@ -102,6 +104,23 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
     report = write_report(results | {"cascade": section(checked, sheet, str(package))}, directory)
     console.print(accuracy_table(results))
     console.print(headline(checked))
+    _print_paths(console, directory, export, package, report)
+    return report
+
+
+def _train(directory: Path, steps: int | None, console: Console) -> dict[str, Run]:
+    """Train the modes and the resolutions, one after the other."""
+    runs = {}
+    with ray_session():
+        for name, (file, title) in {**MODES, RESOLUTIONS: RESOLUTIONS_SPEC}.items():
+            console.print(f"[bold]{title}[/bold]")
+            overrides: dict[str, Any] = {"directory": str(directory / name)} | ({"steps": steps} if steps else {})
+            runs[name] = multitask.train(load_spec(SPECS / file, overrides), overwrite=True, console=console)
+    return runs
+
+
+def _print_paths(console: Console, directory: Path, export: Export, package: Path, report: Path) -> None:
+    """Print where the results are."""
     console.print(
         f"backbone and bundles: {export.backbone.parent}\n"
         f"cascade:              {package}\n"
@@ -110,11 +129,10 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
         f"report:               {report}",
         soft_wrap=True,
     )
-    return report
 
 
 def _mode(title: str, run: Run, export: Export) -> dict[str, Any]:
-    """One row of the comparison: the best version on the test tables, what it weighs, and how it was trained."""
+    """Return one row of the comparison: test accuracy of the best version, bytes on disk, facts about the training."""
     _, models = run.models("best")
     test = evaluate_models(models, run.spec, "test")
     tasks = {}
@@ -127,7 +145,7 @@ def _mode(title: str, run: Run, export: Export) -> dict[str, Any]:
             "mean_staleness": trained["mean_staleness"],
             "curve": trained["curve"],
         }
-    # Independent models need no shared file: their bundles hold whole networks.
+    # Independent models need no backbone file, because their bundles contain whole networks.
     files = [*export.bundles.values()] + ([] if run.spec.tasks[0].method == "full" else [export.backbone])
     return {
         "title": title,
@@ -139,7 +157,10 @@ def _mode(title: str, run: Run, export: Export) -> dict[str, Any]:
 
 
 def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
-    """The fair baseline: the last-layer run's weights, with each task's running statistics measured on its own data."""
+    """Return the row of the fair baseline, and write its backbone and bundles to `folder`.
+
+    The weights are those of the last-layer run; each task's running statistics are measured anew on its own data.
+    """
     backbone, baseline = run.models("best")
     models = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,14 +195,18 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _cascade(run: Run, to: Path) -> tuple[Check, bytes]:
-    """A cascade over a run's resolutions, measured on the test images, and examples of what stops at each stage."""
+    """Fit a cascade over the resolutions of a run, and write it to the file `to`.
+
+    Returns:
+        What the test images say about the cascade, and a PNG of images that stop at each stage.
+    """
     cascade, test = cascade_from_run(run, to, operating_points=OPERATING_POINTS, slack=SLACK)
     table = open_table(f"{run.spec.tasks[0].data}/test", verify=False)
     return check(cascade, test), stage_sheet(table, test, cascade.point())
 
 
 def _evaluate_in_a_fresh_process(run: Run) -> dict[str, dict[str, float]]:
-    """Backbone and bundles loaded by another process, which holds nothing of this one."""
+    """Return the test metrics of each task, computed by a new process that loads the exported backbone and bundles."""
     command = [sys.executable, "-m", "jobs.cli", "evaluate", str(run.directory), "--json"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -190,7 +215,7 @@ def _evaluate_in_a_fresh_process(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _task(task: TaskSpec, directory: Path) -> dict[str, Any]:
-    """What the report says of a task's data, with the first test images as files beside it."""
+    """Return what the report says about the data of a task, and write its first test images beside the report."""
     tables = {split: open_table(f"{task.data}/{split}") for split in ("train", "validation", "test")}
     test = tables["test"]
     (directory / "examples").mkdir(exist_ok=True)
@@ -210,6 +235,7 @@ def _task(task: TaskSpec, directory: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
+    """Return versions, cores and commit: what the numbers depend on."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=SPECS, capture_output=True, text=True, check=False
     )
@@ -221,13 +247,3 @@ def _environment() -> dict[str, Any]:
         "device": "cpu",
         "commit": git.stdout.strip() or None,
     }
-
-
-def _insert_after(modes: Mapping[str, Any], before: str, name: str, mode: Any) -> dict[str, Any]:
-    """The order of the rows: each baseline beside its fair variant."""
-    rows: dict[str, Any] = {}
-    for key, value in modes.items():
-        rows[key] = value
-        if key == before:
-            rows[name] = mode
-    return rows

@@ -1,0 +1,1 @@
+"""The demo: what it trains, its report, and the report's template."""
