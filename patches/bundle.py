@@ -124,17 +124,21 @@ def save_bundle(
         "backbone": model.backbone.identity() if isinstance(model, PatchedModel) else model.backbone,
         "tensors": _describe(tensors),
     }
+    text = _as_json(path, manifest)
+    data = safetensors.torch.save(tensors, {"manifest": text})
+    data, digest = seal(data)
+    write_atomic(path, data)
+    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
+
+
+def _as_json(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> str:
     try:
-        text = json.dumps(manifest, separators=(",", ":"), allow_nan=False)
+        return json.dumps(manifest, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BundleError(
             f"Bundle '{path}': expected preprocessing and metrics that JSON can hold, found one it cannot: {error}. "
             "Use numbers (no NaN), strings, lists and dicts."
         ) from error
-    data = safetensors.torch.save(tensors, {"manifest": text})
-    data, digest = seal(data)
-    write_atomic(path, data)
-    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
 
 
 def seal(data: bytes) -> tuple[bytes, str]:
