@@ -99,8 +99,8 @@ def pushes_per_s(row: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
 def copy_seconds(figures: Mapping[str, Any]) -> dict[str, float]:
     """Return for each model the seconds of one copy of its bytes in memory, from `benchmarks.server_throughput`.
 
-    They are the median of all sessions. The machine's speed changes between sessions, and a session's pushes run at
-    several speeds while its copies run at one.
+    They are the median of all sessions. A session times its copies at one moment only, while its pushes cover a long
+    time in which the machine's speed changes, so one session's copies may be unusually slow or fast.
     """
     sessions: dict[str, list[float]] = {}
     for row in figures["rows"]:

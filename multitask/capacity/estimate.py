@@ -20,7 +20,8 @@ WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server
 LARGEST = 2**20
 """Largest factor by which a job is enlarged in search of its limit."""
 NOTABLE = 1.1
-"""Factor from which an effect counts: on the step time for a limit, and on the images per second for more shards."""
+"""Smallest factor that counts as notable: a limit must lengthen the step by it, and more shards must raise the images
+per second by it."""
 GRID = 500
 """Number of points of an integral over step times."""
 

@@ -136,8 +136,8 @@ def longest_prefix(scores: NDArray[np.float64], surplus: NDArray[np.float64]) ->
 
     Args:
         scores: scores of the images in descending order, shape (n,).
-        surplus: surplus of the same images, shape (n,). The answers above a threshold are accurate enough if their
-            surplus sums to 0 or more.
+        surplus: for each image 1 if the answer is right and 0 if it is wrong, less the share of right answers that is
+            asked for; shape (n,). The answers above a threshold are accurate enough if their surplus sums to 0 or more.
     Returns:
         The number of answers, and the threshold. It is None if all images are answered, or none.
     """

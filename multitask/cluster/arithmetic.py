@@ -56,7 +56,7 @@ def fits(demands: Sequence[Demand], nodes: Sequence[Node]) -> bool:
 def misfit(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
     """Explain in numbers why the nodes cannot hold all workers at once; None if they can.
 
-    The text leaves out every demand without which the others still do not fit.
+    The text names only the demands that matter: it leaves out a demand if the others alone do not fit either.
     """
     if fits(demands, nodes):
         return None

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUPS, ROWS = 0, 1
-"""Third number of a random key. It keeps the draws for row groups and for rows apart."""
+"""Third number of the key from which a random order is drawn, after the seed and the epoch. It keeps the draws for row
+groups and for rows apart."""
 
 
 class Span(NamedTuple):

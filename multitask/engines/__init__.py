@@ -1,4 +1,5 @@
-"""Engines: how the gradients of all workers meet. Each engine is a function, with the same arguments and result."""
+"""Engines: how the gradients of all workers are combined into updates. Each engine is a function, with the same
+arguments and result."""
 
 from collections.abc import Callable
 

@@ -36,7 +36,8 @@ HEALTH_CHECK_S = 0.5
 TRAIN_START_S = 60.0
 """Seconds that Train's own processes and the ranks may take to start, in addition to the wait for places."""
 END_S = 60.0
-"""Seconds that the end of a run waits for Train to finish starting a group, and again for Train to end."""
+"""When a run ends: seconds to wait for Train to finish a start that is under way, and then as many again for Train to
+end."""
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class RankGroup:
         self.start()
 
     def begin(self) -> "ray.ObjectRef[None]":
-        """Hand the ledger the job, which it takes at the latest checkpoint."""
+        """Hand the ledger the job; the ledger restores the job at the latest checkpoint."""
         begun: ray.ObjectRef[None] = self.ledger.begin.remote(self._job, self._store)
         return begun
 

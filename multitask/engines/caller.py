@@ -14,7 +14,8 @@ POLL_S = 0.5
 
 
 class PatientCaller:
-    """Calls an actor; where the actor is lost, calls again until Ray has started it again and it has begun."""
+    """Calls an actor. If the actor is lost, it repeats the call until Ray has restarted the actor and `begin` has given
+    it the job."""
 
     def __init__(
         self, name: str, begin: Callable[[], None], on_lost: Callable[[Exception], None], timeout_s: float

@@ -130,7 +130,8 @@ class Crew:
         A worker that can be a guest gets no new process, and goes on in the process of its host.
 
         Returns:
-            The workers that go on in another process: those of the lost process, and one that made room for it.
+            All workers whose process changed: those of the lost process and, if there was too little room, one that
+            became a guest again.
         """
         lost = self.sharing_process(name)
         needed = [other for other in lost if other not in self.hosts]
@@ -153,8 +154,8 @@ class Crew:
     def grow(self, names: Collection[str]) -> dict[str, str]:
         """Look for a process for each guest among these workers, and hand over the guests whose process runs.
 
-        Ray looks for room until the next call without the guest, and an autoscaler acts on it. A host makes no more
-        steps for a guest that was handed over.
+        The request for room stays open until a call leaves the guest out. An autoscaler sees the request and may add
+        nodes. A host makes no more steps for a guest that was handed over.
 
         Returns:
             Worker that was handed over by this call -> Ray's name of the node of its process.

@@ -39,7 +39,7 @@ def recovery(averages_rounds: bool) -> Recovery:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and the losses before it without a step made in between."""
+    """How often in a row something was lost without a step made in between."""
 
     count: int
     """Number of these losses, the present one included."""
@@ -64,8 +64,8 @@ class LossCounter:
 
         Args:
             name: a worker, or `WHOLE_RUN` where all workers are lost together.
-            steps: steps that were made under this name up to now. A number that is not above the one of the previous
-                loss means that no step was made since: a restored server may even count fewer steps than before.
+            steps: steps that were made under this name up to now. If it is not larger than at the previous loss, no
+                step was made since. It can even be smaller, after the server went back to a checkpoint.
         """
         count, steps_before = self._last.get(name, (0, -1))
         count = count + 1 if steps <= steps_before else 1
@@ -146,7 +146,7 @@ def silence_limit_s(processes: Iterable[object], step_timeout_s: float) -> float
 
 
 def hanging_workers(silent: Iterable[str], lost: Collection[str]) -> list[str]:
-    """Return the silent workers whose process has to be ended; a worker that is lost has none that could hang."""
+    """Return the silent workers whose process has to be ended; a lost worker has no process that could hang."""
     return [name for name in silent if name not in lost]
 
 
@@ -179,8 +179,8 @@ def assign_hosts(workers: Mapping[str, str], needed: Mapping[str, int]) -> dict[
 def guests_to_place(training: Collection[str], *, any_lost: bool, pausing: bool) -> Collection[str]:
     """Return the workers that get a process of their own as soon as there is room, if they are guests.
 
-    A process is looked for only while its worker trains, and never while the run waits for a lost worker, which would
-    compete for the same room, or pauses.
+    Only guests that train get one. None does while the run pauses, or while it waits for a lost worker, which needs the
+    same room.
     """
     return () if any_lost or pausing else training
 
@@ -190,7 +190,8 @@ def worker_to_make_room(
 ) -> list[str]:
     """Return the worker that goes back to its host, so that a needed process finds room; an empty list if none can.
 
-    The cluster may have lost a node, and with it the room for both. A worker of the same task is preferred.
+    If a node is gone, there may not be room for both the successor of the lost process and the process of a former
+    guest. A former guest of the same task is preferred.
 
     Args:
         lost: workers of the lost process.

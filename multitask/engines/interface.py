@@ -23,10 +23,10 @@ so `take` has nothing to fetch.
 
 When the server is lost, its snapshots are lost with it, complete or not. The server goes back to a checkpoint, counts
 on from there, and requests new snapshots. A report that was meant for the lost server is ignored, because a request
-carries the incarnation of its server; a worker answers a request of the restored server for the same version anew. A
-complete snapshot that was handed out, and whose values were lost before the driver could fetch them, is left out. Then
-`take` returns False, and the run does not end before the restored server has handed out its own last snapshot. When
-only the answer to `drain` was lost, the driver asks again under the same number and gets the same answer.
+carries the incarnation of its server; a worker answers a request of the restored server for the same version anew. If a
+complete snapshot was handed out, and its values are lost before the driver could fetch them, the driver passes over it.
+Then `take` returns False, and the run does not end before the restored server has handed out its own last snapshot.
+When only the answer to `drain` was lost, the driver asks again under the same number and gets the same answer.
 """
 
 import logging
@@ -99,7 +99,7 @@ def take(
         kept: returns the values that the server keeps of a snapshot's version; None where they were lost with the
             server.
     Returns:
-        Whether all snapshots could be told: none of them was lost with the server.
+        False if values of a snapshot were lost with the server before the driver could fetch them.
     """
     records, completed, progress = news
     evaluations, checkpoints = [], []

@@ -26,13 +26,14 @@ def busy_workers(
 ) -> set[str]:
     """Return the workers that wait for no other worker; only a busy worker can be silent because it hangs.
 
-    A collective of several ranks waits for its slowest rank. A rank that rests and evaluates a snapshot delays the
-    ranks that train, and the resting ranks that have read of more rounds than it has. The resting rank that is
-    furthest behind waits for nobody: all rounds that it will read of have ended, so the training ranks have pushed for
-    them, and the other resting ranks have read of them too and carry them out before they evaluate again.
+    A rank rests when it has made its last step, or pauses. It still takes part in the sums of every round, in the order
+    in which the ledger wrote the rounds down, and evaluates snapshots in between. A sum waits for its slowest rank, so
+    a resting rank that evaluates delays the ranks that train, and the resting ranks that have read more of the ledger.
+    The resting rank with the most unread rounds waits for nobody: all other ranks have already contributed to these
+    rounds, or will before they evaluate again.
 
-    A worker that hangs elsewhere is found later: those behind it catch up or are ended, and no further round can end
-    without all workers that train.
+    A worker that is not in the returned set can hang too. It is found later: sooner or later all others wait for it,
+    and then it is in the set.
 
     Args:
         starting: not all ranks of the group have joined; those that have joined wait for the others.

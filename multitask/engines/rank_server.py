@@ -203,7 +203,8 @@ class RankServer:
                     self.replica.drop_snapshot(version)
 
     def _arm(self) -> None:
-        """Let this step's gradients enter the sums; their factors are right if no push of the round is rejected."""
+        """Start the sums of this step's gradients. The factors assume that no push of the round is rejected; otherwise
+        the sum is made again."""
         self._reduction.arm(
             {name: contribution(self._worker, self._expected(name), self._weights) for name in self._users}
         )

@@ -51,7 +51,8 @@ def plan_buckets(layouts: Mapping[str, Layout], size_mb: float) -> list[Bucket]:
 
     The backward pass computes gradients from the network's last layer to its first. So the buckets of each group's
     weights are ordered from back to front, and buckets of several groups are interleaved by their relative distance
-    from the end. Scales, shifts and statistics come last, because the first layer already has some of them.
+    from the end. Scales, shifts and statistics come last, because the first layer has some too, and its gradients are
+    the last that the backward pass computes.
 
     Args:
         layouts: group -> its layout.

@@ -133,7 +133,7 @@ def fetch_values(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
     to the answer included, before another thread may receive any.
 
     Args:
-        answer: holds the only reference to the answer, which is taken out.
+        answer: a list with the only reference to the answer. The function empties the list.
     """
     ray.wait(answer)
     with FETCHING:

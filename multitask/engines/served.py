@@ -134,7 +134,7 @@ class ServedRun:
         """Look after all processes, and tell the driver what happened.
 
         Returns:
-            Whether everything that the server handed out could be told.
+            False if values of a snapshot were lost with the server before the driver could fetch them.
         """
         if self._server.watch():
             self._update(self._job.workers, confirm_again=True)
@@ -213,7 +213,8 @@ class ServedRun:
         return list(nodes)
 
     def _run_again(self, moved: Collection[str], phases: Sequence[str]) -> None:
-        """Let workers that are in another process now run all phases up to the present one there."""
+        """Let workers that moved to another process run there the phases that they had already run, and the present
+        one."""
         self._calls = {call: name for call, name in self._calls.items() if name not in moved}
         for name in moved:
             self._call(name, "run_phases", phases)

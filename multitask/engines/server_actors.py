@@ -166,7 +166,7 @@ class ServerActor:
         return require_begun(self._held)
 
     def ping(self) -> list[int]:
-        """Return the incarnations of this server and of each other shard when this server began."""
+        """Return this server's incarnation, and those that the other shards had when this server began."""
         return require_begun(self._incarnations)
 
     async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:

@@ -44,7 +44,7 @@ class Group:
         """Return copies of the group's tensors by name.
 
         Args:
-            state: values that training has changed. All other values are those of this group; with None all are.
+            state: values that training has changed. The rest come from this group; with None all of them do.
         """
         values, counters = self.values.clone(), self.counters
         if state is not None:

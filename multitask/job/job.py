@@ -44,8 +44,8 @@ class Job:
         """Build the backbone and every task's model, and open every table, so that errors appear before Ray starts.
 
         Args:
-            checkpoint: the state to go on from. The spec may have other tasks than the checkpoint; a new task starts
-                from the checkpoint's shared tensors.
+            checkpoint: the state to go on from. The spec may have other tasks than the checkpoint. A new task gets the
+                checkpoint's shared tensors; its private tensors start as in a new run.
             loaded: inputs that are loaded already. The job adds those that it lacks and changes none of the others.
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a patch method or the data.

@@ -226,8 +226,9 @@ class _Training:
     def _is_best(self, evaluation: Evaluation) -> bool:
         """Return whether an evaluation is better than the best version on disk.
 
-        It also is if there is no such file, or if the file has other tasks. The file decides, and not the server,
-        because a server that went back to a checkpoint does not know the evaluations after that checkpoint.
+        The first evaluation counts as the best, and so does the first one after the job's tasks changed. The file
+        decides, and not the server, because a server that went back to a checkpoint does not know the evaluations after
+        that checkpoint.
         """
         best = self._directory / "best.safetensors"
         tasks = read_about(best)["tasks"] if best.is_file() else {}

@@ -64,7 +64,8 @@ class Member:
         return lost
 
     def forget_answers(self, answer: Answer) -> None:
-        """Start again with one answer, for a new process that has pushed nothing."""
+        """Forget the answers to an earlier process, and keep `answer` as the one before the new process's first
+        push."""
         self._answers.clear()
         self.answer(answer)
 

@@ -133,7 +133,7 @@ class ParameterServer:
             self._apply_arrived()
 
     def is_early(self, push: Push) -> bool:
-        """Return whether a push has overtaken an earlier push of its process, which it then has to wait for."""
+        """Return whether an earlier push of the same process has not arrived yet. The push must then wait for it."""
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
 
@@ -272,7 +272,7 @@ class ParameterServer:
             self._apply({}, [push])
 
     def _reject(self, push: Push, member: Member, problem: str) -> None:
-        """Answer a push with the reason why it is not applied. Its step is over all the same."""
+        """Answer a push with the reason why it is not applied. The step counts as made."""
         reason = rejection(push, member.task, problem)
         member.progress.rejected += 1
         self._rejected.add(push.worker)
@@ -333,7 +333,8 @@ class ParameterServer:
     def _count_rounds(self, steps: int) -> None:
         """Count steps as parts of a round, and take the snapshots that are due.
 
-        The fractions are exact: K parts of K workers make one whole round, and all tasks see one rate per round.
+        With K active workers a step counts as 1/K of a round. Fractions are exact, so that K steps make exactly one
+        round.
         """
         before = self._progress.rounds
         self._progress.rounds += Fraction(steps, max(1, len(self._active)))

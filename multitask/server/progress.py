@@ -35,7 +35,7 @@ class WorkerProgress:
 
     @property
     def reached(self) -> int:
-        """Number of steps by which bounds compare workers: `lap` and the worker's own steps."""
+        """Number of steps that `bounded` compares between workers: `lap` plus the worker's own steps."""
         return self.lap + self.step
 
 

@@ -8,7 +8,7 @@ class ServedTask:
     """What the server knows about one task."""
 
     shared: tuple[str, ...]
-    """Groups that the task shares with other tasks, or could share."""
+    """Groups of tensors that are not private to the task, even if no other task uses them in this job."""
     private: tuple[str, ...] = ()
     """The task's private groups that lie on the server, because the task has several workers."""
     weight: float = 1.0

@@ -2,9 +2,9 @@
 
 The server sets one rate for all tasks from the number of rounds done, so the rates of two tasks never drift apart,
 whatever the sizes of their data sets.
-Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3. The paper keeps the ratio of data-set size to
-epochs per decay equal for all tasks. Equal rates at equal steps need an equal product of the two, which is the number
-of images per decay. Counting rounds keeps that product equal.
+Source: Mudrakarta et al., "K for the Price of 1", ICLR 2019, section 5.3. The paper asks for an equal ratio of data-set
+size to epochs per decay. All tasks decay after the same number of steps only if the product of the two is equal, which
+is the number of images per decay. Counting rounds ensures that.
 """
 
 import math

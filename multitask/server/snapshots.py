@@ -1,4 +1,4 @@
-"""Snapshots: the versions that the server keeps until every worker has reported its part.
+"""Snapshots: versions that the server keeps while the workers report what belongs to them.
 
 A snapshot is the values of one version. The shards keep the values of the groups on the server. The workers hold the
 rest, the private tensors of each task with one worker, and have to report it. This module keeps the books: what is
@@ -7,7 +7,7 @@ asked, what was reported, and what is complete.
 Why and when a snapshot is taken. A version is evaluated, or saved as a checkpoint, or both.
 - Evaluation: after every `evaluate_every_rounds` rounds, and when the last worker has made its last step.
 - Checkpoint: after every `save_every_rounds` rounds, after `save_every_s` seconds, and when all workers have paused.
-  While an earlier checkpoint waits for reports, rounds and seconds ask for no new one.
+  No new checkpoint falls due while an earlier one still waits for reports.
 A version is taken at most once for each of the two reasons.
 
 Who is asked what. A `SnapshotRequest` lies in every reply to a worker until the worker has reported. A worker that has

@@ -116,7 +116,7 @@ class LocalSpec:
     """`turns` makes one update for each worker in turn, like `async`. `rounds` makes one update by the mean of all
     workers, like `sync`."""
     delay: Annotated[int, Field(ge=0)] = 0
-    """With `turns`: number of its own updates by which a worker's values are out of date."""
+    """With `turns`: a worker computes on values from before its last `delay` updates."""
 
     @property
     def together(self) -> bool:

@@ -75,8 +75,9 @@ RECIPES: dict[str, Recipe] = {
 def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the missing parts of `optimizer` and `schedule` from the recipe of the tasks' patch methods.
 
-    An optimizer without a name or a rate is filled in, unless it names another optimizer than the recipe. A schedule
-    without a name is filled in. A missing schedule is filled in if the optimizer was.
+    If `optimizer` lacks its name or its rate, the rest comes from the recipe. If it names another optimizer than the
+    recipe, it stays as it is. A schedule without a name is filled in. A missing schedule is filled in if the optimizer
+    was.
 
     Args:
         raw: the job spec as plain data, before its validation. Values of the wrong shape are returned unchanged.

@@ -96,7 +96,7 @@ class TaskSpec:
     min_workers: Count | None = None
     """Number of workers that need a place on the cluster before training starts; by default all of the task's workers.
     Each remaining worker makes its steps as a guest in the process of another worker of its task, until the cluster has
-    a place for it. Engine `allreduce` always starts all workers at once."""
+    a place for it. Engine `allreduce` always starts all workers at once and refuses a smaller number."""
     resources: dict[str, ResourceAmount] = Field(default_factory=dict)
     """Custom resources of the cluster that each worker of this task takes: {data_pets: 1}. Engine `local` ignores
     them."""
@@ -240,9 +240,9 @@ class JobSpec:
     """Optimizer of all tensors. In a file the whole key, or its name or rate, may be left out: the missing values, and
     a missing schedule, come from the recipe of the tasks' patch method (multitask/spec/recipes.py)."""
     rate_rule: Literal["fixed", "per_256_images"] = "fixed"
-    """`fixed` uses the rate as it is. `per_256_images` multiplies it by the number of images in an update / 256. An
-    update has the images of all `accumulate` passes and, where it is the mean of several workers' pushes, of all of
-    them."""
+    """`fixed` uses the rate as it is. `per_256_images` multiplies it by the number of images in an update / 256. The
+    images of an update are those of all `accumulate` passes and, if the update is the mean of several workers' pushes,
+    those of all these workers."""
     clip_norm: Rate | None = None
     """Largest L2 norm of a worker's gradient, over all shared and private tensors of a push. A longer one is scaled
     down."""

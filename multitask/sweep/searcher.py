@@ -67,7 +67,7 @@ class Suggestions(OptunaSearch):
         """Ignore evaluations during a trial: Optuna learns a trial's best evaluation at the trial's end."""
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
-        """Tell Optuna the best evaluation of a trial, by which the choice goes too, and not the last one."""
+        """Tell Optuna a trial's best evaluation, not its last one, because the sweep also chooses by the best."""
         top1 = None if error else read_outcome(self._trials[trial_id]).top1
         super().on_trial_complete(trial_id, {METRIC: top1}, error)
 

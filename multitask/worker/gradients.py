@@ -59,7 +59,7 @@ class StepResult:
     bad_images: tuple[str, ...]
     """Those undecodable images that were met for the first time."""
     problem: str | None
-    """Why the gradients must not be applied; None if clipping found nothing wrong."""
+    """Why the gradients must not be applied, which only clipping finds out here; otherwise None."""
 
 
 class GradientComputer:

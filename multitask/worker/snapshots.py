@@ -8,7 +8,7 @@ from multitask.server.messages import GroupValues, SnapshotRequest
 
 @dataclass(frozen=True)
 class SnapshotPart:
-    """What a worker held when it had applied its last push that the snapshot's version contains."""
+    """The private tensors of a worker as of its last push that the snapshot's version contains."""
 
     request: SnapshotRequest
     step: int
@@ -31,7 +31,8 @@ class NewRequests:
         """Incarnation of the server, version, and what was requested."""
 
     def take(self, requests: Iterable[SnapshotRequest]) -> list[SnapshotRequest]:
-        """Return the requests that are new, each without the part that was requested before or is not this worker's."""
+        """Return the new requests. In each of them `evaluate` or `save` is False if it was asked before, or is not this
+        worker's job."""
         new = []
         for request in requests:
             which = request.server_incarnation, request.version
