@@ -98,7 +98,7 @@ def test_models_from_elsewhere_take_costs_from_a_table(tmp_path: Path) -> None:
 
     costs = ("--cost-table", tmp_path / "costs.csv", "--cost-column", "energy_mj")
     alone = multitask("cascade", "fit", predictions, "--to", tmp_path / "alone.json", "--slack", 0.5, *costs)
-    assert "try a smaller --slack" in alone.stdout
+    assert "Try a smaller --slack" in alone.stdout
 
     refused = multitask("cascade", "run", tmp_path / "cascade.json", "somewhere")
     assert (refused.returncode, "without its bundles" in refused.stderr) == (1, True)
