@@ -206,7 +206,7 @@ class Chaos:
 def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
     """Return the steps that were not applied once, rejected or counted as lost; below 0 if some were applied twice."""
     workers = sum(task.workers for task in spec.tasks)
-    together = spec.engine.name == "sync"
+    together = spec.engine.together
     made = spec.steps * (1 if together else workers)
     known = sum(task["lost_pushes"] + task["rejected_pushes"] for task in result["tasks"].values())
     return made - int(result["last"]["version"]) - known

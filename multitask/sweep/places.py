@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from multitask.cluster.arithmetic import Demand, Node, fits, misfit
 from multitask.cluster.places import chooses_places, demands, share
 from multitask.spec.errors import SpecError
-from multitask.spec.schema import JobSpec, LocalSpec
+from multitask.spec.schema import JobSpec
 
 DRIVER_CPUS = 0.01
 """CPUs of a trial's own process if its workers are other processes: it only waits for them, and Ray refuses 0."""
@@ -39,7 +39,7 @@ class Places:
 
     def with_share(self, spec: JobSpec) -> JobSpec:
         """Return a job whose workers have a number of CPUs: the spec's, or an equal share of those that are left."""
-        if isinstance(spec.engine, LocalSpec) or spec.resources.cpus_per_worker is not None:
+        if not spec.engine.uses_ray or spec.resources.cpus_per_worker is not None:
             return spec
         kind = repr(_demands(_with_cpus(spec, 1.0), 1))  # key of the cache: most trials of a sweep need the same
         if kind not in self._shares:
@@ -90,14 +90,14 @@ def reserved(spec: JobSpec) -> list[Bundle]:
     The workers are left out if Ray Train, or a run that chooses places, reserves the workers' places itself.
     """
     bundles = [dict(demand.resources) for demand in _demands(spec, 1) for _ in range(demand.workers)]
-    by_itself = spec.engine.name == "allreduce" or chooses_places(spec)
+    by_itself = spec.engine.worker_group or chooses_places(spec)
     return bundles[:1] if by_itself else bundles
 
 
 def _demands(spec: JobSpec, trials: int) -> list[Demand]:
     """Return what this number of concurrent trials takes; workers in processes of their own need `cpus_per_worker`."""
     resources = spec.resources
-    if isinstance(spec.engine, LocalSpec):
+    if not spec.engine.uses_ray:
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
         cpus = resources.cpus_per_worker or float(resources.threads_per_worker)
         return [Demand("Engine local", trials, {"CPU": cpus, **gpus})]

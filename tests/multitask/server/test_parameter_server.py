@@ -219,7 +219,7 @@ def test_a_refused_push_is_left_out_of_the_rounds_mean() -> None:
     assert values(server, "only_a")[:5].tolist() == [0.0] * 5
 
 
-def test_a_process_that_was_replaced_is_turned_away() -> None:
+def test_calls_of_a_replaced_process_are_rejected() -> None:
     server = make_server()
     send(server)
     server.join("a/0", 1, step=1)
