@@ -137,7 +137,9 @@ def test_a_task_file_is_checked_before_the_job_is_asked(tmp_path: Path) -> None:
     assert f"{task}: metod: unknown key; did you mean method?" in refused.stderr
 
 
-def test_calls_that_the_server_rejected_are_shown(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_the_server_rejected_are_shown(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finish = ParameterServer.finish
 
     def meet_a_stranger(server: ParameterServer, worker: str) -> None:
