@@ -21,7 +21,7 @@ from multitask.cluster.memory import keep_freed_memory
 from multitask.data import Batch, prefetch
 from multitask.job.assignment import rank_of
 from multitask.job.job import Job
-from multitask.spec.schema import SGDSpec
+from multitask.spec.optimizers import SGDSpec
 
 
 def make_network(job: Job) -> nn.Module:

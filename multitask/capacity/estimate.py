@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import cast
 
 from multitask.capacity.costs import SERVER_COSTS, ServerCosts
-from multitask.spec.schema import AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
+from multitask.spec.engines import AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server's shards", "the network"
 """Values of `Estimate.limit`: the workers' own steps, or a resource that is full."""
@@ -282,7 +282,7 @@ def best_shards(deployment: Deployment) -> Deployment:
 
     More shards also cost time, because every push goes to all of them.
     """
-    if deployment.engine.worker_group:
+    if deployment.engine.worker_group or not deployment.engine.uses_ray:
         return deployment
     served = cast(AsyncSpec | BoundedSpec | SyncSpec, deployment.engine)
     more = replace(deployment, engine=replace(served, shards=2 * deployment.shards))

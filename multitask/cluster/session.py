@@ -12,11 +12,10 @@ from multitask.startup import RUN_PROCESS
 
 RAY_STARTS = 3
 """Number of attempts to start Ray on this machine."""
-OPTIONS: dict[str, Any] = {
-    "log_to_driver": False,
-    "logging_level": logging.ERROR,
-    "runtime_env": {"env_vars": {RUN_PROCESS: "1"}},
-}
+RUNTIME_ENV = {"env_vars": {RUN_PROCESS: "1"}}
+"""Runtime environment of the processes that a run starts. Each actor asks for it too, because the session may be one
+that the user has opened."""
+OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": RUNTIME_ENV}
 """Options of `ray.init` for every connection that a run makes."""
 
 log = logging.getLogger(__name__)

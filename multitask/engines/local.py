@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from functools import partial
 
+from multitask.engines.decisions import is_paused
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.errors import failure
 from multitask.evaluation import torch_threads
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest
 from multitask.server.parameter_server import ParameterServer
-from multitask.spec.schema import LocalSpec
+from multitask.spec.engines import LocalSpec
 from multitask.worker import TaskWorker, Values, train_steps
 
 Answer = tuple[Reply, Values]
@@ -98,7 +99,7 @@ def run(job: Job, driver: Driver) -> Outcome:
                 poll()  # Also when a worker fails: its records are worth keeping, and a checkpoint may be complete.
             if driver.wants_pause():
                 server.pause()
-        outcome.paused = any(worker.step < job.spec.steps for worker in workers)
+        outcome.paused = is_paused((worker.step for worker in workers), job.spec.steps)
         if outcome.paused:
             server.snapshot_for_checkpoint()
         for worker in workers:

@@ -21,7 +21,7 @@ from multitask.engines.reduction import PeerLostError, Reduction, peers, plan_bu
 from multitask.job.job import Job
 from multitask.server.layout import named_tensors
 from multitask.server.messages import Reply
-from multitask.spec.schema import AllreduceSpec
+from multitask.spec.engines import AllreduceSpec
 from multitask.worker import TaskWorker, train_steps
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ def plan_caches(
         shapes = model.shared_shapes(task.resolution)
         key = {
             "backbone": backbone.architecture() | {"content_hash": content_hash},
-            "steps": {"read": list(model.reads), "snapshot": list(shapes)},
+            "steps": {"read": list(model.reads), "kept": list(shapes)},
             "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
             "table": _identity(tables[task.name]),
             # The last bits of the features depend on these values too: a kernel may add numbers in another order if

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from multitask.spec.engines import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, LocalSpec, SyncSpec
+from multitask.spec.engines import AsyncSpec, EngineSpec
 from multitask.spec.fields import (
     STRICT,
     Amount,
@@ -20,42 +20,11 @@ from multitask.spec.fields import (
     TaskName,
 )
 from multitask.spec.optimizers import (
-    AdamSpec,
-    AdamWSpec,
     ConstantSpec,
     CosineSpec,
-    ExponentialSpec,
     OptimizerSpec,
-    RMSpropSpec,
     ScheduleSpec,
-    SGDSpec,
 )
-
-__all__ = [
-    "STRICT",
-    "AdamSpec",
-    "AdamWSpec",
-    "AllreduceSpec",
-    "AsyncSpec",
-    "BackboneSpec",
-    "BoundedSpec",
-    "CheckpointsSpec",
-    "ConstantSpec",
-    "CosineSpec",
-    "Count",
-    "EngineSpec",
-    "ExponentialSpec",
-    "JobSpec",
-    "LocalSpec",
-    "Name",
-    "RMSpropSpec",
-    "Rate",
-    "ResourcesSpec",
-    "SGDSpec",
-    "SyncSpec",
-    "TaskSpec",
-    "TrackingSpec",
-]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

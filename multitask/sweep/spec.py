@@ -9,8 +9,8 @@ from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from multitask.spec.errors import SpecError
+from multitask.spec.fields import STRICT, Count, Name, Rate
 from multitask.spec.reading import read_job, read_yaml, validated
-from multitask.spec.schema import STRICT, Count, Name, Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

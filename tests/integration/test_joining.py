@@ -1,5 +1,6 @@
 """A task that joins a job half-way learns as well as one that was there from the start."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ STEPS = 160
 
 def spec_of(tasks: list[str], directory: Path) -> JobSpec:
     demo = load_spec(DEMO)
-    chosen = [task for task in load_spec(DEMO).tasks if task.name in tasks]
+    chosen = [replace(task, batch_size=128) for task in demo.tasks if task.name in tasks]
     changes = {
         "engine": {"name": "local"},
         "steps": STEPS,
@@ -24,10 +25,7 @@ def spec_of(tasks: list[str], directory: Path) -> JobSpec:
         "schedule": {"name": "exponential", "factor": 0.98, "every_rounds": 4},
         "directory": str(directory),
     }
-    return load_spec(
-        JobSpec(**{**vars(demo), "tasks": tuple(chosen)}),
-        {**changes, "task_defaults": {"validation_images": None}},
-    )
+    return load_spec(replace(demo, tasks=tuple(chosen)), changes)
 
 
 @pytest.mark.slow

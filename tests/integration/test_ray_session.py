@@ -12,7 +12,7 @@ import time
 import numpy as np
 import ray
 
-from multitask.engines.served import ray_session
+from multitask.cluster.session import ray_session
 
 values = np.ones(3_500_000, np.float32)
 with ray_session():

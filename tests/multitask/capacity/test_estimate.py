@@ -28,7 +28,7 @@ from multitask.capacity.estimate import (
     extremes,
     saturation,
 )
-from multitask.spec.schema import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
+from multitask.spec.engines import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 FIGURES = Path(__file__).parents[3] / "benchmarks" / "results" / "server_throughput_2cpu_2026-11-27.json"
 WITHIN = 0.16

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from multitask.spec.errors import SpecError
+from multitask.spec.optimizers import ExponentialSpec, RMSpropSpec
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.recipes import RECIPES
-from multitask.spec.schema import ExponentialSpec, JobSpec, RMSpropSpec
+from multitask.spec.schema import JobSpec
 from patches.methods import METHODS
 from tests.multitask.spec.test_spec import SPEC, TASK
 
