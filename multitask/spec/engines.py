@@ -50,8 +50,11 @@ class BoundedSpec:
     staleness: Annotated[int, Field(ge=0)]
     """Number of steps that a worker may be ahead of the slowest worker. With 0 the engine works like `sync`."""
     in_flight: Annotated[int, Field(ge=0, le=1)] = 0
+    """As for `async`. With 1, `staleness` has to be 2 or more."""
     shards: Count = 1
+    """As for `async`."""
     divide_rate_by_staleness: bool = False
+    """As for `async`."""
 
     @property
     def together(self) -> bool:
@@ -81,6 +84,7 @@ class SyncSpec:
 
     name: Literal["sync"]
     shards: Count = 1
+    """As for `async`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,6 +13,7 @@ class RMSpropSpec:
     name: Literal["rmsprop"]
     rate: Rate
     decay: Share = 0.9
+    """Decay of the running mean of squared gradients."""
     momentum: Share = 0.9
     eps: Rate = 1.0
     """Constant that is added inside the square root, as in TensorFlow; torch adds it outside."""

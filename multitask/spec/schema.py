@@ -78,8 +78,13 @@ class TaskSpec:
     """Folder on a local disk that stores the outputs of the frozen backbone for each training image, so that only the
     first epoch computes them. Tasks and later runs may share the folder."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Number for each colour channel that is subtracted from the pixels, on the scale 0 to 1. The default is ImageNet's
+    mean."""
     std: tuple[Rate, Rate, Rate] = (0.229, 0.224, 0.225)
+    """Number for each colour channel by which the pixels are divided after that. The default is ImageNet's standard
+    deviation."""
     label_smoothing: Share = 0.0
+    """Share of each label that is spread evenly over all classes in the training loss; 0 keeps the labels."""
     weight: Rate = 1.0
     """Weight of each worker of this task where gradients are averaged: `sync`, `allreduce`, and `local` with
     `rounds`."""
@@ -88,7 +93,7 @@ class TaskSpec:
     undecodable: Literal["fail", "skip"] = "fail"
     """Whether an image that cannot be decoded ends the run (`fail`), or is left out and counted (`skip`)."""
     verify_data: bool = True
-    """Read every shard once before training to compare its SHA-256 with the index."""
+    """Read every shard once before training to compare its SHA-256 with the index and to check its labels."""
     damaged_shards: Literal["fail", "skip"] = "fail"
     """Whether a shard that is missing, or differs from the index, is an error before the job starts (`fail`), or is
     left out with a warning (`skip`)."""
@@ -147,8 +152,11 @@ class CheckpointsSpec:
     uri: str | None = None
     """Folder for the checkpoints: a path or a pyarrow filesystem URI; checkpoints/ in the run directory by default."""
     every_minutes: Rate | None = 10.0
+    """Number of minutes between checkpoints; with null, time does not count."""
     every_rounds: Count | None = None
+    """Number of rounds between checkpoints; without it only time counts. Both keys may be set."""
     keep: Count = 2
+    """Number of checkpoints that are kept; older ones are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -163,6 +171,7 @@ class ResourcesSpec:
     By default Ray finds a place for each worker separately; if a task has `resources` or `labels`, the default is
     `spread`."""
     threads_per_worker: Count = 1
+    """Number of threads with which torch computes in each worker."""
     decode_threads: Count = 1
     """Number of threads that decode images for a worker, or for all workers of a node that share the decoded images."""
     start_timeout_s: Rate = 300.0
@@ -187,6 +196,7 @@ class TrackingSpec:
     uri: str | None = None
     """MLflow tracking URI; by default the SQLite file mlflow.db beside the run directories."""
     experiment: str = "multitask"
+    """Name of the MLflow experiment, which is created if it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -223,6 +233,7 @@ class JobSpec:
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything that is drawn at random: initial values, the order of images, augmentation and dropout."""
     directory: str | None = None
     """Directory for all files of the run; runs/NAME by default."""
 

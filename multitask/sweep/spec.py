@@ -87,7 +87,7 @@ class AshaScheduler:
     grace_rounds: Count
     """Round of the first milestone; the next ones are this times reduction, reduction², ..."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """One of this many trials passes a milestone."""
+    """A trial passes a milestone if it is among the best 1 / `reduction` of the trials that have come to it so far."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -131,7 +131,7 @@ class SweepSpec:
     source: str | None = None
     """A job spec to train first; every trial starts from the backbone of its version that is best by validation."""
     concurrent: Count | None = None
-    """Number of trials that run at the same time; by default as many as have room, so that all CPUs are in use."""
+    """Number of trials that run at the same time; by default as many as have room on the cluster."""
     retries: Annotated[int, Field(ge=0)] = 1
     """Number of times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
     retrain: bool = False
