@@ -1,6 +1,7 @@
 """The `multitask` command. Each verb reads its input, calls one function and shows the result."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.plan_verbs import plan
 from jobs.sweep_verbs import sweep
-from multitask.startup import put_off_torch_compile
+from multitask.startup import RUN_PROCESS, put_off_torch_compile
 
 app = typer.Typer(
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
@@ -43,6 +44,7 @@ Weights = Annotated[
 def main() -> None:
     """Run the command: an error becomes one message and exit status 1, or a traceback with `--debug`."""
     put_off_torch_compile()
+    os.environ[RUN_PROCESS] = "1"  # for the processes that the command starts
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:

@@ -1,8 +1,8 @@
 """Start the processes of a run without the machinery of torch.compile, which none of them uses.
 
-A run sets the environment variable `RUN_PROCESS` for the processes that it starts, and `import multitask` then calls
-`put_off_torch_compile`. The command line calls it too. In a user's own process, which may use torch.compile, nothing in
-`sys.modules` changes.
+A run that starts Ray or connects to it sets the environment variable `RUN_PROCESS` for its processes, and
+`import multitask` then calls `put_off_torch_compile`. The command line does both. In a user's own process, and in the
+processes of a Ray session that the user has opened, nothing in `sys.modules` changes: they may use torch.compile.
 """
 
 import importlib

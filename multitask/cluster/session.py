@@ -12,10 +12,7 @@ from multitask.startup import RUN_PROCESS
 
 RAY_STARTS = 3
 """Number of attempts to start Ray on this machine."""
-RUNTIME_ENV = {"env_vars": {RUN_PROCESS: "1"}}
-"""Runtime environment of the processes that a run starts. Each actor asks for it too, because the session may be one
-that the user has opened."""
-OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": RUNTIME_ENV}
+OPTIONS: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 """Options of `ray.init` for every connection that a run makes."""
 
 log = logging.getLogger(__name__)
@@ -38,7 +35,7 @@ def ray_session() -> Iterator[None]:
         os.environ.setdefault("RAY_free_objects_batch_size", "1")
         start_ray()
     else:
-        ray.init(address=address, **OPTIONS)
+        ray.init(address=address, runtime_env={"env_vars": {RUN_PROCESS: "1"}}, **OPTIONS)
     try:
         yield
     finally:
@@ -55,10 +52,26 @@ def start_ray(**options: Any) -> None:
     """
     for tries_left in reversed(range(RAY_STARTS)):
         try:
-            ray.init(address="local", include_dashboard=False, **OPTIONS, **options)
+            # A runtime environment would set the variable too, but starts each process through a second Python.
+            with _environment_variable(RUN_PROCESS, "1"):
+                ray.init(address="local", include_dashboard=False, **OPTIONS, **options)
             break
         except Exception as error:  # Ray raises no type of its own
             ray.shutdown()
             if not tries_left:
                 raise
             log.warning("Ray did not start on this machine and is started again. (%s)", error)
+
+
+@contextlib.contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes that this process starts while the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, Ray
 from multitask.cluster.arithmetic import Demand
 from multitask.cluster.memory import FOR_ALL_THREADS
 from multitask.cluster.places import check_places, cluster_nodes, demands
-from multitask.cluster.session import RUNTIME_ENV, ray_session
+from multitask.cluster.session import ray_session
 from multitask.engines.caller import POLL_S, PatientCaller
 from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
 from multitask.engines.interface import WHOLE_RUN, Driver, Outcome, take
@@ -30,6 +30,7 @@ from multitask.engines.ranks import train_rank
 from multitask.errors import TrainingError, failure
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
+from multitask.startup import RUN_PROCESS
 
 HEALTH_CHECK_S = 0.5
 """Seconds between two looks of Train at its workers, and so the time that a loss may go unnoticed."""
@@ -69,9 +70,7 @@ class RankGroup:
 
     def __init__(self, job: Job, store: CheckpointStore) -> None:
         self._job, self._store = job, store
-        self.ledger: Actor = (
-            ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, runtime_env=RUNTIME_ENV).remote()
-        )
+        self.ledger: Actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1).remote()
         self.start()
 
     def begin(self) -> "ray.ObjectRef[None]":
@@ -90,7 +89,7 @@ class RankGroup:
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
             # The spec may name data relative to the folder that the run was started in, so ranks stay there.
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
-            **RUNTIME_ENV["env_vars"],
+            RUN_PROCESS: "1",
             # Train runs each rank in a thread of its process, not in the main thread.
             **FOR_ALL_THREADS,
         }

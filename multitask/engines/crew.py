@@ -10,7 +10,6 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from multitask.cluster.places import chooses_places, cluster_nodes, demands, reserve
-from multitask.cluster.session import RUNTIME_ENV
 from multitask.engines.decisions import Recovery, assign_hosts, recovery, worker_to_make_room
 from multitask.engines.loss import ENDED, Actor
 from multitask.engines.server_actors import ServerActor, ShardActor
@@ -38,8 +37,7 @@ class Crew:
         self.job, self.store = job, store
         self.recovery = recovery(job.spec.engine.together)
         # Ray starts no single process again where all of them start again together.
-        max_restarts = -1 if self.recovery is Recovery.REPLACE else 0
-        self._restarts = {"num_cpus": 0, "max_restarts": max_restarts, "runtime_env": RUNTIME_ENV}
+        self._restarts = {"num_cpus": 0, "max_restarts": -1 if self.recovery is Recovery.REPLACE else 0}
         self._demands = demands(job.spec, cluster_nodes())
         self._group = reserve(job.spec, self._demands)
         self.shards: list[Actor] = [self._start_server_process(ShardActor, number) for number in range(1, job.shards)]
@@ -82,7 +80,6 @@ class Crew:
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             resources=task.resources,
-            runtime_env=RUNTIME_ENV,
             **options,
         )
         return starter.remote(job, name, incarnation, self.server, self.shards)

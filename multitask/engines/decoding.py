@@ -10,7 +10,6 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from multitask.cluster.logs import log_to_stderr
-from multitask.cluster.session import RUNTIME_ENV
 from multitask.data.stream import Drawn
 from multitask.engines.loss import LOST, Actor
 from multitask.job.job import Job
@@ -51,9 +50,7 @@ def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
         for readers in job.sharing(name for name in job.workers if nodes[name] == node):
             if len(readers) > 1:
                 on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-                actor: Any = ray.remote(DecodeActor).options(
-                    num_cpus=0, scheduling_strategy=on_node, runtime_env=RUNTIME_ENV
-                )
+                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=on_node)
                 decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
     try:
         yield decoder_of

@@ -10,6 +10,7 @@ decides nothing.
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from multitask.job.checkpoint import Checkpoint
 from multitask.job.job import Job
 from multitask.server.messages import StepRecord
 from multitask.spec.reading import load_spec
+from multitask.startup import RUN_PROCESS
 from tests.conftest import EngineRun, run_engine, store_of
 from tests.integration.placed import Places
 
@@ -46,6 +48,7 @@ class Nodes:
 
 
 def main() -> None:
+    os.environ[RUN_PROCESS] = "1"  # as a run sets it that starts Ray
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         nodes = Nodes(cluster)

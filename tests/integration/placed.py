@@ -7,6 +7,7 @@ place); or `error`.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from multitask.cluster.places import PlacementError
 from multitask.engines.crew import actors
 from multitask.job.job import Job
 from multitask.spec.reading import load_spec
+from multitask.startup import RUN_PROCESS
 from tests.conftest import run_engine, store_of
 
 NODES: dict[str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ class Places(logging.Handler):
 
 
 def main() -> None:
+    os.environ[RUN_PROCESS] = "1"  # as a run sets it that starts Ray
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         names = {cluster.add_node(num_cpus=1, **settings).node_id: name for name, settings in NODES.items()}

@@ -31,9 +31,18 @@ A_USERS_PROCESS = """
 import sys
 import multitask
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "multitask"})
-multitask.train, multitask.cascade
+[getattr(multitask, name) for name in multitask.__all__]
 stand_ins = [name for name, module in sys.modules.items() if type(module).__module__ == "multitask.startup"]
 print(loaded, stand_ins)
+"""
+COMMAND = """
+import contextlib, io, sys
+from jobs import cli
+sys.argv = ["multitask", "--help"]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    cli.main()
+import multitask.engines
+print("torch._dynamo.eval_frame" in sys.modules)
 """
 
 
@@ -50,3 +59,7 @@ def test_torch_compile_is_imported_when_something_is_compiled() -> None:
 
 def test_importing_the_package_loads_nothing_and_leaves_the_modules_of_a_user_alone() -> None:
     assert run(A_USERS_PROCESS) == "['multitask'] []\n"
+
+
+def test_the_command_does_without_torch_compile() -> None:
+    assert run(COMMAND) == "False\n"

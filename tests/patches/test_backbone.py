@@ -9,7 +9,6 @@ from torch import nn
 
 import patches
 from patches import BackboneError
-from patches.families import FAMILIES
 from tests.patches.helpers import (
     NETWORKS,
     SMALL,
@@ -157,8 +156,11 @@ def test_inception_keeps_its_input_transform() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_belongs_to_one_step(name: str) -> None:
     backbone = network(name)
-    steps = FAMILIES[backbone.name].steps(backbone.network)
-    owners = {key: [step.name for step in steps if step.owns(key)] for key in backbone.network.state_dict()}
+    paths = {step: backbone.paths(number, number + 1) for number, step in enumerate(backbone.steps)}
+    owners = {
+        key: [step for step, of_step in paths.items() if any(f"{key}.".startswith(f"{path}.") for path in of_step)]
+        for key in backbone.network.state_dict()
+    }
     assert all(len(steps) == 1 for steps in owners.values()), owners
 
 

@@ -28,7 +28,7 @@ from multitask.capacity.estimate import (
     extremes,
     saturation,
 )
-from multitask.spec.engines import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
+from multitask.spec.engines import AllreduceSpec, AsyncSpec, BoundedSpec, EngineSpec, LocalSpec, SyncSpec
 
 FIGURES = Path(__file__).parents[3] / "benchmarks" / "results" / "server_throughput_2cpu_2026-11-27.json"
 WITHIN = 0.16
@@ -259,3 +259,9 @@ def test_more_shards_never_make_one_busier_at_equal_pace(job: Deployment, more: 
 def test_waiting_for_all_is_never_faster_than_waiting_for_none(job: Deployment) -> None:
     free, together = (estimate(replace(job, engine=engine)) for engine in (AsyncSpec(), SyncSpec(name="sync")))
     assert at_least(free.images_per_s, together.images_per_s)
+
+
+@pytest.mark.parametrize("engine", [LocalSpec(name="local"), AllreduceSpec(name="allreduce")])
+def test_engines_without_shards_keep_their_deployment(engine: EngineSpec) -> None:
+    start = deployment(engine)
+    assert best_shards(start) is start

@@ -14,8 +14,10 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 
 from multitask.cluster.session import ray_session
 from multitask.engines import caller, remote, served, workers
+from multitask.engines.crew import Crew
 from multitask.engines.decisions import RESTARTS_WITHOUT_A_STEP, Recovery
 from multitask.engines.interface import Driver, Outcome
+from multitask.engines.loss import RestartAllError
 from multitask.engines.server_actors import ServerActor
 from multitask.engines.server_client import ServerClient
 from multitask.engines.workers import ServedWorker, WorkerActor
@@ -371,3 +373,39 @@ def test_a_ray_of_its_own_that_does_not_start_is_tried_again(
         pass
 
     assert tried == ["local"] * tries
+
+
+def test_the_process_of_a_guest_that_hangs_is_its_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, killed = object.__new__(Crew), []
+    crew.workers, crew.hosts = {"pets/0": "the one"}, {"pets/1": "pets/0"}
+    monkeypatch.setattr(served.ray, "kill", killed.append)
+
+    crew.kill_process("pets/1")
+
+    assert killed == ["the one"]
+
+
+@pytest.mark.parametrize(("made", "starts"), [([0] * 4, 4), ([0, 0, 5, 0, 0, 0], 6)])
+def test_a_run_whose_processes_are_lost_together_without_a_step_in_between_ends(
+    job: Job, monkeypatch: pytest.MonkeyPatch, made: list[int], starts: int
+) -> None:
+    begun, left = [], list(made)
+
+    @contextlib.contextmanager
+    def crews(job: Job, _: object) -> Iterator[FakeCrew]:
+        begun.append(job)
+        yield FakeCrew(job, monkeypatch)
+
+    def lose(attempt: served.ServedRun) -> Outcome:
+        attempt.records = left.pop(0)
+        raise RestartAllError("A worker was lost.")
+
+    monkeypatch.setattr(served, "actors", crews)
+    monkeypatch.setattr(served, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(served, "check_places", lambda _: None)
+    monkeypatch.setattr(served.ServedRun, "run", lose)
+
+    with pytest.raises(TrainingError, match=r"A worker was lost\. It was lost 4 times without a step made"):
+        served.run(job, Driver(lambda *_: None, store_of(job)))
+
+    assert len(begun) == starts

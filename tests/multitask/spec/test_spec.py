@@ -173,7 +173,8 @@ def test_the_facts_of_an_engine_are_no_keys(engine: str, keys: set[str], togethe
     spec = load_spec({**SPEC, "engine": section})
 
     assert (spec.engine.together, spec.engine.bound) == (together, bound)
-    assert all(hasattr(spec.engine, fact) for fact in facts)
+    assert (spec.engine.uses_ray, spec.engine.worker_group) == (engine != "local", engine == "allreduce")
+    assert (spec.engine.shards, spec.engine.in_flight, spec.engine.divide_rate_by_staleness) == (1, 0, False)
     assert dump_spec(spec)["engine"].keys() == keys | {"name"}
     for fact in facts - keys:
         assert f"engine.{fact}: unknown key" in error_of(engine={**section, fact: getattr(spec.engine, fact)})
