@@ -31,7 +31,7 @@ from multitask.run.directory import Export, Run, evaluate_models, write_json
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import TaskSpec
 
-DURATION = "about 8 minutes on two cores that do nothing else"
+DURATION = "about 6 minutes on two cores that do nothing else"
 """Duration of the demo with the steps of its job specs. `multitask demo` prints it at its start."""
 SPECS = Path(__file__).resolve().parent.parent / "specs"
 MODES = {
