@@ -15,6 +15,7 @@ from rich.console import Console
 
 from multitask.cluster.logs import LOG, log_to
 from multitask.cluster.places import check_places
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
 from multitask.job import Job, LoadedInputs
@@ -251,7 +252,7 @@ class _Training:
                 # The changed job is built before the pause: an error is answered while training goes on, and only this
                 # process reads and checks a new task's data.
                 job = Job(_changed(self._job.spec, request), loaded=self._job.inputs())
-                check_places(job.spec)
+                check_places(RayCluster(), job.spec)
             except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
                 request.answer(str(error) or repr(error))
             else:
