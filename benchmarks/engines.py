@@ -29,7 +29,7 @@ from benchmarks._pictures import noise_png
 from benchmarks._rivals import DDP, Documented, Plain
 from benchmarks._turns import LAPS, TIMEOUT_S, WARM_UP, Mark, Turns, Variant, outside_load, take_turns
 from multitask.cluster.session import ray_session
-from multitask.data import prefetch, write_table
+from multitask.data import write_table
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
 from multitask.engines.ranks import join, make_reduction, process_groups
@@ -214,7 +214,7 @@ class TimedRank:
 
     def prepare(self, ledger: LedgerConnection) -> None:
         job, name = self._job, self._name
-        worker = job.make_worker(name, prefetch(job.make_batches(name)))
+        worker = job.make_worker(name, job.make_batches(name))
         reduction = make_reduction(job, worker, process_groups(job, name))
         _, operations = join(ledger, name)
         steps_left = dict.fromkeys(job.workers, job.spec.steps)

@@ -12,14 +12,12 @@ import torch
 import torch.distributed as dist
 
 from multitask.cluster.logs import log_to_stderr
-from multitask.data import prefetch
 from multitask.engines.ledger import WAIT
 from multitask.engines.loss import Actor
 from multitask.engines.operations import Operation
 from multitask.engines.rank_server import LedgerConnection, RankServer, answer_of
 from multitask.engines.reduction import PeerLostError, Reduction, peers, plan_buckets
 from multitask.job.job import Job
-from multitask.server.layout import named_tensors
 from multitask.server.messages import Reply
 from multitask.spec.engines import AllreduceSpec
 from multitask.worker import TaskWorker, train_steps
@@ -61,7 +59,7 @@ def _train(job: Job, name: str, ledger: LedgerConnection, control: dist.ProcessG
     log_to_stderr(lambda: about)
     members = process_groups(job, name)
     reply, operations = join(ledger, name)
-    worker = job.make_worker(name, prefetch(job.make_batches(name, reply.position)), (reply.step, reply.position))
+    worker = job.make_worker(name, job.make_batches(name, reply.position), (reply.step, reply.position))
     log_to_stderr(lambda: {**about, "step": worker.step})
     log.info("Trains to step %d.", job.spec.steps)
     reduction = make_reduction(job, worker, members)
@@ -117,7 +115,7 @@ def make_reduction(job: Job, worker: TaskWorker, members: Mapping[str, dist.Proc
     plan = plan_buckets({group.name: group.layout for group in job.served()}, job.spec.engine.bucket_mb)
     device = None if dist.get_backend() == "nccl" else torch.device("cpu")
     reduction = Reduction(plan, worker.gradients, members, device)
-    reduction.watch(named_tensors(worker.model.network))
+    reduction.watch(worker.learner.tensors())
     return reduction
 
 

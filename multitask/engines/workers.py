@@ -9,7 +9,6 @@ import ray
 import torch
 
 from multitask.cluster.logs import log_to_stderr
-from multitask.data import prefetch
 from multitask.engines.decoding import batches_from
 from multitask.engines.loss import Actor
 from multitask.engines.remote import RemoteServer
@@ -51,7 +50,7 @@ class ServedWorker:
         if not holds_private:  # the server has all that this worker learned, so the worker goes on where the server is
             start = reply.step, reply.position
         if decoder is None:
-            batches = prefetch(self._job.make_batches(self._name, start[1]))
+            batches = self._job.make_batches(self._name, start[1])
         else:
             drawn = batches_from(decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
@@ -101,7 +100,7 @@ class ServedWorker:
 
     def private_state(self) -> dict[str, torch.Tensor]:
         """Return copies of the task's private tensors as this worker holds them."""
-        return {name: tensor.clone() for name, tensor in self.worker.model.private_state().items()}
+        return {name: tensor.clone() for name, tensor in self.worker.learner.private_state().items()}
 
 
 class WorkerActor(ServedWorker):
