@@ -31,7 +31,7 @@ from benchmarks._turns import LAPS, TIMEOUT_S, WARM_UP, Mark, Turns, Variant, ou
 from multitask.cluster.collectives import TorchCollectives
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.cluster.session import ray_session
-from multitask.data import prefetch, write_table
+from multitask.data import write_table
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
 from multitask.engines.ranks import join, make_reduction, sharing_ranks
@@ -216,7 +216,7 @@ class TimedRank:
 
     def prepare(self, ledger: LedgerConnection) -> None:
         job, name = self._job, self._name
-        worker = job.make_worker(name, prefetch(job.make_batches(name)))
+        worker = job.make_worker(name, job.make_batches(name))
         ranks = TorchCollectives()
         reduction = make_reduction(job, worker, sharing_ranks(job, name, ranks), ranks.sums_on)
         _, operations = join(ledger, name)

@@ -32,6 +32,7 @@ from benchmarks._turns import TIMEOUT_S, ProcessorTime
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.cluster.session import ray_session
 from multitask.engines.server_actors import Refs, ServerActor, ShardActor
+from multitask.server.clock import Clock
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord

@@ -8,12 +8,10 @@ import torch
 
 from multitask.cluster.collectives import Collectives, Members, PeerLostError
 from multitask.cluster.interface import Actor, Cluster
-from multitask.data import prefetch
 from multitask.engines.operations import Operation
 from multitask.engines.rank_server import LedgerConnection, RankServer, answer_of
 from multitask.engines.reduction import Reduction, plan_buckets
 from multitask.job.job import Job
-from multitask.server.layout import named_tensors
 from multitask.server.messages import Reply
 from multitask.spec.engines import AllreduceSpec
 from multitask.worker import TaskWorker, train_steps
@@ -55,8 +53,8 @@ def _train(job: Job, name: str, ledger: LedgerConnection, ranks: Collectives) ->
     cluster.log_to_stderr(lambda: about)
     members = sharing_ranks(job, name, ranks)
     reply, operations = join(ledger, name)
-    batches = prefetch(job.make_batches(name, reply.position))
-    worker = job.make_worker(name, batches, (reply.step, reply.position))
+    batches, start = job.make_batches(name, reply.position), (reply.step, reply.position)
+    worker = job.make_worker(name, batches, start, process=cluster.process_id())
     cluster.log_to_stderr(lambda: {**about, "step": worker.step})
     log.info("Trains to step %d.", job.spec.steps)
     reduction = make_reduction(job, worker, members, ranks.sums_on)
@@ -106,5 +104,5 @@ def make_reduction(
     assert isinstance(job.spec.engine, AllreduceSpec)
     plan = plan_buckets({group.name: group.layout for group in job.served()}, job.spec.engine.bucket_mb)
     reduction = Reduction(plan, worker.gradients, members, device)
-    reduction.watch(named_tensors(worker.model.network))
+    reduction.watch(worker.learner.tensors())
     return reduction

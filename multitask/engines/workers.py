@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from multitask.cluster.interface import Actor, Cluster
-from multitask.data import prefetch
 from multitask.engines.decoding import batches_from
 from multitask.engines.remote import RemoteServer
 from multitask.job.job import Job
@@ -57,12 +56,13 @@ class ServedWorker:
         if not holds_private:  # the server has all that this worker learned, so the worker goes on where the server is
             start = reply.step, reply.position
         if decoder is None:
-            batches = prefetch(self._job.make_batches(self._name, start[1]))
+            batches = self._job.make_batches(self._name, start[1])
         else:
             drawn = batches_from(self._cluster, decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
         with ONE_AT_A_TIME:  # building a network draws random numbers
-            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+            process = self._cluster.process_id()
+            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation, process)
         about, worker = self.about(), self.worker
         self.about = lambda: {**about, "step": worker.step}
 
@@ -107,7 +107,7 @@ class ServedWorker:
 
     def private_state(self) -> dict[str, torch.Tensor]:
         """Return copies of the task's private tensors as this worker holds them."""
-        return {name: tensor.clone() for name, tensor in self.worker.model.private_state().items()}
+        return {name: tensor.clone() for name, tensor in self.worker.learner.private_state().items()}
 
 
 class WorkerActor(ServedWorker):

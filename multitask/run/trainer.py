@@ -272,7 +272,7 @@ class Training:
             try:
                 # The changed job is built before the pause: an error is answered while training goes on, and only this
                 # process reads and checks a new task's data.
-                job = Job(_changed(self._job.spec, request), loaded=self._job.inputs())
+                job = self._job.changed(_changed(self._job.spec, request))
                 check_places(self._cluster, job.spec)
             except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
                 request.answer(str(error) or repr(error))
@@ -292,7 +292,7 @@ class Training:
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         spec = changed.spec
-        self._job = Job(spec, checkpoint, changed.inputs())
+        self._job = changed.changed(spec, checkpoint)
         write_spec(self._directory / "spec.yaml", spec)
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)
