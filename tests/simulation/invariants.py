@@ -11,9 +11,9 @@ from torch import Tensor
 from multitask.job.checkpoint import Checkpoint
 from multitask.server.messages import Evaluation, mean_top1
 from tests.simulation import formulas
+from tests.simulation.faults import Kind
 from tests.simulation.reference import Reference, reference_of
 from tests.simulation.run import News, Story
-from tests.simulation.faults import Kind
 from tests.simulation.schedule import STEPS
 from tests.simulation.toy import ToyJob
 from tests.simulation.views import View, expected_private, view_of_checkpoint, view_of_evaluation
@@ -32,11 +32,7 @@ def complaints(story: Story) -> list[str]:
 def together(story: Story) -> bool:
     """Return whether all pushes of a round make one update."""
     engine = story.schedule.job.engine
-    return (
-        engine["name"] in ("sync", "allreduce")
-        or engine.get("schedule") == "rounds"
-        or engine.get("staleness") == 0
-    )
+    return engine["name"] in ("sync", "allreduce") or engine.get("schedule") == "rounds" or engine.get("staleness") == 0
 
 
 def is_undisturbed(story: Story) -> bool:
@@ -102,8 +98,8 @@ def _explains(end: str, raised: tuple[str, int] | None, kills: int) -> bool:
 
 def _all_present(story: Story, at: Iterable[tuple[str, int]]) -> bool:
     """Return whether the workers are still part of the job at its end."""
-    assert story.spec is not None
-    names = {task.name for task in story.spec.tasks}
+    assert story.job is not None
+    names = {task.name for task in story.job.spec.tasks}
     return all(worker.partition("/")[0] in names for worker, _ in at)
 
 

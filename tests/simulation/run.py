@@ -1,6 +1,7 @@
 """One simulated run: the real driver, server and workers on a simulated cluster, and a record of what they did."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,19 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from multitask.cluster.arithmetic import Node
-from multitask.engines.interface import Outcome
 from multitask.errors import TrainingError
 from multitask.job.checkpoint import Checkpoint, CheckpointStore
-from multitask.run.directory import write_json
+from multitask.run.directory import write_json, write_spec
 from multitask.run.live import REQUESTS
 from multitask.run.trainer import Stopped, Training
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.server.progress import Progress
 from multitask.spec.reading import load_spec
-from multitask.spec.schema import JobSpec
-from tests.simulation.behaviour import Behaviour
 from tests.simulation.cluster import SimulatedCluster
+from tests.simulation.losses import Cause
+from tests.simulation.messages import share
 from tests.simulation.schedule import Request, Schedule, StoreFault
 from tests.simulation.toy import ToyJob, ToyWorld
 from tests.simulation.world import DriverKilledError, StuckError, World
@@ -43,7 +46,9 @@ class News:
     records: list[StepRecord]
     evaluations: list[Evaluation]
     progress: Progress
-    tasks: tuple[str, ...]
+    job: ToyJob
+    changed: bool
+    """The tasks have changed since the call before."""
 
 
 @dataclass
@@ -54,17 +59,16 @@ class Story:
     lives: list[str] = field(default_factory=list)
     """How each driver ended: "finished", "stopped", "killed", or the error's type and text."""
     news: list[News] = field(default_factory=list)
-    saved: list[tuple[int, Checkpoint]] = field(default_factory=list)
-    """Number of the driver, and a checkpoint that it wrote."""
+    saved: list[tuple[int, ToyJob, Checkpoint]] = field(default_factory=list)
+    """Number of the driver, its job, and a checkpoint that it wrote."""
     paused: list[Checkpoint | None] = field(default_factory=list)
     """The latest checkpoint after each driver that stopped."""
-    last: Evaluation | None = None
-    """The last version, if the run has finished."""
-    outcome: Outcome | None = None
+    last: dict[str, Tensor] | None = None
+    """Content of `last.safetensors`, if the run has finished."""
     best: dict[str, Any] | None = None
-    """What `result.json` says of the best version."""
-    spec: JobSpec | None = None
-    """The job spec at the end."""
+    """What `result.json` says of the best version, if the run has finished."""
+    job: ToyJob | None = None
+    """The job at the end."""
     stuck: str | None = None
     """Who waits for what, if the run did not end."""
     leftovers: list[str] = field(default_factory=list)
@@ -83,6 +87,7 @@ class Recorder:
 
     def __init__(self, story: Story, life: int) -> None:
         self._story, self._life = story, life
+        self._changed = False
 
     def __enter__(self) -> "Recorder":
         return self
@@ -102,15 +107,16 @@ class Recorder:
         yield
 
     def change_tasks(self, job: ToyJob) -> None:
-        self._tasks = tuple(task.name for task in job.spec.tasks)
-        self._story.spec = job.spec
+        self._changed = self._story.job is not None and job.workers != self._story.job.workers
+        self._story.job = self.job = job
 
     def say(self, _: str) -> None:
         pass
 
     def update(self, records: list[StepRecord], evaluations: list[Evaluation], progress: Progress) -> None:
         self.rejected_calls = progress.rejected_calls
-        self._story.news.append(News(self._life, records, evaluations, progress, self._tasks))
+        self._story.news.append(News(self._life, records, evaluations, progress, self.job, self._changed))
+        self._changed = False
 
     def end(self, *_: Any) -> None:
         pass
@@ -122,9 +128,13 @@ class Recorder:
 class SimulatedStore(CheckpointStore):
     """A store of checkpoints that takes virtual time to write them, and fails where the schedule says so."""
 
-    def __init__(self, simulation: "Simulation", life: int, uri: str, keep: int) -> None:
-        super().__init__(uri, keep)
+    def __init__(self, simulation: "Simulation", life: int) -> None:
+        super().__init__(str(simulation.folder / "checkpoints"), simulation.schedule.job.checkpoints["keep"])
         self._simulation, self._life = simulation, life
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Other processes only read checkpoints, each with a store of its own."""
+        return CheckpointStore, (self._uri, self._keep)
 
     def save(self, checkpoint: Checkpoint) -> str:
         simulation, world = self._simulation, self._simulation.world
@@ -140,18 +150,23 @@ class SimulatedStore(CheckpointStore):
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
                 simulation.kill_driver()
         path = super().save(checkpoint)
-        simulation.story.saved.append((self._life, checkpoint))
+        story = simulation.story
+        assert story.job is not None
+        story.saved.append((self._life, story.job, checkpoint))
         if fault == "killed after":
             simulation.kill_driver()
         world.sleep(0.05)
         return path
 
 
+share(ToyJob)
+
+
 class Simulation:
     """One schedule while it runs."""
 
     def __init__(self, schedule: Schedule, folder: Path) -> None:
-        self.schedule, self._folder = schedule, folder
+        self.schedule, self.folder = schedule, folder
         self.story = Story(schedule)
         self.world = World(schedule.seed, limit_s=LIMIT_S)
         self.story.world = self.world
@@ -182,43 +197,42 @@ class Simulation:
         finally:
             story.seconds, story.messages = self.world.now, self.cluster.calls.sent
             self.world.close()
-        story.partial_files = [path.name for path in self._folder.rglob("*.partial")]
+        story.partial_files = [path.name for path in self.folder.rglob("*.partial")]
         return story
 
     def _live(self, life: int) -> bool:
         """Let one driver work; return whether another one has to go on."""
         story = self.story
         try:
-            story.outcome = self.cluster.run(partial(self._drive, life))
+            self.cluster.run(partial(self._drive, life))
         except DriverKilledError:
             story.lives.append("killed")
             return True
         except Stopped:
             story.lives.append("stopped")
-            story.paused.append(self._store(life).latest())
+            story.paused.append(SimulatedStore(self, life).latest())
             return True
         except (TrainingError, OSError) as error:
             story.lives.append(f"{type(error).__name__}: {error}")
             return isinstance(error, OSError)
         story.lives.append("finished")
+        story.last = load_file(self.folder / "last.safetensors")
+        story.best = json.loads((self.folder / "result.json").read_text())["best"]
         return False
 
-    def _drive(self, life: int) -> Outcome:
+    def _drive(self, life: int) -> None:
         """Do what `multitask train`, and later `multitask train --resume`, does."""
-        path = self._folder / "spec.yaml"
-        spec = load_spec(path) if path.is_file() else self._spec()
-        store = self._store(life)
+        path = self.folder / "spec.yaml"
+        if life:
+            spec = load_spec(path)
+        else:
+            spec = self.schedule.job.spec()
+            write_spec(path, spec)
+        store = SimulatedStore(self, life)
         job = ToyJob(spec, self._toy, store.latest() if life else None)
         recorder: Any = Recorder(self.story, life)
-        self._training = Training(self._folder, job, store, recorder, recorder, cluster=self.cluster)
+        self._training = Training(self.folder, job, store, recorder, recorder, cluster=self.cluster)
         self._training.run()
-        return Outcome()
-
-    def _spec(self) -> JobSpec:
-        return self.schedule.job.spec()
-
-    def _store(self, life: int) -> SimulatedStore:
-        return SimulatedStore(self, life, str(self._folder / "checkpoints"), self.schedule.job.checkpoints["keep"])
 
     def _ask(self, request: Request) -> None:
         """Do what a user does who wants something of the running job."""
@@ -228,7 +242,7 @@ class Simulation:
                 self._training.interrupt()
             return
         added = self.schedule.job.later_content(request.task) if request.kind == "attach" else None
-        folder = self._folder / REQUESTS
+        folder = self.folder / REQUESTS
         folder.mkdir(exist_ok=True)
         path = folder / f"{request.kind}.json"
         write_json(path, {"attach": added, "remove": None if added else request.task})
@@ -242,7 +256,8 @@ class Simulation:
 
     def kill_driver(self) -> None:
         """Let the driver, whose code runs, be killed now."""
-        self.cluster.kill_this_process()
+        self.world.soon(self.cluster.losses.end_process, self.world.here(), Cause.KILLED)
+        self.world.sleep(1.0)
 
 
 def simulate(schedule: Schedule) -> Story:
@@ -250,7 +265,3 @@ def simulate(schedule: Schedule) -> Story:
     place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=place, prefix="simulation-") as folder:
         return Simulation(schedule, Path(folder)).run()
-
-
-def undisturbed_behaviour(behaviour: Behaviour) -> Behaviour:
-    return behaviour

@@ -231,7 +231,19 @@ def _nodes(chance: random.Random, job: ToyConfig) -> tuple[float, ...]:
 CALLS = {
     "server": ("push", "push", "push", "join", "pull", "drain", "ping", "call", "snapshot"),
     "shard 1": ("stash", "stash", "follow", "read", "snapshot", "begin"),
-    "ledger": ("push", "push", "push", "join", "pull", "report", "rest", "report_state", "finish", "begin_group", "job"),
+    "ledger": (
+        "push",
+        "push",
+        "push",
+        "join",
+        "pull",
+        "report",
+        "rest",
+        "report_state",
+        "finish",
+        "begin_group",
+        "job",
+    ),
 }
 """Actor -> its methods, of which some are called more often."""
 

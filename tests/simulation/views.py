@@ -28,9 +28,7 @@ class View:
     def rows(self) -> dict[str, int]:
         """Worker -> its row in the tensors `counts`."""
         options = {task.name: task.options for task in self.job.spec.tasks}
-        return {
-            name: options[task]["row"] + int(name.rpartition("/")[2]) for name, task in self.job.workers.items()
-        }
+        return {name: options[task]["row"] + int(name.rpartition("/")[2]) for name, task in self.job.workers.items()}
 
     @cached_property
     def counts(self) -> dict[str, np.ndarray]:
