@@ -225,7 +225,8 @@ def _nodes(chance: random.Random, job: ToyConfig) -> tuple[float, ...]:
     needed = sum(task.min_workers or task.workers for task in job.tasks)
     cpus = chance.choice([wanted, wanted + 2, needed])
     number = chance.choice([1, 2, 3])
-    return tuple(float(cpus // number + (rank < cpus % number)) for rank in range(number) if cpus // number)
+    shares = (float(cpus // number + (rank < cpus % number)) for rank in range(number))
+    return tuple(share for share in shares if share)
 
 
 CALLS = {
