@@ -6,16 +6,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from multitask.engines import server_actors
 from multitask.engines.server_actors import ServerActor
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, OutOfStepError, Push, PushRejectedError, Reply
 from multitask.spec.schema import JobSpec
+from tests.multitask.engines.fakes import FakeCluster
 
 
 @pytest.fixture
-def job(make_spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr(server_actors.ray, "put", lambda values: values)
+def job(make_spec: Callable[..., JobSpec]) -> Job:
     return Job(make_spec({"pets": {}}, engine={"name": "async", "in_flight": 1}))
 
 
@@ -26,7 +25,7 @@ def push_of(job: Job, step: int) -> tuple[Push, Gradients]:
 
 async def overtaking(job: Job) -> tuple[ServerActor, "asyncio.Task[tuple[Reply, object]]"]:
     """Return a server, and a push that has overtaken the push that was sent before it."""
-    server = ServerActor()
+    server = ServerActor(FakeCluster())
     server.begin(job)
     await server.join("pets/0", 0, None, 0)
     early = asyncio.create_task(server.push(*push_of(job, 1)))
