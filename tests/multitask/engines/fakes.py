@@ -112,6 +112,8 @@ class FakeCluster:
     def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return list(refs), []
 
+    # A test with ranks says what they do.
+
     def run_ranks(self, ranks: Any, work: Any, leader: Any) -> Any:
         raise NotImplementedError
 

@@ -118,9 +118,10 @@ class Session:
     """A run with a fake server and a fake crew."""
 
     def __init__(self, job: Job) -> None:
-        self.outcome, self.calls = Outcome(), Calls()
-        self.crew, self.server = FakeCrew(self.calls, job), FakeServer(job, self.outcome)
-        driver = Driver(lambda *_: None, self.crew.store, cluster=self.calls)
+        self.cluster = Calls()
+        self.outcome = Outcome(self.cluster.clock)
+        self.crew, self.server = FakeCrew(self.cluster, job), FakeServer(job, self.outcome)
+        driver = Driver(lambda *_: None, self.crew.store, cluster=self.cluster)
         self.run = served.ServedRun(self.crew, self.server, driver, self.outcome)  # type: ignore[arg-type]
 
 
@@ -169,9 +170,11 @@ def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, session: Sessi
 
 def test_a_worker_that_has_made_its_last_step_answers_requests_while_others_train(job: Job, apart: Session) -> None:
     crew = apart.crew
-    apart.calls.waits = lambda call: call == ("pets/1", "train") and crew.sent.count(("pets/0", "answer_requests")) < 3
+    apart.cluster.waits = lambda call: (
+        call == ("pets/1", "train") and crew.sent.count(("pets/0", "answer_requests")) < 3
+    )
     apart.server.answers["workers_with_requests"] = lambda: (
-        list(job.workers) if apart.calls.waits(("pets/1", "train")) else []
+        list(job.workers) if apart.cluster.waits(("pets/1", "train")) else []
     )
 
     apart.run.run_phase("train")
@@ -185,8 +188,8 @@ def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_s
     crew = apart.crew
     looks = iter([True])
     apart.server.restored = lambda: next(looks, False)
-    apart.calls.waits = lambda call: call == ("pets/1", "train") and not crew.replaced
-    apart.calls.lost["pets/0", "confirm_finished"] = RayActorError()
+    apart.cluster.waits = lambda call: call == ("pets/1", "train") and not crew.replaced
+    apart.cluster.lost["pets/0", "confirm_finished"] = RayActorError()
 
     apart.run.run_phase("train")
 
@@ -207,7 +210,7 @@ def test_a_worker_that_told_only_a_lost_server_of_its_last_step_tells_the_restor
         return looks == 1
 
     apart.server.restored = restored
-    apart.calls.waits = lambda call: call == ("pets/1", "train") and looks == 0
+    apart.cluster.waits = lambda call: call == ("pets/1", "train") and looks == 0
 
     apart.run.run_phase("train")
 
@@ -224,8 +227,8 @@ def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_r
         return looks == 3
 
     apart.server.restored = restored
-    apart.calls.lost["pets/0", "confirm_finished"] = RayActorError()
-    apart.calls.waits = lambda call: call == ("pets/1", "confirm_finished") and looks < 4
+    apart.cluster.lost["pets/0", "confirm_finished"] = RayActorError()
+    apart.cluster.waits = lambda call: call == ("pets/1", "confirm_finished") and looks < 4
 
     apart.run.run_phase("confirm_finished")
 
@@ -244,8 +247,8 @@ def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(job: J
                 raise error
             return answer
 
-    cluster, outcome, told = FakeCluster(), Outcome(), []
-    crew = FakeCrew(cluster, job)
+    cluster, told = FakeCluster(), []
+    outcome, crew = Outcome(cluster.clock), FakeCrew(cluster, job)
     crew.server = FakeActor(LosesAnAnswer(cluster))
     crew.begin = lambda: crew.server.begin.remote(job)  # type: ignore[attr-defined]
     client = ServerClient(crew, outcome)  # type: ignore[arg-type]
@@ -264,7 +267,7 @@ def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(job: J
 
 
 def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(apart: Session) -> None:
-    apart.calls.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
+    apart.cluster.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
     apart.run.run_phase("train")
     assert apart.crew.replaced == ["pets/1"]
 
@@ -288,7 +291,7 @@ def test_a_lost_worker_is_back_with_a_step_of_another_process(session: Session) 
 def test_only_workers_that_were_asked_for_something_may_hang(job: Job, session: Session) -> None:
     asked: list[object] = []
     session.server.answers["silent_workers"] = lambda *arguments: asked.append(arguments) or []
-    session.calls.waits = lambda call: call == ("pets/1", "train") and not asked
+    session.cluster.waits = lambda call: call == ("pets/1", "train") and not asked
     session.run.run_phase("train")
     limit_s = 2 * job.spec.resources.step_timeout_s
     assert asked == [(limit_s, {"pets/1"}), (limit_s, set())]

@@ -44,7 +44,7 @@ def job(make_spec: Callable[..., JobSpec]) -> Job:
 
 
 def client_of(crew: FakeCrew) -> tuple[ServerClient, Outcome]:
-    outcome = Outcome()
+    outcome = Outcome(crew.cluster.clock)
     client = ServerClient(crew, outcome)  # type: ignore[arg-type]
     client.begin()
     return client, outcome
