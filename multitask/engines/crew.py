@@ -48,7 +48,7 @@ class Crew:
         self._starting: dict[str, StartingProcess] = {}
         """Guest -> the process that is to take it over."""
         self._grown: dict[str, str] = {}
-        """Worker that was a guest and has a process of its own now -> The cluster's name of the process's node."""
+        """Worker that was a guest and has a process of its own now -> the cluster's name of the process's node."""
 
     def _start_server_process(self, kind: type, number: int) -> Actor:
         # The cluster starts no single process again where all of them start again together.
@@ -152,7 +152,7 @@ class Crew:
         nodes. A host makes no more steps for a guest that was handed over.
 
         Returns:
-            Worker that was handed over by this call -> The cluster's name of the node of its process.
+            Worker that was handed over by this call -> the cluster's name of the node of its process.
         """
         for name in self._starting.keys() - set(names):
             self.cluster.kill(self._starting.pop(name).actor)

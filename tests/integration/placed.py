@@ -16,6 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from multitask.cluster.places import PlacementError
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines.crew import actors
 from multitask.job.job import Job
 from multitask.spec.reading import load_spec
@@ -68,7 +69,7 @@ def tried(job: Job, names: dict[str, str]) -> dict[str, Any]:
     steps = {name: worker.step for name, worker in ran.progress.workers.items()}
     result: dict[str, Any] = {"steps": steps, "places": {name: nodes[-1] for name, nodes in places.all.items()}}
     if any(task.resources for task in job.spec.tasks):
-        with actors(job, store_of(job)) as crew:
+        with actors(RayCluster(), job, store_of(job)) as crew:
             for name in job.workers:
                 crew.replace(name)
             again = {name: crew.call(name, "node") for name in job.workers}

@@ -13,14 +13,16 @@ import torch.distributed as dist
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from benchmarks._processes import own_actors
+from multitask.cluster.collectives import TorchCollectives
 from multitask.cluster.places import PlacementError
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import allreduce, decisions
 from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.local import DirectServer, make_workers
 from multitask.engines.rank_server import LedgerConnection, RankServer
-from multitask.engines.ranks import join, make_reduction, process_groups
+from multitask.engines.ranks import join, make_reduction, sharing_ranks
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
@@ -133,7 +135,7 @@ def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
             return
         os.kill(killed[-1], signal.SIGKILL)
 
-    with rank_group(job, store) as crew:
+    with rank_group(RayCluster(), job, store) as crew:
         AllreduceRun(job, Driver(watch, store), outcome, crew).run()
 
     assert len(killed) == 2
@@ -212,7 +214,8 @@ class Rank:
         """Returns what the rank holds after each step, with the optimisers' slots."""
         job, name = self._job, self._name
         worker = job.make_worker(name, job.make_batches(name))
-        reduction = make_reduction(job, worker, process_groups(job, name))
+        ranks = TorchCollectives()
+        reduction = make_reduction(job, worker, sharing_ranks(job, name, ranks), ranks.sums_on)
         _, operations = join(ledger, name)
         server = RankServer(job, worker, ledger, reduction, dict.fromkeys(job.workers, STEPS), operations)
         worker.receive(*server.pull(name))
@@ -248,11 +251,11 @@ def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec:
     assert len(set(expected)) == STEPS - 1
 
     job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, steps=STEPS))
-    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote()
+    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote(RayCluster())
     ranks = [ray.remote(Rank).options(num_cpus=0).remote(job, number, tmp_path) for number in range(2)]
     try:
         ray.get(ledger.begin.remote(job, store_of(job)))
-        connection = LedgerConnection(ledger, ray.get(ledger.begin_group.remote()))
+        connection = LedgerConnection(RayCluster(), ledger, ray.get(ledger.begin_group.remote()))
         found = ray.get([rank.train.remote(connection) for rank in ranks], timeout=300)
         rejected = {
             (record.step, record.worker): record.rejected

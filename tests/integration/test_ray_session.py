@@ -33,7 +33,7 @@ import sys
 
 import ray
 
-from multitask.cluster.session import ray_session
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines.crew import actors
 from multitask.engines.decoding import decoders
 from multitask.job.job import Job
@@ -45,9 +45,10 @@ def found(_):
     return "torch._dynamo.eval_frame" not in sys.modules
 
 job = Job(load_spec(sys.argv[1]))
-with ray_session(), actors(job, store_of(job)) as crew:
+cluster = RayCluster()
+with cluster.session(), actors(cluster, job, store_of(job)) as crew:
     nodes = {name: ray.get(worker.node.remote()) for name, worker in crew.workers.items()}
-    with decoders(job, nodes) as decoder_of:
+    with decoders(cluster, job, nodes) as decoder_of:
         of_run = [crew.server, *crew.shards, *crew.workers.values(), *set(decoder_of.values())]
         print(ray.get([actor.__ray_call__.remote(found) for actor in of_run]))
 """

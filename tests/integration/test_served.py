@@ -1,6 +1,5 @@
 """Engines `async`, `bounded` and `sync` with real actors."""
 
-import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,13 @@ import ray
 import torch
 
 from multitask.cluster.places import PlacementError
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.data import write_table
 from multitask.engines.crew import actors
 from multitask.engines.decoding import decoders
-from multitask.engines.server_actors import Refs, ServerActor
 from multitask.errors import TrainingError
 from multitask.job.job import Job
-from multitask.server.messages import Evaluation, Push, Reply, StepRecord
+from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec.schema import JobSpec
 from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
 
@@ -71,28 +70,6 @@ def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> Non
     assert set(versions["last"].metrics) == {"pets", "cars", "food"}
 
 
-def test_pushes_that_wait_are_applied_before_values_are_published_once_for_all(make_spec: MakeSpec) -> None:
-    job = Job(make_spec({"pets": {}, "pets_too": {}}, engine={"name": "async"}))
-    server = ServerActor()
-    server.begin(job)
-
-    async def push_all() -> list[tuple[Reply, list[Refs]]]:
-        pushes = []
-        for worker, task in job.workers.items():
-            groups = [group for group in job.served() if task in group.tasks]
-            gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in groups}
-            pushes.append(server.push(Push(worker, 0, 0, loss=1.0, images=8, seconds=0.1), gradients))
-        return await asyncio.gather(*pushes)
-
-    (first, first_refs), (second, second_refs) = asyncio.run(push_all())
-
-    assert (first.applied_version, second.applied_version) == (1, 2)
-    assert (first.version, second.version) == (2, 2)
-    shared = first_refs[0].keys() & second_refs[0].keys()
-    assert shared
-    assert all(first_refs[0][name] == second_refs[0][name] for name in shared)
-
-
 def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:
     """The server holds nothing that its pushes could carry, and counts its steps."""
     small = {"image_size": 8, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 16}
@@ -119,7 +96,7 @@ def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
     spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)
     job = Job(spec)
 
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         ray.get(crew.begin())
         workers = crew.workers
         ray.get([worker.prepare.remote() for worker in workers.values()])
@@ -174,7 +151,7 @@ def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
     job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
     worker = job.make_worker("pets/0", job.make_batches("pets/0"))
 
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         ray.get(crew.begin())
         push, gradients, _ = worker.compute()
         replies = [ray.get(crew.server.push.remote(push, gradients)) for _ in range(2)]
@@ -189,11 +166,11 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
     job = Job(make_spec(tasks, engine={"name": "async"}, **changes))
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         ray.get(crew.begin())
         workers = crew.workers
         nodes = {name: ray.get(worker.node.remote()) for name, worker in workers.items()}
-        with decoders(job, nodes) as decoder_of:
+        with decoders(RayCluster(), job, nodes) as decoder_of:
             assert len(set(decoder_of.values())) == 1
             ray.get([worker.prepare.remote(decoder_of[name]) for name, worker in workers.items()])
             ray.get([worker.train.remote() for worker in workers.values()])
@@ -257,7 +234,7 @@ def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_
 def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
     """Whichever task it is of: nodes may be too few now for both."""
     job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
         assert crew.sharing_process("cars/1") == ["cars/1"]
 
