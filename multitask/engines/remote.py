@@ -36,20 +36,20 @@ class RemoteServer:
         self._joined = 0
         """Value of `_connection` when this worker last joined: only this connection's server knows the worker."""
 
-    def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
-        """Make the worker known to the server, and pull.
+    def join(self, made: tuple[int, int] | None) -> Reply:
+        """Make the worker known to the server.
 
         Args:
             made: steps that the worker's private tensors have learned from, and the stream's position after them; None
                 for a worker that has just started and holds no private tensors.
         """
         step, position = made or (None, 0)
-        reply, values = self._retry(
-            lambda: self._values_of([self._server.join.remote(self._worker, self._incarnation, step, position)])
+        reply = self._retry(
+            lambda: self._cluster.get(self._server.join.remote(self._worker, self._incarnation, step, position))
         )
         self._made = made or (reply.step, reply.position)
         self._joined = self._connection
-        return reply, values
+        return reply
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
         return self._retry(lambda: self._values_of([self._server.pull.remote(worker)]))
@@ -57,8 +57,7 @@ class RemoteServer:
     def push(self, push: Push, gradients: Gradients) -> tuple[int, list[Ref[Any]]]:
         if self._joined != self._connection:
             # The server went back to a version before the one that these gradients were computed on.
-            reply, _ = self.join(self._made)
-            push = replace(push, version=min(push.version, reply.version))
+            push = replace(push, version=min(push.version, self.join(self._made).version))
         self._made = push.step + 1, push.position
         parts: list[Gradients] = [
             {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
@@ -78,7 +77,9 @@ class RemoteServer:
             except (*LOST, OutOfStepError):  # a push that was sent before the loss may reach the restored server
                 self._connection += 1
         # Pushes without an answer may have been applied before the loss or not; none of them is sent again.
-        return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
+        if self._joined != self._connection:
+            self.join(self._made)
+        return self.pull(self._worker)
 
     def snapshot(self, version: int, worker: str) -> Values | None:
         return self._retry(lambda: self._cluster.get(self._server.snapshot.remote(version, worker)))

@@ -171,10 +171,11 @@ class ServerActor:
         """Return this server's incarnation, and those that the other shards had when this server began."""
         return require_begun(self._incarnations)
 
-    async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:
-        """Call `ParameterServer.join`; return the reply and each shard's values."""
-        self._server.join(worker, incarnation, step, position)
-        return await self._answer(worker)
+    async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> Reply:
+        """Call `ParameterServer.join`."""
+        reply = self._server.join(worker, incarnation, step, position)
+        self._notify_change()
+        return reply
 
     async def pull(self, worker: str) -> tuple[Reply, list[Refs]]:
         """Return the reply to a worker, and each shard's values, as soon as the worker may go on."""

@@ -52,7 +52,7 @@ class ServedWorker:
         """
         start = self._job.start_of(self._name)
         holds_private = self._job.holds_private(self._name)
-        reply, _ = self._server.join(start if holds_private else None)
+        reply = self._server.join(start if holds_private else None)
         if not holds_private:  # the server has all that this worker learned, so the worker goes on where the server is
             start = reply.step, reply.position
         if decoder is None:

@@ -86,8 +86,10 @@ class ParameterServer:
 
     # What workers call.
 
-    def join(self, worker: str, incarnation: int, step: int | None, position: int = 0) -> None:
+    def join(self, worker: str, incarnation: int, step: int | None, position: int = 0) -> Reply:
         """Make a worker's process known, when it starts and when it comes back after the server was restored.
+
+        The reply never waits for other workers: a worker that is ahead of them has to start too, before any can train.
 
         Args:
             incarnation: number of the process among all processes that this worker has had.
@@ -103,6 +105,7 @@ class ParameterServer:
         if lost:
             self._count_rounds(lost)
         member.forget_answers(self._answer(worker))
+        return self._reply(worker)
 
     def push(self, push: Push, gradients: Gradients, problems: Sequence[str | None] = ()) -> None:
         """Take in the gradients of one step and apply them exactly once, at once or together with those of the round.
@@ -147,20 +150,7 @@ class ParameterServer:
         Args:
             step: step of the push that is answered; the latest push by default.
         """
-        if self._waits(worker):
-            return None
-        member = self._members[worker]
-        answer = member.answer_to(step)
-        return Reply(
-            version=self._progress.version,
-            applied_version=answer.version,
-            rate=answer.rate,
-            requests=self.snapshot_requests(worker),
-            rejected=answer.rejected,
-            pause=self._pausing,
-            step=member.progress.step,
-            position=member.progress.position,
-        )
+        return None if self._waits(worker) else self._reply(worker, step)
 
     def groups_of(self, worker: str) -> tuple[str, ...]:
         """Return the groups on the server that the worker's task uses."""
@@ -282,6 +272,20 @@ class ParameterServer:
         self._rejected.add(push.worker)
         member.answer(self._answer(push.worker, push.step, rejected=reason))
         self._records.note(push, member, rejected=reason)
+
+    def _reply(self, worker: str, step: int | None = None) -> Reply:
+        member = self._members[worker]
+        answer = member.answer_to(step)
+        return Reply(
+            version=self._progress.version,
+            applied_version=answer.version,
+            rate=answer.rate,
+            requests=self.snapshot_requests(worker),
+            rejected=answer.rejected,
+            pause=self._pausing,
+            step=member.progress.step,
+            position=member.progress.position,
+        )
 
     def _answer(self, worker: str, step: int | None = None, **about: Any) -> Answer:
         """Return an answer with the present version and rate."""
