@@ -6,13 +6,13 @@ from enum import Enum, auto
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError
+from ray.exceptions import ActorUnschedulableError, RayError
 
 from multitask.cluster.interface import Process as Wanted
 from tests.simulation.executors import Executor, Loop, Threads, has_coroutines
 from tests.simulation.messages import copied, share
 from tests.simulation.nodes import NoPlaceError, Taken
-from tests.simulation.refs import Call, Ref, task_error
+from tests.simulation.refs import Call, Ref, died, task_error
 from tests.simulation.world import Process
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ class Actor:
         try:
             instance.__init__(*map(copied, self._start.arrived_arguments()))  # type: ignore[misc]
         except Exception as error:
-            raised = task_error("__init__", process, error)
-            self.world.soon(self.cluster.losses.end_actor, self, ActorDiedError.from_task_error(raised))
+            self.world.soon(self.cluster.losses.end_actor, self, died(self.name, f"its constructor failed: {error}"))
             return
         self._instance = instance
         if self.is_async:
