@@ -20,11 +20,11 @@ class PeerLostError(RuntimeError):
 class Sum(Protocol):
     """A sum that has been started."""
 
-    def wait(self) -> Any:
+    def wait(self) -> None:
         """Wait until the sum has been made.
 
         Raises:
-            PeerLostError, RuntimeError: another process of the group is gone.
+            PeerLostError: another process of the group is gone.
         """
 
 
@@ -71,17 +71,28 @@ def peers() -> Iterator[None]:
         raise PeerLostError(f"A collective failed: {error}") from error
 
 
+class TorchSum:
+    """A sum that torch.distributed has started."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        with peers():
+            self._work.wait()
+
+
 class TorchMembers:
     """Members of a process group of torch.distributed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def start_sum(self, tensor: Tensor) -> Sum:
+    def start_sum(self, tensor: Tensor) -> TorchSum:
         with peers():
             work = dist.all_reduce(tensor, group=self._group, async_op=True)
         assert work is not None, "this process is a member of the group"
-        return work
+        return TorchSum(work)
 
 
 class TorchCollectives:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.util.metrics
@@ -104,7 +104,7 @@ class RayCluster:
         return ref
 
     def get(self, ref: Ref[Value], timeout_s: float | None = None) -> Value:
-        value: Value = ray.get(ref, timeout=timeout_s)
+        value: Value = ray.get(cast(Any, ref), timeout=timeout_s)
         return value
 
     def fetch(self, answer: list[Ref[Any]]) -> Any:
@@ -117,7 +117,7 @@ class RayCluster:
         """
         ray.wait(answer)
         with FETCHING:
-            about, parts = ray.get(answer.pop())
+            about, parts = ray.get(cast(Any, answer.pop()))
             found = iter(ray.get([ref for part in parts for ref in part.values()]))
             values = [{name: next(found) for name in part} for part in parts]
             del parts

@@ -1,14 +1,11 @@
 """Engine `allreduce`: the ledger, which decides as a parameter server does and holds no values."""
 
 import asyncio
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
-import ray
-
-from multitask.engines.loss import Actor, LastAnswer, require_begun
+from multitask.cluster.interface import Actor, Cluster
+from multitask.engines.loss import LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.engines.operations import Ledger, Operation
 from multitask.job.checkpoint import CheckpointStore
@@ -16,9 +13,6 @@ from multitask.job.job import Job
 from multitask.server.messages import GroupValues, Push, PushRejectedError, Reply, SnapshotRequest, StepRecord
 from multitask.server.parameter_server import CompleteSnapshot, ParameterServer
 from multitask.server.progress import Progress
-
-WAIT = timedelta(days=1)
-"""Timeout of a collective. Other ranks may be evaluating for long; lost and silent ranks are found by other means."""
 
 
 def busy_workers(
@@ -51,15 +45,16 @@ def busy_workers(
 class GroupState:
     """What the ledger holds for one start of the worker group."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, cluster: Cluster, job: Job) -> None:
         """Args:
         job: at the checkpoint that the group starts from.
         """
-        self.incarnation = time.time_ns()
+        self.incarnation = cluster.clock.time_ns()
         """Identifies this start of the group: the ledger rejects calls from the ranks of an earlier one."""
         self.job = job
         self.ledger = Ledger(job.workers)
-        self.server = job.make_server(self.ledger, on_record=ServerMetrics(job).note)
+        on_record = ServerMetrics(cluster, job).note
+        self.server = job.make_server(self.ledger, on_record=on_record, clock=cluster.clock)
         self.resting: set[str] = set()
         """Workers that have made their last step, or pause."""
         self._changed = asyncio.Event()
@@ -107,7 +102,8 @@ class LedgerActor:
     and Ray Train starts new ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._group: GroupState | None = None
         self._starting = True
         self._actors: dict[str, Actor] = {}
@@ -137,7 +133,7 @@ class LedgerActor:
         return require_begun(self._group).server
 
     def _restart(self) -> None:
-        self._group = GroupState(self._job.restored(self._store.latest()))
+        self._group = GroupState(self._cluster, self._job.restored(self._store.latest()))
         if self._pause_wanted:
             self._group.server.pause()
         self._actors, self._processes = {}, {}
@@ -256,7 +252,7 @@ class LedgerActor:
         )
         silent = [worker for worker in group.server.silent_workers(silent_s, busy) if worker in self._actors]
         for worker in silent:
-            ray.kill(self._actors.pop(worker))
+            self._cluster.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
         news, ended = group.server.drain(), group.server.has_ended()
         return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
 from torch import Tensor
 
-from multitask.engines.loss import LOST, Actor
+from multitask.cluster.collectives import PeerLostError
+from multitask.cluster.interface import Actor, Cluster, Ref
+from multitask.engines.loss import LOST
 from multitask.engines.operations import Apply, DropSnapshot, Operation, TakeSnapshot
-from multitask.engines.reduction import PeerLostError, Reduction
+from multitask.engines.reduction import Reduction
 from multitask.job.job import Job
 from multitask.server.messages import (
     Gradients,
@@ -23,18 +24,16 @@ from multitask.server.messages import (
 from multitask.server.shard import Update, shares
 from multitask.worker import TaskWorker, Values, problem_of
 
-Handle = Any
-"""Ray's reference to an answer of the ledger."""
-
 
 @dataclass(frozen=True)
 class LedgerConnection:
     """The ledger as the ranks of one incarnation of the worker group call it."""
 
+    cluster: Cluster
     actor: Actor
     incarnation: int
 
-    def send(self, method: str, *arguments: Any) -> Handle:
+    def send(self, method: str, *arguments: Any) -> Ref[Any]:
         """Call a method of `LedgerActor`; `answer_of` returns its result."""
         return getattr(self.actor, method).remote(self.incarnation, *arguments)
 
@@ -44,17 +43,21 @@ class LedgerConnection:
         Raises:
             PeerLostError: as from `answer_of`.
         """
-        return answer_of(self.send(method, *arguments))
+        return self.answer_of(self.send(method, *arguments))
+
+    def answer_of(self, call: Ref[Any]) -> Any:
+        """Wait for the answer to a call.
+
+        Raises:
+            PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
+        """
+        return answer_of(self.cluster, call)
 
 
-def answer_of(handle: Handle) -> Any:
-    """Wait for an answer of the ledger.
-
-    Raises:
-        PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
-    """
+def answer_of(cluster: Cluster, call: Ref[Any]) -> Any:
+    """Wait for an answer of the ledger; see `LedgerConnection.answer_of`."""
     try:
-        return ray.get(handle)
+        return cluster.get(call)
     except (*LOST, PushRejectedError) as error:
         raise PeerLostError(f"The ledger was lost, or this worker group was: {error}") from error
 
@@ -122,7 +125,7 @@ class RankServer:
         self._follow(operations)
         return reply, self._values()
 
-    def push(self, push: Push, gradients: Gradients) -> Handle:
+    def push(self, push: Push, gradients: Gradients) -> Ref[Any]:
         problem = push.problem or problem_of({name: as_tensor(gradient) for name, gradient in gradients.items()})
         handle = self._ledger.send("push", replace(push, problem=problem))
         if not self._reduction.armed:  # The worker clips its gradients, so none of them was final before.
@@ -130,9 +133,9 @@ class RankServer:
         self._reduction.flush()
         return handle
 
-    def wait(self, handle: Handle) -> tuple[Reply, Values]:
+    def wait(self, handle: Ref[Any]) -> tuple[Reply, Values]:
         sums = self._reduction.finish()
-        reply, operations = answer_of(handle)
+        reply, operations = self._ledger.answer_of(handle)
         self._follow(operations, sums)
         return reply, self._values()
 

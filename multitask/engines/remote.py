@@ -1,14 +1,11 @@
 """The parameter server as a worker in another process sees it."""
 
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-
-from multitask.engines.loss import LOST, Actor, Answer
+from multitask.cluster.interface import Actor, Cluster, Ref
+from multitask.engines.loss import LOST, Answer
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, SnapshotRequest
 from multitask.worker import Values
@@ -23,7 +20,10 @@ class RemoteServer:
     It goes on when the server's process is lost and started again.
     """
 
-    def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
+    def __init__(
+        self, cluster: Cluster, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]
+    ) -> None:
+        self._cluster = cluster
         self._server, self._shards = server, shards
         self._worker, self._incarnation = worker, incarnation
         self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
@@ -45,16 +45,16 @@ class RemoteServer:
         """
         step, position = made or (None, 0)
         reply, values = self._retry(
-            lambda: fetch_values([self._server.join.remote(self._worker, self._incarnation, step, position)])
+            lambda: self._values_of([self._server.join.remote(self._worker, self._incarnation, step, position)])
         )
         self._made = made or (reply.step, reply.position)
         self._joined = self._connection
         return reply, values
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
-        return self._retry(lambda: fetch_values([self._server.pull.remote(worker)]))
+        return self._retry(lambda: self._values_of([self._server.pull.remote(worker)]))
 
-    def push(self, push: Push, gradients: Gradients) -> tuple[int, list["ray.ObjectRef[Any]"]]:
+    def push(self, push: Push, gradients: Gradients) -> tuple[int, list[Ref[Any]]]:
         if self._joined != self._connection:
             # The server went back to a version before the one that these gradients were computed on.
             reply, _ = self.join(self._made)
@@ -70,18 +70,18 @@ class RemoteServer:
         ]
         return self._connection, [self._server.push.remote(push, parts[0], *problems)]
 
-    def wait(self, handle: tuple[int, list["ray.ObjectRef[Any]"]]) -> tuple[Reply, Values]:
+    def wait(self, handle: tuple[int, list[Ref[Any]]]) -> tuple[Reply, Values]:
         connection, answer = handle
         if connection == self._connection:
             try:
-                return fetch_values(answer)
+                return self._values_of(answer)
             except (*LOST, OutOfStepError):  # a push that was sent before the loss may reach the restored server
                 self._connection += 1
         # Pushes without an answer may have been applied before the loss or not; none of them is sent again.
         return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
 
     def snapshot(self, version: int, worker: str) -> Values | None:
-        return self._retry(lambda: ray.get(self._server.snapshot.remote(version, worker)))
+        return self._retry(lambda: self._cluster.get(self._server.snapshot.remote(version, worker)))
 
     def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
         requests: tuple[SnapshotRequest, ...] = self._call("snapshot_requests", worker)
@@ -105,41 +105,25 @@ class RemoteServer:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method of `ParameterServer` and wait for its answer."""
-        return self._retry(lambda: ray.get(self._server.call.remote(method, *arguments)))
+        return self._retry(lambda: self._cluster.get(self._server.call.remote(method, *arguments)))
 
     def _retry(self, ask: Callable[[], Answer]) -> Answer:
         """Ask until the server answers; after a loss it takes the server seconds to come back."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._cluster.clock.monotonic() + self._timeout_s
         while True:
             try:
                 return ask()
             except LOST:
                 self._connection += 1
-                if time.monotonic() > deadline:
+                if self._cluster.clock.monotonic() > deadline:
                     raise
-                time.sleep(RETRY_S)
+                self._cluster.clock.sleep(RETRY_S)
 
+    def _values_of(self, answer: list[Ref[Any]]) -> tuple[Reply, Values]:
+        """Wait for an answer of the server, and fetch the values that it refers to.
 
-FETCHING = threading.Lock()
-"""Held while a thread of this process fetches values."""
-
-
-def fetch_values(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
-    """Wait for an answer of the server, and fetch the values that it refers to.
-
-    Workers that share a process fetch their values one after another. When a process gives up its last reference to an
-    object, Ray (2.60.0) forgets the object in two steps. If another thread receives a reference between the two steps,
-    Ray forgets this reference too, and a `get` of it never ends. So this function gives up all its references, the one
-    to the answer included, before another thread may receive any.
-
-    Args:
-        answer: a list with the only reference to the answer. The function empties the list.
-    """
-    ray.wait(answer)
-    with FETCHING:
-        reply, shards = ray.get(answer.pop())
-        names = list(shards[0])
-        found = iter(ray.get([refs[name] for name in names for refs in shards]))
-        values = {name: [next(found) for _ in shards] for name in names}
-        del shards
-    return reply, values
+        Args:
+            answer: a list with the only reference to the answer; it is emptied.
+        """
+        reply, shards = self._cluster.fetch(answer)
+        return reply, {name: [shard[name] for shard in shards] for name in shards[0]}

@@ -6,6 +6,7 @@ from copy import deepcopy
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from multitask.server.clock import Clock
 from multitask.server.liveness import Liveness
 from multitask.server.members import Answer, Member
 from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest, StepRecord
@@ -51,6 +52,7 @@ class ParameterServer:
         progress: Progress,
         others: OtherShards | None = None,
         on_record: Callable[[StepRecord], None] = lambda _: None,
+        clock: Clock = time,
     ) -> None:
         """Args:
         shard: the range of every group that this process holds.
@@ -59,14 +61,16 @@ class ParameterServer:
         progress: the run's counters at the version of the shard's values; copied.
         others: the other shards, if there are any.
         on_record: called with the record of each push.
+        clock: the time of this process.
         """
         self.shard = shard
-        self.liveness = Liveness(workers, time.monotonic())
+        self._clock = clock
+        self.liveness = Liveness(workers, self._clock.monotonic())
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._rules = rules
         self._progress = progress = deepcopy(progress)
         self._updates = Updates(tasks, workers, schedule, rules, progress)
-        self._snapshots = Snapshots(tasks, workers, rules, progress, time.time_ns(), time.monotonic())
+        self._snapshots = Snapshots(tasks, workers, rules, progress, self._clock.time_ns(), self._clock.monotonic())
         self._records = Records(self._updates.private_rate, progress, on_record)
         self._members = {
             worker: Member(task, progress.workers[worker], rules.in_flight, self._answer(worker))
@@ -207,7 +211,7 @@ class ParameterServer:
 
     def report_alive(self, worker: str) -> None:
         """Note a sign of life of a worker, which may be busy without pushing."""
-        self.liveness.report(worker, time.monotonic())
+        self.liveness.report(worker, self._clock.monotonic())
 
     # What the driver calls.
 
@@ -244,7 +248,7 @@ class ParameterServer:
             working: workers that were asked for something.
         """
         busy = [worker for worker in self._members if worker in working and not self._waits(worker)]
-        return self.liveness.silent(seconds, time.monotonic(), busy)
+        return self.liveness.silent(seconds, self._clock.monotonic(), busy)
 
     # How pushes are taken in.
 
@@ -338,12 +342,12 @@ class ParameterServer:
         """
         before = self._progress.rounds
         self._progress.rounds += Fraction(steps, max(1, len(self._active)))
-        evaluate, save = self._snapshots.due(before, time.monotonic())
+        evaluate, save = self._snapshots.due(before, self._clock.monotonic())
         self._take_snapshot(evaluate=evaluate, save=save)
 
     def _take_snapshot(self, *, evaluate: bool, save: bool) -> None:
         """Ask for an evaluation or a checkpoint of the present version, and let the shards keep its values."""
-        request = self._snapshots.take(evaluate=evaluate, save=save, now=time.monotonic())
+        request = self._snapshots.take(evaluate=evaluate, save=save, now=self._clock.monotonic())
         if request is not None:
             for shard in self._shards:
                 shard.take_snapshot(request.version, request.save)

@@ -16,7 +16,6 @@ from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
 from multitask.engines.reduction import Reduction, plan_buckets
 from multitask.job.job import Job
-from multitask.server.layout import named_tensors
 from multitask.server.messages import Gradients, Push, StepRecord
 from multitask.spec.schema import JobSpec
 from multitask.worker import TaskWorker, train_steps
@@ -105,7 +104,7 @@ def train_ranks(
     def train(worker: TaskWorker) -> None:
         _, operations = ledger.ask("join", worker.name, 0, None)
         sums = Reduction(plan, worker.gradients, meetings)  # type: ignore[arg-type]
-        sums.watch(named_tensors(worker.model.network))
+        sums.watch(worker.learner.tensors())
         steps_left = dict.fromkeys(job.workers, job.spec.steps)
         server = RankServer(job, worker, ledger, sums, steps_left, operations)
         for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
