@@ -102,7 +102,8 @@ class Actor:
         self.is_async = has_coroutines(kind)
         self.keeps_order = not self.is_async and wanted.threads == 1
         """Ray lets calls of other actors overtake a call that waits for its arguments."""
-        self._instance: Any = None
+        self.instance: Any = None
+        """The object that carries out the calls; None while there is none."""
         self._taken: Taken | None = None
         self.owner.children.append(self)
         self._start = Call(0, self.owner, self, "__init__", arguments)
@@ -132,7 +133,7 @@ class Actor:
         except Exception as error:
             self.world.soon(self.cluster.losses.end_actor, self, died(self.name, f"its constructor failed: {error}"))
             return
-        self._instance = instance
+        self.instance = instance
         if self.is_async:
             self.executor = Loop(self.world, process, self._carry_out_in_loop)
         else:
@@ -159,7 +160,7 @@ class Actor:
             self.executor.close()
         if self._taken is not None:
             self.cluster.places.leave(self._taken)
-        self.process = self.executor = self._instance = self._taken = None
+        self.process = self.executor = self.instance = self._taken = None
 
     def restart(self) -> None:
         if self.state is State.RESTARTING:
@@ -186,7 +187,7 @@ class Actor:
 
     def _carry_out(self, call: Call) -> None:
         try:
-            value = getattr(self._instance, call.method)(*call.arrived_arguments())
+            value = getattr(self.instance, call.method)(*call.arrived_arguments())
         except Exception as error:
             self._answer_error(call, error)
         else:
@@ -194,7 +195,7 @@ class Actor:
 
     async def _carry_out_in_loop(self, call: Call) -> None:
         try:
-            value = getattr(self._instance, call.method)(*call.arrived_arguments())
+            value = getattr(self.instance, call.method)(*call.arrived_arguments())
             if type(value) is CoroutineType:
                 value = await value
         except Exception as error:

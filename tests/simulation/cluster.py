@@ -10,14 +10,16 @@ from ray.exceptions import GetTimeoutError
 
 from multitask.cluster.arithmetic import PARTS, Node
 from multitask.cluster.interface import Process as Wanted
-from multitask.cluster.interface import Reserved
+from multitask.cluster.interface import Ranks, Reserved
 from tests.simulation.actors import Actor, Handle, State
 from tests.simulation.calls import Calls
+from tests.simulation.collectives import SimulatedCollectives
 from tests.simulation.faults import Fault, Faults
 from tests.simulation.losses import Losses
 from tests.simulation.messages import copied, share
 from tests.simulation.nodes import Bundle, Nodes, PlacementGroup, Timing, amounts
 from tests.simulation.refs import Ref, Waiter
+from tests.simulation.train import SimulatedGroupRun
 from tests.simulation.world import Process, World
 
 ONE_NODE: tuple[Node, ...] = (Node({"CPU": 8.0, "memory": 2.0**34}),)
@@ -197,6 +199,16 @@ class SimulatedCluster:
         ready = [ref for ref in refs if ref.ready][:count]
         taken = set(ready)
         return ready, [ref for ref in refs if ref not in taken]
+
+    # Groups of ranks.
+
+    def run_ranks(self, ranks: Ranks, work: Callable[..., None], leader: Handle) -> SimulatedGroupRun:
+        return SimulatedGroupRun(self, ranks, work, leader)
+
+    def collectives(self) -> SimulatedCollectives:
+        return SimulatedCollectives(*self.world.here().rank)
+
+    # Internals.
 
     def _wait(self, refs: Sequence[Ref], count: int, timeout_s: float | None) -> None:
         """Wait until a number of objects have arrived, or the time is over."""

@@ -112,6 +112,8 @@ class PlacementGroup:
     def __init__(self, bundles: Sequence[Bundle], spread: bool, job: Process) -> None:
         self.bundles, self.spread, self.job = bundles, spread, job
         self.released = False
+        self.waiters: list[Any] = []
+        """Each is told by its method `arrive` when all places were found."""
 
     @property
     def bundle_count(self) -> int:
@@ -286,6 +288,9 @@ class Nodes:
             return
         for bundle, node in found:
             bundle.node, bundle.room = node, Room(bundle.needed)
+        waiters, group.waiters = group.waiters, []
+        for waiter in waiters:
+            waiter.arrive()
 
 
 def _fits(node: SimulatedNode, needed: Amounts, labels: Mapping[str, str]) -> bool:

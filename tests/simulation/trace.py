@@ -1,8 +1,10 @@
 """The trace of a simulated run, for people: what happened when."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
 LONGEST = 160
 """Number of characters of a value that are shown."""
 
@@ -27,5 +29,6 @@ def _text(kind: str, about: list[Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join((f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)).split())
+    text = f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)
+    text = ADDRESS.sub("", " ".join(text.split()))
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
