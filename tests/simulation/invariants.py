@@ -77,6 +77,9 @@ def it_ends_as_the_documents_promise(story: Story) -> Complaints:
         if end == "killed":
             if not schedule.store_faults and not any(fault.target == "driver" for fault in schedule.faults):
                 yield "The driver ended without a reason."
+        elif end.startswith("CheckpointError"):
+            if story.saved and story.saved[0][0] < story.lives.index(end):
+                yield f"A complete checkpoint was not found: {end}"
         elif end.startswith("OSError"):
             if not any(fault.kind == "fails" for fault in schedule.store_faults):
                 yield f"A file could not be written: {end}"
@@ -210,8 +213,8 @@ def counters_add_up(story: Story) -> Complaints:
             yield f"{worker} lost {counters.lost} steps, and the server has not gone back."
         if counters.redone and (together(story) or not story.schedule.disturbances):
             yield f"{worker} made {counters.redone} steps again, and was not lost."
-    if progress.version != _version_of(story, final) and _counts_tell_versions(story, final):
-        yield f"The last version is {progress.version}, and {_version_of(story, final)} pushes are in its values."
+    if progress.version != _version_of(final) and _counts_tell_versions(story, final):
+        yield f"The last version is {progress.version}, and {_version_of(final)} pushes are in its values."
 
 
 def _counters_fit(story: Story, view: View, checkpoint: Checkpoint) -> Complaints:
@@ -234,11 +237,11 @@ def _counters_fit(story: Story, view: View, checkpoint: Checkpoint) -> Complaint
             yield from _unapplied_steps_are_counted(
                 story, view, worker, counters.step, counters.lost, counters.rejected
             )
-    if job.spec.train_shared and _counts_tell_versions(story, view) and progress.version != _version_of(story, view):
-        yield f"{_version_of(story, view)} pushes are in its values."
-    if together(story) and progress.rounds != max(counters.step for counters in progress.workers.values()):
-        if len({counters.step for counters in progress.workers.values()}) == 1 and not story.schedule.requests:
-            yield f"{progress.rounds} rounds are counted, and the workers made other steps."
+    if job.spec.train_shared and _counts_tell_versions(story, view) and progress.version != _version_of(view):
+        yield f"{_version_of(view)} pushes are in its values."
+    made = {counters.step for counters in progress.workers.values()}
+    if together(story) and not story.schedule.requests and made != {progress.rounds}:
+        yield f"{progress.rounds} rounds are counted, and the workers made {made} steps."
 
 
 def _unapplied_steps_are_counted(
@@ -266,7 +269,7 @@ def _counts_tell_versions(story: Story, view: View) -> bool:
     return view.job.spec.train_shared and not together(story) and not story.schedule.requests
 
 
-def _version_of(story: Story, view: View) -> int:
+def _version_of(view: View) -> int:
     return sum(map(len, view.applied.values()))
 
 
@@ -319,7 +322,7 @@ def evaluations_come_when_they_are_due(story: Story) -> Complaints:
     rounds = [evaluation.round for _, evaluation in evaluations(story)]
     last = story.news[-1].progress.rounds
     every = story.schedule.job.evaluate_every
-    wanted = [number for number in range(every, math.floor(last) + 1, every)]
+    wanted = list(range(every, math.floor(last) + 1, every))
     wanted += [math.floor(last)] if last != wanted[-1] else []
     if rounds != wanted:
         yield f"Rounds {rounds} were evaluated instead of {wanted}."
@@ -347,7 +350,7 @@ def the_last_version_is_kept(story: Story) -> Complaints:
     assert story.last is not None
     if different(story.last, final.tensors):
         yield f"last.safetensors differs from the {final.what} in {different(story.last, final.tensors)}."
-    news, evaluation = list(evaluations(story))[-1]
+    evaluation = list(evaluations(story))[-1][1]
     if evaluation.version != story.news[-1].progress.version:
         yield f"The last evaluation is of version {evaluation.version}, not {story.news[-1].progress.version}."
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multitask.cluster.arithmetic import Node
 from multitask.errors import TrainingError
-from multitask.job.checkpoint import Checkpoint, CheckpointStore
+from multitask.job.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from multitask.run.directory import write_json, write_spec
 from multitask.run.live import REQUESTS
 from multitask.run.trainer import Stopped, Training
@@ -211,6 +211,11 @@ class Simulation:
         except Stopped:
             story.lives.append("stopped")
             story.paused.append(SimulatedStore(self, life).latest())
+            return True
+        except CheckpointError as error:
+            story.lives.append(f"CheckpointError: {error}")
+            for path in (self.folder / "checkpoints").iterdir():  # what the message tells the user to do
+                path.unlink()
             return True
         except (TrainingError, OSError) as error:
             story.lives.append(f"{type(error).__name__}: {error}")
