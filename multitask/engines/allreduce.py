@@ -31,6 +31,9 @@ END_S = 60.0
 """When a run ends: seconds to wait for Train to finish a start that is under way, and then as many again for Train to
 end."""
 
+CANCELS = 3
+"""Number of times that Train is asked to end."""
+
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +90,11 @@ class RankGroup:
         deadline = clock.monotonic() + END_S
         while self._is_starting() and not self.work.wait(0.0) and clock.monotonic() < deadline:
             clock.sleep(POLL_S)
-        self.work.cancel()
-        if not self.work.wait(END_S):
+        for _ in range(CANCELS):  # the next group may start at this moment
+            self.work.cancel()
+            if self.work.wait(END_S / CANCELS):
+                break
+        else:
             log.warning("Ray Train did not end within %g s; it may still hold its places on the cluster.", END_S)
         self._cluster.kill(self.ledger)
 

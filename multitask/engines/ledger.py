@@ -105,6 +105,7 @@ class LedgerActor:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._group: GroupState | None = None
+        self._begun = asyncio.Event()
         self._starting = True
         self._actors: dict[str, Actor] = {}
         """Workers that have joined the present start of the group and were not found silent."""
@@ -122,6 +123,7 @@ class LedgerActor:
         """
         self._job, self._store = job, store
         self._restart()
+        self._begun.set()
 
     @property
     def server(self) -> ParameterServer:
@@ -141,7 +143,8 @@ class LedgerActor:
     # Calls of the ranks.
 
     async def begin_group(self) -> int:
-        """Start a new group of ranks at the latest checkpoint; return its incarnation."""
+        """Start a new group of ranks at the latest checkpoint, as soon as there is a job; return its incarnation."""
+        await self._begun.wait()
         require_begun(self._group).notify()
         self._restart()
         return require_begun(self._group).incarnation

@@ -1,7 +1,7 @@
 """Engine `allreduce`: the server as a rank sees it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +19,9 @@ from multitask.server.messages import (
     PushRejectedError,
     Reply,
     SnapshotRequest,
-    as_tensor,
 )
 from multitask.server.shard import Update, shares
-from multitask.worker import TaskWorker, Values, problem_of
+from multitask.worker import TaskWorker, Values
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,8 @@ class RankServer:
         self._follow(operations)
         return reply, self._values()
 
-    def push(self, push: Push, gradients: Gradients) -> Ref[Any]:
-        problem = push.problem or problem_of({name: as_tensor(gradient) for name, gradient in gradients.items()})
-        handle = self._ledger.send("push", replace(push, problem=problem))
+    def push(self, push: Push, gradients: Gradients) -> Ref[Any]:  # noqa: ARG002
+        handle = self._ledger.send("push", push)
         if not self._reduction.armed:  # The worker clips its gradients, so none of them was final before.
             self._arm()
         self._reduction.flush()

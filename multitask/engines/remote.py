@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from multitask.cluster.interface import Actor, Cluster, Ref
-from multitask.engines.loss import LOST, Answer
+from multitask.engines.loss import LOST, Answer, RestartAllError
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, SnapshotRequest
 from multitask.worker import Values
@@ -17,7 +17,8 @@ RETRY_S = 0.2
 class RemoteServer:
     """The server as a worker in another process sees it (`multitask.worker.Server`).
 
-    It goes on when the server's process is lost and started again.
+    Under `async` and `bounded` it goes on when the server's process is lost and started again. Where the pushes of a
+    round make one update, no worker can go on without the others: every call that is lost raises RestartAllError.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class RemoteServer:
         self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
         self._timeout_s = job.spec.resources.start_timeout_s
+        self._goes_on = not job.spec.engine.together
         self._made: tuple[int, int] | None = None
         """Steps that this worker has pushed, answered or not, and the stream's position after them."""
         self._connection = 0
@@ -74,8 +76,8 @@ class RemoteServer:
         if connection == self._connection:
             try:
                 return self._values_of(answer)
-            except (*LOST, OutOfStepError):  # a push that was sent before the loss may reach the restored server
-                self._connection += 1
+            except (*LOST, OutOfStepError) as error:  # a push sent before the loss may reach the restored server
+                self._note_loss(error)
         # Pushes without an answer may have been applied before the loss or not; none of them is sent again.
         if self._joined != self._connection:
             self.join(self._made)
@@ -114,11 +116,21 @@ class RemoteServer:
         while True:
             try:
                 return ask()
-            except LOST:
-                self._connection += 1
+            except LOST as error:
+                self._note_loss(error)
                 if self._cluster.clock.monotonic() > deadline:
                     raise
                 self._cluster.clock.sleep(RETRY_S)
+
+    def _note_loss(self, error: Exception) -> None:
+        """Note that a call was lost.
+
+        Raises:
+            RestartAllError: the worker cannot go on.
+        """
+        if not self._goes_on:
+            raise RestartAllError(f"Worker '{self._worker}' could not reach the parameter server: {error}") from error
+        self._connection += 1
 
     def _values_of(self, answer: list[Ref[Any]]) -> tuple[Reply, Values]:
         """Wait for an answer of the server, and fetch the values that it refers to.

@@ -191,6 +191,8 @@ class ServedRun:
                 continue
             try:
                 results[name] = self._cluster.get(call)
+            except RestartAllError as error:
+                self._server.note_loss(name, f"{self._title(name)} is lost: {getattr(error, 'cause', error)}")
             except RayTaskError as error:
                 self.poll()  # tell the driver of the last steps, and save a checkpoint that is complete
                 why = f"{error.cause}\n{error}"

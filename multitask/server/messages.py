@@ -45,7 +45,7 @@ class Push:
     pid: int = 0
     """Process id of the worker, for people who look for the process."""
     problem: str | None = None
-    """What is wrong with the private gradients that stay with the worker; the server then rejects the push."""
+    """What the worker found wrong with its gradients, the private ones included; the server then rejects the push."""
 
     @property
     def key(self) -> "Key":

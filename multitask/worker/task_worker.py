@@ -78,8 +78,9 @@ class TaskWorker:
             TrainingError: the loss is not finite.
         """
         found = self.learner.compute(self.step, self.before_last_backward)
-        # The server never sees the private gradients, so the worker checks them itself.
-        problem = found.problem or problem_of({group: self.gradients[group] for group in self.private})
+        # The server checks what it is sent. The worker checks everything, because the answer may get lost, and then the
+        # private tensors must not learn from a step that the server rejected.
+        problem = found.problem or problem_of(self.gradients)
         push = Push(
             worker=self.name,
             step=self.step,

@@ -121,12 +121,12 @@ def every_version_is_consistent(story: Story) -> Complaints:
         yield from (f"{view.what}: {wrong}" for wrong in chain(_counts_fit(story, view), _private_fits(story, view)))
 
 
-def all_views(story: Story) -> Iterator[tuple[View, Checkpoint | None]]:
-    """Return all versions that were evaluated or saved, each with its checkpoint if it has one."""
+def all_views(story: Story) -> Iterator[tuple[View, int]]:
+    """Return all versions that were evaluated or saved, each with the number of the driver that heard of it."""
     for news, evaluation in evaluations(story):
-        yield view_of_evaluation(news.job, evaluation), None
-    for _, job, checkpoint in story.saved:
-        yield view_of_checkpoint(job, checkpoint), checkpoint
+        yield view_of_evaluation(news.job, evaluation), news.life
+    for life, job, checkpoint in story.saved:
+        yield view_of_checkpoint(job, checkpoint), life
 
 
 def _counts_fit(story: Story, view: View) -> Complaints:
@@ -173,14 +173,16 @@ def _private_fits(story: Story, view: View) -> Complaints:
 def private_tensors_are_as_of_the_last_push(story: Story) -> Complaints:
     """A version's private tensors have learned from no step that the version has yet to learn from, nor less."""
     final = final_view(story)
-    for view, _ in all_views(story):
+    for view, life in all_views(story):
         if not view.job.spec.train_shared:
             continue
+        # A driver that went on from a checkpoint made later steps again, so only its own versions can be compared.
+        ends = final.applied if final is not None and life == len(story.lives) - 1 else {}
         for worker in view.job.workers:
             if not view.job.holds_private(worker):
                 continue
             learned, applied = view.learned(worker), view.applied[worker]
-            later = (learned - applied) & (final.applied.get(worker, frozenset()) if final else frozenset())
+            later = (learned - applied) & ends.get(worker, frozenset())
             if later:
                 yield f"{view.what}: the private tensors of {worker} have learned from later steps {sorted(later)}."
             if learned - applied and not may_lose_steps(story):
@@ -282,7 +284,7 @@ def every_applied_step_was_told(story: Story) -> Complaints:
             steps.setdefault(record.worker, []).append(record.step)
             if record.rejected is None and not record.redone:
                 told[record.worker, record.step] += 1
-            if record.rejected is None and record.step in rejected_steps(story, news.job, record.worker):
+            if record.rejected is None and not record.redone and record.step in rejected_steps(story, news.job, record.worker):
                 yield f"Step {record.step} of {record.worker} was not rejected, though its gradient is not finite."
             if record.rejected and record.step not in rejected_steps(story, news.job, record.worker):
                 yield f"Step {record.step} of {record.worker} was rejected: {record.rejected}"
@@ -322,9 +324,8 @@ def evaluations_come_when_they_are_due(story: Story) -> Complaints:
     rounds = [evaluation.round for _, evaluation in evaluations(story)]
     last = story.news[-1].progress.rounds
     every = story.schedule.job.evaluate_every
-    wanted = list(range(every, math.floor(last) + 1, every))
-    wanted += [math.floor(last)] if last != wanted[-1] else []
-    if rounds != wanted:
+    wanted = sorted({*range(every, math.floor(last) + 1, every), math.floor(last)})
+    if sorted(set(rounds)) != wanted:
         yield f"Rounds {rounds} were evaluated instead of {wanted}."
 
 

@@ -87,7 +87,6 @@ class Recorder:
 
     def __init__(self, story: Story, life: int) -> None:
         self._story, self._life = story, life
-        self._changed = False
 
     def __enter__(self) -> "Recorder":
         return self
@@ -107,7 +106,6 @@ class Recorder:
         yield
 
     def change_tasks(self, job: ToyJob) -> None:
-        self._changed = self._story.job is not None and job.workers != self._story.job.workers
         self._story.job = self.job = job
 
     def say(self, _: str) -> None:
@@ -115,8 +113,9 @@ class Recorder:
 
     def update(self, records: list[StepRecord], evaluations: list[Evaluation], progress: Progress) -> None:
         self.rejected_calls = progress.rejected_calls
-        self._story.news.append(News(self._life, records, evaluations, progress, self.job, self._changed))
-        self._changed = False
+        told = self._story.news
+        changed = bool(told) and told[-1].job.workers != self.job.workers
+        told.append(News(self._life, records, evaluations, progress, self.job, changed))
 
     def end(self, *_: Any) -> None:
         pass
@@ -146,7 +145,8 @@ class SimulatedStore(CheckpointStore):
             case "killed before":
                 simulation.kill_driver()
             case "killed in the middle":
-                path = Path(super().save(checkpoint))
+                # The old ones are deleted when the new one is complete.
+                path = Path(CheckpointStore(self._uri, keep=100).save(checkpoint))
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
                 simulation.kill_driver()
         path = super().save(checkpoint)
