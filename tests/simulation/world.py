@@ -217,14 +217,14 @@ class World:
             process.held.append((thread, *arguments))
             return
         self.current = process
-        _set_running_loop(thread.loop)
+        if thread.loop is not None:
+            _set_running_loop(thread.loop)
         try:
             thread.switch(*arguments)
-        except Killed:
-            pass
         finally:
             self.current = None
-            _set_running_loop(None)
+            if thread.loop is not None:
+                _set_running_loop(None)
         if thread.dead:
             process.threads.pop(thread, None)
 
