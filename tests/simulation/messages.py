@@ -9,6 +9,7 @@ import enum
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import PurePath
 from types import FunctionType
 from typing import Any, ClassVar
@@ -53,7 +54,9 @@ def holds_arrays(value: Any) -> bool:
         return any(holds_arrays(part) for part in value.values())
     if isinstance(value, (list, tuple, set)):
         return any(holds_arrays(part) for part in value)
-    return _copiers.get(type(value)) is _copy_plain and any(holds_arrays(part) for part in vars(value).values())
+    return _copiers.get(type(value)) in (_copy_plain, _copy_frozen) and any(
+        holds_arrays(part) for part in vars(value).values()
+    )
 
 
 def _copy_list(values: list[Any]) -> list[Any]:
@@ -61,7 +64,11 @@ def _copy_list(values: list[Any]) -> list[Any]:
 
 
 def _copy_tuple(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([copied(value) for value in values])
+    return tuple([copied(value) for value in values]) if values else values
+
+
+def _copy_named_tuple(values: Any) -> Any:
+    return type(values)(*[copied(value) for value in values])
 
 
 def _copy_dict(values: dict[Any, Any]) -> dict[Any, Any]:
@@ -94,6 +101,24 @@ def _copy_plain(value: Any) -> Any:
     return copy
 
 
+def _copy_frozen(value: Any) -> Any:
+    """Copy an object that nobody can change, unless a part of it can be changed."""
+    copiers = _copiers
+    state = {}
+    is_fixed = True
+    for name, part in value.__dict__.items():
+        if copiers.get(type(part), _MISSING) is None:
+            state[name] = part
+        else:
+            state[name] = copied(part)
+            is_fixed = is_fixed and state[name] is part
+    if is_fixed:
+        return value
+    copy = object.__new__(type(value))
+    copy.__dict__.update(state)
+    return copy
+
+
 def _copy_by_pickle(value: Any) -> Any:
     global _shared
     before, _shared = _shared, []
@@ -116,7 +141,11 @@ def _copier_of(kind: type) -> Copier | None:
         and not any("__slots__" in vars(base) for base in kind.__mro__)
         and kind.__flags__ & HEAP_TYPE
     )
-    return _copy_plain if standard else _copy_by_pickle
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return _copy_named_tuple
+    if not standard:
+        return _copy_by_pickle
+    return _copy_frozen if is_dataclass(kind) and kind.__dataclass_params__.frozen else _copy_plain  # type: ignore
 
 
 def _pickle_shared(value: Any) -> tuple[Any, ...]:

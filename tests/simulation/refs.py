@@ -67,6 +67,8 @@ class Ref:
             The error that has arrived in its place, or that of a lost object.
         """
         if self.error is not None:
+            if type(self.error) is RayTaskError:  # It gets the type of the exception that the method raised, too.
+                self.error = self.error.as_instanceof_cause()
             raise self.error.with_traceback(None)
         if not self.owner.alive:
             raise OwnerDiedError(f"{self.number:x}", None, "")
@@ -193,7 +195,7 @@ class Call:
 
 
 def task_error(method: str, process: Process, error: Exception) -> RayTaskError:
-    """Return what a caller gets when a method raises an exception; it has the type of this exception too."""
+    """Return what a caller gets when a method raises an exception; see `Ref.take` for its type."""
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     lines = [f'  File "{code.co_filename}", line {line}, in {code.co_name}' for code, line in frames]
@@ -202,8 +204,7 @@ def task_error(method: str, process: Process, error: Exception) -> RayTaskError:
         cause = pickle.loads(pickle.dumps(cause))
     except Exception:  # RayTaskError replaces a cause that cannot be pickled
         cause = cause.with_traceback(None)
-    raised = RayTaskError(method, text, cause, proctitle=process.name, pid=process.pid, ip="127.0.0.1")
-    return raised.as_instanceof_cause()
+    return RayTaskError(method, text, cause, proctitle=process.name, pid=process.pid, ip="127.0.0.1")
 
 
 def died(actor: str, why: str) -> ActorDiedError:

@@ -120,6 +120,10 @@ class World:
         self._hub = getcurrent()
         self._ready: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._later: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._driver: Process | None = None
+        """The process whose work the world goes on for."""
+        self._has_ended = False
+        """This work has ended, or the process has died."""
         self._sequence = 0
         self._last_pid = 1000
         self._last_ns = EPOCH_NS
@@ -213,14 +217,14 @@ class World:
             process.held.append((thread, *arguments))
             return
         self.current = process
-        _set_running_loop(thread.loop)
+        if thread.loop is not None:
+            _set_running_loop(thread.loop)
         try:
             thread.switch(*arguments)
-        except Killed:
-            pass
         finally:
             self.current = None
-            _set_running_loop(None)
+            if thread.loop is not None:
+                _set_running_loop(None)
         if thread.dead:
             process.threads.pop(thread, None)
 
@@ -240,6 +244,7 @@ class World:
         """End a process at once; its threads unwind without an effect on the others. Only the hub may call this."""
         assert getcurrent() is self._hub, "a process is ended by an event"
         process.alive = False
+        self._has_ended = self._has_ended or process is self._driver
         self.processes.pop(process, None)
         for thread in list(process.threads):
             self.unwind(process, partial(thread.throw, Killed))
@@ -279,9 +284,12 @@ class World:
                 raise
             except BaseException as error:
                 ended.append((None, error))
+            self._has_ended = process is self._driver
 
         self.start_thread(process, main)
-        self._go_on(lambda: bool(ended) or not process.alive, inf)
+        self._driver = process
+        self._go_on(inf)
+        self._driver = None
         if not ended:
             raise DriverKilledError
         result, error = ended[0]
@@ -292,7 +300,7 @@ class World:
     def settle(self, seconds: float) -> None:
         """Let the world go on for some virtual seconds."""
         until = self.now + seconds
-        self._go_on(lambda: False, until)
+        self._go_on(until)
         self.now = max(self.now, until)
 
     def close(self) -> None:
@@ -302,11 +310,12 @@ class World:
         self._ready.clear()
         self._later.clear()
 
-    def _go_on(self, has_ended: Callable[[], bool], until: float) -> None:
-        """Take events until something has ended, or a time is reached."""
+    def _go_on(self, until: float) -> None:
+        """Take events until the driver's work has ended, or a time is reached."""
         assert getcurrent() is self._hub, "the world is run by the greenlet that made it"
         ready, later = self._ready, self._later
-        while not has_ended():
+        self._has_ended = False
+        while not self._has_ended:
             if ready:
                 action, arguments = ready.popleft()
             elif later and later[0][0] <= until:
