@@ -27,7 +27,7 @@ class StillClock:
 
 
 @dataclass(frozen=True)
-class Fault:
+class StepFault:
     """What goes wrong in a step."""
 
     kind: Literal["none", "nan-shared", "nan-private", "raise", "slow", "hang"]
@@ -37,7 +37,18 @@ class Fault:
     """Seconds that the step takes in addition."""
 
 
-NO_FAULT = Fault("none")
+NO_FAULT = StepFault("none")
+
+
+def step_of(worker: str, step: int) -> str:
+    """Return the key of a worker's step in `Behaviour.faults`."""
+    return f"{worker} step {step}"
+
+
+def worker_and_step(key: str) -> tuple[str, int]:
+    """Return what `step_of` wrote."""
+    worker, _, step = key.partition(" step ")
+    return worker, int(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +64,11 @@ class Behaviour:
     """Duration of a step that hangs."""
     speeds: Mapping[str, float] = field(default_factory=dict)
     """Worker -> factor on all its durations, where it is not 1."""
-    faults: Mapping[tuple[str, int], Fault] = field(default_factory=dict)
-    """Worker and step -> what goes wrong, each time that the step is made."""
+    faults: Mapping[str, StepFault] = field(default_factory=dict)
+    """Worker and step, as `step_of` writes them -> what goes wrong, each time that the step is made."""
 
-    def fault(self, worker: str, step: int) -> Fault:
-        return self.faults.get((worker, step), NO_FAULT)
+    def fault(self, worker: str, step: int) -> StepFault:
+        return self.faults.get(step_of(worker, step), NO_FAULT)
 
     def step_s(self, worker: str, step: int, process: int) -> float:
         """Return the duration of a step, in seconds.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import StrEnum, auto
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.simulation.cluster import SimulatedCluster
 
 
-class Kind(Enum):
+class Kind(StrEnum):
     """What a fault does. `Fault` says which fields each kind needs."""
 
     KILL = auto()

@@ -11,8 +11,9 @@ from torch import Tensor
 from multitask.job.checkpoint import Checkpoint
 from multitask.server.messages import Evaluation, mean_top1
 from tests.simulation import formulas
+from tests.simulation.behaviour import worker_and_step
 from tests.simulation.faults import Kind
-from tests.simulation.reference import Reference, reference_of
+from tests.simulation.reference import reference_of
 from tests.simulation.run import News, Story
 from tests.simulation.schedule import STEPS
 from tests.simulation.toy import ToyJob
@@ -44,7 +45,8 @@ def rejected_steps(story: Story, job: ToyJob, worker: str) -> set[int]:
     """Return the steps of a worker whose gradients are not finite."""
     task = job.task(job.workers[worker])
     found = set()
-    for (name, step), fault in story.schedule.behaviour.faults.items():
+    for key, fault in story.schedule.behaviour.faults.items():
+        name, step = worker_and_step(key)
         shared = fault.kind == "nan-shared" and job.spec.train_shared
         private = fault.kind == "nan-private" and task.options["private"]
         if name == worker and (shared or private):
@@ -68,8 +70,11 @@ def it_ends_as_the_documents_promise(story: Story) -> Complaints:
     if story.stuck is not None:
         yield f"The run does not end: {story.stuck}"
         return
+    if story.raised is not None:
+        yield f"The driver raised an error that no user should see: {story.raised}"
+        return
     schedule = story.schedule
-    raises = [at for at, fault in schedule.step_faults.items() if fault.kind == "raise"]
+    raises = [worker_and_step(at) for at, fault in schedule.step_faults.items() if fault.kind == "raise"]
     kills = [fault for fault in schedule.faults if fault.kind not in (Kind.ADD_NODE, Kind.DELAY_CALL)]
     for end in story.lives:
         if end in ("finished", "stopped"):
@@ -284,9 +289,10 @@ def every_applied_step_was_told(story: Story) -> Complaints:
             steps.setdefault(record.worker, []).append(record.step)
             if record.rejected is None and not record.redone:
                 told[record.worker, record.step] += 1
-            if record.rejected is None and not record.redone and record.step in rejected_steps(story, news.job, record.worker):
+            spoiled = record.step in rejected_steps(story, news.job, record.worker)
+            if spoiled and record.rejected is None and not record.redone:
                 yield f"Step {record.step} of {record.worker} was not rejected, though its gradient is not finite."
-            if record.rejected and record.step not in rejected_steps(story, news.job, record.worker):
+            if record.rejected and not spoiled:
                 yield f"Step {record.step} of {record.worker} was rejected: {record.rejected}"
     final = final_view(story)
     if final is not None and final.job.spec.train_shared:
@@ -388,9 +394,9 @@ def a_pause_loses_no_step(story: Story) -> Complaints:
 
 def rounds_end_with_the_bits_of_an_undisturbed_run(story: Story) -> Complaints:
     """Where the pushes of a round are one update, all versions are those of engine `local`, bit for bit."""
-    reference: Reference | None = reference_of(story.schedule) if together(story) else None
-    if reference is None:
+    if not together(story):
         return
+    reference = reference_of(story.schedule)
     tasks = {task.name for task in story.schedule.job.tasks}
     changed = next((number for number, news in enumerate(story.news) if news.changed), len(story.news))
     for news in story.news[:changed]:

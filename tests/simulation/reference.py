@@ -1,12 +1,11 @@
 """Undisturbed runs, with which disturbed ones are compared bit for bit."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 from torch import Tensor
 
-from tests.simulation.run import Story, simulate
-from tests.simulation.schedule import Schedule, undisturbed
+from tests.simulation.run import simulate
+from tests.simulation.schedule import Schedule
 from tests.simulation.views import view_of_evaluation
 
 Tensors = dict[str, Tensor]
@@ -22,16 +21,29 @@ class Reference:
     """Version -> the tensors of its checkpoint, with the slots of the optimiser."""
 
 
-def reference_of(schedule: Schedule) -> Reference | None:
-    """Return the undisturbed run of a schedule's job; None where the schedule has none."""
-    return None if schedule.reference is None else _reference(*schedule.reference)
+_REFERENCES: dict[str, Reference] = {}
+"""Job and its steps with gradients that are not finite, in words -> its undisturbed run."""
 
 
-@cache
-def _reference(engine: str, number: int) -> Reference:
-    schedule = undisturbed(engine, number)
-    job = replace(schedule.job, evaluate_every=1, checkpoints={"every_rounds": 1, "keep": 1})
-    story: Story = simulate(replace(schedule, job=job))
+def reference_of(schedule: Schedule) -> Reference:
+    """Return the undisturbed run of a schedule's job, in which every version is evaluated and saved."""
+    job = replace(
+        schedule.job,
+        engine={"name": "local", "schedule": "rounds"},
+        evaluate_every=1,
+        checkpoints={"every_rounds": 1, "keep": 1},
+        resources={},
+    )
+    faults = {at: fault for at, fault in schedule.behaviour.faults.items() if at not in schedule.step_faults}
+    key = f"{job} {faults}"
+    if key not in _REFERENCES:
+        behaviour = replace(schedule.behaviour, seed=0, speeds={}, faults=faults)
+        _REFERENCES[key] = _run(Schedule(0, "local", job, behaviour, nodes=(8.0,)))
+    return _REFERENCES[key]
+
+
+def _run(schedule: Schedule) -> Reference:
+    story = simulate(schedule)
     assert story.lives == ["finished"], story
     values = {
         evaluation.version: dict(view_of_evaluation(news.job, evaluation).tensors)

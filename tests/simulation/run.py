@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,6 +70,8 @@ class Story:
     """What `result.json` says of the best version, if the run has finished."""
     job: ToyJob | None = None
     """The job at the end."""
+    raised: str | None = None
+    """The traceback of an error that no user should see."""
     stuck: str | None = None
     """Who waits for what, if the run did not end."""
     leftovers: list[str] = field(default_factory=list)
@@ -76,7 +79,10 @@ class Story:
     seconds: float = 0.0
     """Virtual seconds."""
     messages: int = 0
-    world: World | None = None
+    kills: int = 0
+    """Number of processes that died before their work had ended."""
+    trace: list[tuple[Any, ...]] = field(default_factory=list)
+    """What happened, for `tests.simulation.trace`."""
 
 
 class Recorder:
@@ -169,7 +175,6 @@ class Simulation:
         self.schedule, self.folder = schedule, folder
         self.story = Story(schedule)
         self.world = World(schedule.seed, limit_s=LIMIT_S)
-        self.story.world = self.world
         nodes = [Node({"CPU": cpus, "memory": 2.0**34}) for cpus in schedule.nodes]
         self.cluster = SimulatedCluster(
             self.world, nodes, timing=schedule.timing, faults=schedule.faults, grows=len(nodes) > 1
@@ -195,7 +200,8 @@ class Simulation:
         except StuckError as error:
             story.stuck = str(error)
         finally:
-            story.seconds, story.messages = self.world.now, self.cluster.calls.sent
+            story.seconds, story.messages, story.trace = self.world.now, self.cluster.calls.sent, self.world.trace
+            story.kills = sum(kind == "death" for _, kind, *_ in story.trace)
             self.world.close()
         story.partial_files = [path.name for path in self.folder.rglob("*.partial")]
         return story
@@ -217,8 +223,10 @@ class Simulation:
             for path in (self.folder / "checkpoints").iterdir():  # what the message tells the user to do
                 path.unlink()
             return True
-        except (TrainingError, OSError) as error:
+        except Exception as error:
             story.lives.append(f"{type(error).__name__}: {error}")
+            if not isinstance(error, TrainingError | OSError):
+                story.raised = traceback.format_exc()
             return isinstance(error, OSError)
         story.lives.append("finished")
         story.last = load_file(self.folder / "last.safetensors")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
 
-from tests.simulation.behaviour import Behaviour, Fault
+from tests.simulation.behaviour import Behaviour, StepFault, step_of
 from tests.simulation.faults import Fault as ClusterFault
 from tests.simulation.faults import Kind
 from tests.simulation.nodes import Timing
@@ -55,15 +55,13 @@ class Schedule:
     faults: tuple[ClusterFault, ...] = ()
     requests: tuple[Request, ...] = ()
     store_faults: tuple[StoreFault, ...] = ()
-    reference: tuple[str, int] | None = None
-    """Engine and number of the job in the pool, under which the undisturbed run is kept."""
 
     @property
     def disturbances(self) -> int:
         return len(self.faults) + len(self.requests) + len(self.store_faults) + len(self.step_faults)
 
     @property
-    def step_faults(self) -> dict[tuple[str, int], Fault]:
+    def step_faults(self) -> dict[str, StepFault]:
         """Faults of workers that are not part of the job itself."""
         return {at: fault for at, fault in self.behaviour.faults.items() if fault.kind in ("raise", "slow", "hang")}
 
@@ -95,7 +93,7 @@ class Schedule:
             *(f"fault: {fault}" for fault in self.faults),
             *(f"request: {request}" for request in self.requests),
             *(f"checkpoint: {fault}" for fault in self.store_faults),
-            *(f"worker {at[0]}, step {at[1]}: {fault}" for at, fault in self.behaviour.faults.items()),
+            *(f"worker {at}: {fault}" for at, fault in self.behaviour.faults.items()),
         ]
 
 
@@ -131,15 +129,7 @@ def make_schedule(seed: int, engine: str) -> Schedule:
         faults=faults,
         requests=_requests(chance, job),
         store_faults=_store_faults(chance),
-        reference=(engine, number),
     )
-
-
-def undisturbed(engine: str, number: int) -> Schedule:
-    """Return the schedule of a pool's job in which nothing happens to it, in one process, by rounds."""
-    job, behaviour = make_job(engine, number)
-    local = replace(job, engine={"name": "local", "schedule": "rounds"}, checkpoints={}, resources={})
-    return Schedule(0, "local", local, behaviour, nodes=(8.0,))
 
 
 def workers_of(job: ToyConfig) -> list[str]:
@@ -170,12 +160,12 @@ def make_job(engine: str, number: int) -> tuple[ToyConfig, Behaviour]:
         },
         train_shared=chance.random() < 0.9,
     )
-    spoiled: dict[tuple[str, int], Fault] = {}
+    spoiled: dict[str, StepFault] = {}
     if chance.random() < 0.4:
         for _ in range(chance.randint(1, 3)):
             worker = chance.choice(workers_of(job))
             kind: Any = chance.choice(["nan-shared", "nan-private"])
-            spoiled[worker, chance.randrange(STEPS)] = Fault(kind)
+            spoiled[step_of(worker, chance.randrange(STEPS))] = StepFault(kind)
     return job, Behaviour(faults=spoiled)
 
 
@@ -320,12 +310,12 @@ def _driver_faults(chance: random.Random) -> tuple[ClusterFault, ...]:
     return tuple(ClusterFault(kind=Kind.KILL, target="driver", at_s=at_s) for at_s in times)
 
 
-def _step_faults(chance: random.Random, job: ToyConfig) -> Mapping[tuple[str, int], Fault]:
-    found: dict[tuple[str, int], Fault] = {}
+def _step_faults(chance: random.Random, job: ToyConfig) -> Mapping[str, StepFault]:
+    found: dict[str, StepFault] = {}
     for kind, share in (("slow", 0.15), ("hang", 0.05), ("raise", 0.03)):
         if chance.random() < share and not (kind == "hang" and job.engine["name"] == "local"):
-            at = chance.choice(workers_of(job)), chance.randrange(STEPS)
-            found[at] = Fault(kind, seconds=chance.uniform(1.0, 10.0))  # type: ignore[arg-type]
+            at = step_of(chance.choice(workers_of(job)), chance.randrange(STEPS))
+            found[at] = StepFault(kind, seconds=chance.uniform(1.0, 10.0))  # type: ignore[arg-type]
     return found
 
 

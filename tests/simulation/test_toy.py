@@ -13,7 +13,7 @@ from multitask.server.messages import Evaluation, GroupValues
 from multitask.spec.reading import dump_spec, load_spec
 from tests.conftest import EngineRun, run_engine, store_of
 from tests.simulation import formulas
-from tests.simulation.behaviour import Behaviour, Fault, StillClock
+from tests.simulation.behaviour import Behaviour, StepFault, StillClock, step_of
 from tests.simulation.formulas import PrivateTensors, ToyPush, ToyUpdate
 from tests.simulation.toy import ToyConfig, ToyJob, ToyTask, ToyWorld
 
@@ -187,10 +187,11 @@ def test_a_task_that_is_attached_finds_the_shared_values_and_leaves_the_others_a
 
 @pytest.mark.parametrize("kind", ["nan-shared", "nan-private"])
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(config: ToyConfig, kind: Any) -> None:
-    faults = {("a/0", 3): Fault(kind), ("a/0", 4): Fault(kind), ("c/1", 0): Fault(kind)}
+    steps = {("a/0", 3), ("a/0", 4), ("c/1", 0)}
+    faults = {step_of(*at): StepFault(kind) for at in steps}
     ran = run(replace(config, optimizer=SLOTS), Behaviour(faults=faults))
 
-    assert {(record.worker, record.step) for record in ran.records if record.rejected is not None} == faults.keys()
+    assert {(record.worker, record.step) for record in ran.records if record.rejected is not None} == steps
     last = ran.outcome.versions["last"]
     made = [step for step in range(STEPS) if step not in (3, 4)]
     expected = formulas.private_after("a", formulas.steps_of_one(made, 0.5), STEPS, 0.5)
@@ -205,12 +206,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(config: ToyConfig
 
 def test_a_worker_that_raises_ends_the_run(config: ToyConfig) -> None:
     with pytest.raises(TrainingError, match=r"Worker 'b/0' of task 'b' failed after 5 steps: batch 5"):
-        run(config, Behaviour(faults={("b/0", 5): Fault("raise")}))
+        run(config, Behaviour(faults={step_of("b/0", 5): StepFault("raise")}))
 
 
 def test_steps_take_virtual_time_and_only_the_first_process_hangs(config: ToyConfig) -> None:
     behaviour = Behaviour(
-        speeds={"b/0": 3.0}, faults={("a/0", 0): Fault("slow", 7.0), ("b/0", 0): Fault("hang")}, hang_s=1000.0
+        speeds={"b/0": 3.0},
+        faults={step_of("a/0", 0): StepFault("slow", 7.0), step_of("b/0", 0): StepFault("hang")},
+        hang_s=1000.0,
     )
     clock = StillClock()
     job = ToyJob(config.spec(), ToyWorld(behaviour, clock))

@@ -17,7 +17,7 @@ from multitask.spec.schema import TaskSpec
 from multitask.worker import StepResult, Values
 from multitask.worker.buffers import ModelBuffers
 from tests.simulation import formulas
-from tests.simulation.behaviour import FIRST_PROCESS, Behaviour, Fault
+from tests.simulation.behaviour import FIRST_PROCESS, Behaviour, StepFault
 
 PATCH = "patch"
 """Name of the module with a task's private tensors."""
@@ -213,7 +213,7 @@ class GradientWriter:
         self._mean, self._variance = norm.running_mean.numpy(), norm.running_var.numpy()
         self._batches_seen = norm.num_batches_tracked.numpy()
 
-    def write(self, place: ToyPlace, batch: int, held: int, fault: Fault) -> None:
+    def write(self, place: ToyPlace, batch: int, held: int, fault: StepFault) -> None:
         """Write what a batch teaches, and let the normalisation layer find the batch's statistics.
 
         Args:
