@@ -171,7 +171,7 @@ class ServerActor:
         """Return this server's incarnation, and those that the other shards had when this server began."""
         return require_begun(self._incarnations)
 
-    async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> Reply:
+    def join(self, worker: str, incarnation: int, step: int | None, position: int) -> Reply:
         """Call `ParameterServer.join`."""
         reply = self._server.join(worker, incarnation, step, position)
         self._notify_change()
