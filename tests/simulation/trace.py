@@ -29,6 +29,8 @@ def _text(kind: str, about: list[Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, set):  # its order is not decided by the seed
+        return f"{{{', '.join(sorted(map(repr, value)))}}}"
     text = f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)
     text = ADDRESS.sub("", " ".join(text.split()))
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
