@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -68,7 +67,7 @@ class ParameterServer:
         self.liveness = Liveness(workers, self._clock.monotonic())
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._rules = rules
-        self._progress = progress = deepcopy(progress)
+        self._progress = progress = progress.copy()
         self._updates = Updates(tasks, workers, schedule, rules, progress)
         self._snapshots = Snapshots(tasks, workers, rules, progress, self._clock.time_ns(), self._clock.monotonic())
         self._records = Records(self._updates.private_rate, progress, on_record)
@@ -207,7 +206,7 @@ class ParameterServer:
 
     def drain(self) -> News:
         """Return what happened since the last call. The shards keep a snapshot's values until `drop_snapshot`."""
-        return News(self._records.drain(), self._snapshots.drain(), deepcopy(self._progress))
+        return News(self._records.drain(), self._snapshots.drain(), self._progress.copy())
 
     def drop_snapshot(self, version: int) -> None:
         """Let the shards forget the values of a version, unless the version is needed again."""
@@ -280,7 +279,7 @@ class ParameterServer:
             version=self._progress.version,
             applied_version=answer.version,
             rate=answer.rate,
-            requests=self.snapshot_requests(worker),
+            requests=self._snapshots.requests(worker, None if step is None else step + 1),
             rejected=answer.rejected,
             pause=self._pausing,
             step=member.progress.step,

@@ -139,7 +139,7 @@ def _counts_fit(story: Story, view: View) -> Complaints:
     job = view.job
     if not job.spec.train_shared:
         return
-    once = None if together(story) else job.spec.optimizer.rate
+    optimizer = job.spec.optimizer
     for worker, task in job.workers.items():
         row = view.rows[worker]
         rejected = rejected_steps(story, job, worker)
@@ -154,13 +154,16 @@ def _counts_fit(story: Story, view: View) -> Complaints:
                 yield f"steps {extra} of {worker} are in part '{part}' and not in all its parts."
             if found & rejected:
                 yield f"steps {sorted(found & rejected)} of {worker} are in part '{part}', though they were rejected."
-            wrong = [step for step in found if once is not None and counts[row, step] != once]
+            times = formulas.times_applied(counts[row], optimizer.rate, optimizer.momentum)
+            wrong = [] if together(story) else [step for step in found if times[step] != 1]
             if wrong:
-                yield f"steps {wrong} of {worker} were applied {counts[row, wrong] / once} times to part '{part}'."
+                yield f"steps {wrong} of {worker} were applied {times[wrong]} times to part '{part}'."
 
 
 def _private_fits(story: Story, view: View) -> Complaints:
     """The private tensors of a task with one worker have learned from its first steps, each of them once."""
+    if story.schedule.job.schedule["name"] != "constant":
+        return  # The formulas ask for one rate; all bits are compared with those of an undisturbed run.
     for worker, task in view.job.workers.items():
         if not view.job.holds_private(worker):
             continue

@@ -107,7 +107,7 @@ def make_schedule(seed: int, engine: str) -> Schedule:
         slow_share=chance.choice([0.0, 0.0, 0.01, 0.05]),
         slow_s=chance.choice([0.5, 2.0, 6.0]),
         detect_s=chance.choice([0.05, 0.5, 3.0]),
-        start_s=chance.choice([0.5, 2.0]),
+        start_s=chance.choice([0.5, 2.0, 2.0, 2.0, 26.0]),
     )
     behaviour = replace(
         behaviour,
@@ -143,12 +143,14 @@ def make_job(engine: str, number: int) -> tuple[ToyConfig, Behaviour]:
     rounds = settings["name"] in ("sync", "allreduce") or settings.get("schedule") == "rounds"
     together = rounds or settings.get("staleness") == 0
     tasks = _tasks(chance, guests=engine in ("async", "bounded", "sync"))
-    momentum = chance.choice([0.0, 0.5]) if together else 0.0
+    falling = {"name": "exponential", "factor": 0.5, "every_rounds": chance.choice([4, 7])}
     job = ToyConfig(
         tasks=tasks,
         later=(ToyTask(name="late", shares=("body",)),),
         engine=settings,
-        optimizer={"name": "sgd", "rate": chance.choice([1.0, 0.5]), "momentum": momentum},
+        optimizer={"name": "sgd", "rate": chance.choice([1.0, 0.5]), "momentum": chance.choice([0.0, 0.5])},
+        # Only where a run can be compared with another one: the formulas ask for one rate.
+        schedule=chance.choice([{"name": "constant"}, falling]) if together else {"name": "constant"},
         steps=STEPS,
         evaluate_every=chance.choice([3, 5, 8]),
         checkpoints={"keep": chance.choice([1, 2, 3]), **chance.choice([{"every_rounds": 3}, {"every_rounds": 6}, {}])},

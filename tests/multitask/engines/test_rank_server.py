@@ -16,9 +16,9 @@ from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
 from multitask.engines.reduction import Reduction, plan_buckets
 from multitask.job.job import Job
-from multitask.server.messages import Gradients, Push, StepRecord
+from multitask.server.messages import StepRecord
 from multitask.spec.schema import JobSpec
-from multitask.worker import TaskWorker, train_steps
+from multitask.worker import StepResult, TaskWorker, train_steps
 from tests.conftest import store_of
 from tests.multitask.engines.fakes import FakeCluster
 
@@ -63,19 +63,19 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def spoil(workers: list[TaskWorker], steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let workers find a gradient that is not finite in some steps."""
 
-    def spoiled(worker: TaskWorker) -> Callable[[], tuple[Push, Gradients, dict[str, Tensor]]]:
-        compute = worker.compute
+    def spoiled(worker: TaskWorker) -> Callable[..., StepResult]:
+        compute = worker.learner.compute
 
-        def compute_and_spoil() -> tuple[Push, Gradients, dict[str, Tensor]]:
-            found = compute()
-            if (worker.name, found[0].step) in steps:
+        def compute_and_spoil(step: int, before_last_backward: Callable[[], None]) -> StepResult:
+            found = compute(step, before_last_backward)
+            if (worker.name, step) in steps:
                 next(iter(worker.gradients.values()))[5] = float("nan")
             return found
 
         return compute_and_spoil
 
     for worker in workers:
-        monkeypatch.setattr(worker, "compute", spoiled(worker))
+        monkeypatch.setattr(worker.learner, "compute", spoiled(worker))
 
 
 def train_ranks(

@@ -29,7 +29,7 @@ async def overtaking(job: Job) -> tuple[ServerActor, "asyncio.Task[tuple[Reply, 
     """Return a server, and a push that has overtaken the push that was sent before it."""
     server = ServerActor(FakeCluster())
     server.begin(job)
-    await server.join("pets/0", 0, None, 0)
+    server.join("pets/0", 0, None, 0)
     early = asyncio.create_task(server.push(*push_of(job, 1)))
     await asyncio.sleep(0)
     return server, early
@@ -49,7 +49,7 @@ def test_a_push_that_has_overtaken_the_one_before_it_waits_for_its_turn(job: Job
 def test_an_early_push_does_not_wait_for_one_of_a_process_that_was_replaced(job: Job) -> None:
     async def story() -> None:
         server, early = await overtaking(job)
-        await server.join("pets/0", 1, None, 0)
+        server.join("pets/0", 1, None, 0)
         with pytest.raises(PushRejectedError, match="process 1 took its place"):
             await early
 
