@@ -32,7 +32,7 @@ SMALLEST_COPY = 1 << 20
 """Smallest size of a timed copy in bytes."""
 _barrier: Barrier | None = None
 """Barrier at which processes that time steps side by side wait for each other, so that none computes alone."""
-UNCHANGED = Reply(version=0, applied_version=0, rate=0.0)
+UNCHANGED = Reply(version=0, rate=0.0)
 """A reply after which a worker keeps its values."""
 
 

@@ -27,7 +27,8 @@ from multitask.cluster.collectives import Collectives
 
 Actor = Any
 """A handle of a process that carries out calls. `actor.method.remote(*arguments)` calls a method and returns a `Ref` to
-its answer. Calls from one process arrive in the order in which they were sent, except that a call waits until all
+its answer. An actor without coroutines, which carries out one call at a time, takes the calls of one process in the
+order in which they were sent. Other actors may take them in another order, above all when a call has to wait until the
 references among its arguments have arrived. Handles can be compared and pickled."""
 Places = Any
 """A set of places on nodes that is reserved for a run's processes; see `Cluster.reserve`."""
@@ -130,6 +131,9 @@ class GroupRun(Protocol):
     def cancel(self) -> None:
         """End all ranks and give their places back; `wait` tells when this is done. It has no effect while a group is
         starting."""
+
+    def kill(self) -> None:
+        """End the process that leads the group at once, and the ranks with it. For a group that no cancel reaches."""
 
 
 class GroupStartError(RuntimeError):
@@ -235,7 +239,8 @@ class Cluster(Protocol):
 
         Args:
             leader: an actor. Its method `lose` is called with a text whenever the cluster has noticed that a rank is
-                lost.
+                lost. Its method `hold` is called with the places of each group that has started: where the process that
+                leads the group is lost or killed, they have to be released.
         """
 
     def collectives(self) -> Collectives:

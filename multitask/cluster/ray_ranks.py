@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.util
 
 from multitask.cluster.collectives import WAIT
 from multitask.cluster.interface import Actor, Cluster, GroupStartError, Ranks
@@ -38,6 +39,9 @@ class TrainRun:
         not recursive, because Train would take a cancel of its own calls for a lost rank.
         """
         ray.cancel(self._fit, recursive=False)
+
+    def kill(self) -> None:
+        ray.cancel(self._fit, force=True, recursive=False)
 
 
 def start_ranks(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor) -> TrainRun:
@@ -105,5 +109,10 @@ def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor
 
 
 def run_rank(setting: dict[str, Any]) -> None:
-    """Do the work of one rank; Ray Train calls this in every process of a worker group."""
+    """Do the work of one rank; Ray Train calls this in every process of a worker group.
+
+    Train lets a process of its own give the places back when its controller is lost, but this process needs Ray's
+    dashboard, which a Ray of the run's own does not start.
+    """
+    setting["leader"].hold.remote(ray.util.get_current_placement_group())
     setting["work"](setting["cluster"], setting["leader"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from multitask.cluster.interface import Cluster, GroupStartError, Process, Ranks, Ref, Search
+from multitask.cluster.interface import Cluster, GroupStartError, Places, Process, Ranks, Ref, Search
 from multitask.cluster.places import check_places, demands
 from multitask.engines.caller import POLL_S, PatientCaller
 from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
@@ -95,8 +95,17 @@ class RankGroup:
             if self.work.wait(END_S / CANCELS):
                 break
         else:
-            log.warning("Ray Train did not end within %g s; it may still hold its places on the cluster.", END_S)
+            log.warning("Ray Train did not end within %g s, so its process is killed.", END_S)
+            self.work.kill()
+            self.work.wait(END_S)
+            with contextlib.suppress(*LOST, GetTimeoutError):
+                self.release(self._cluster.get(self.ledger.places.remote(), END_S))
         self._cluster.kill(self.ledger)
+
+    def release(self, places: Places | None) -> None:
+        """Give back the places of a group whose leading process is gone, if a group had started."""
+        if places is not None:
+            self._cluster.release(places)
 
     def _is_starting(self) -> bool:
         try:
@@ -164,6 +173,8 @@ class AllreduceRun:
         lost = f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0]
         # The next report has this loss, as it has the losses of ranks.
         self._call("lose", "the ledger, when all ranks had ended" if error is None else lost)
+        if result is TrainResult.LOST:
+            self._ranks.release(self._call("places"))
         self._ranks.start()
         return False
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from multitask.cluster.interface import Actor, Cluster
+from multitask.cluster.interface import Actor, Cluster, Places
 from multitask.engines.loss import LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.engines.operations import Ledger, Operation
@@ -111,6 +111,7 @@ class LedgerActor:
         """Workers that have joined the present start of the group and were not found silent."""
         self._processes: dict[str, int] = {}
         """Worker -> process id, for all workers that have joined."""
+        self._places: Places | None = None
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: tuple[str, str] | None = None
@@ -273,6 +274,14 @@ class LedgerActor:
         self._lost.append(message)
         self._starting = True
         self._actors, self._processes = {}, {}
+
+    async def hold(self, places: Places) -> None:
+        """Note the places of the group that has started."""
+        self._places = places
+
+    async def places(self) -> Places | None:
+        """Return the places of the group that has started last."""
+        return self._places
 
     async def starting(self) -> bool:
         """Return whether a group is starting: not all of its ranks have joined."""

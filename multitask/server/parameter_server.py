@@ -277,7 +277,6 @@ class ParameterServer:
         answer = member.answer_to(step)
         return Reply(
             version=self._progress.version,
-            applied_version=answer.version,
             rate=answer.rate,
             requests=self._snapshots.requests(worker, None if step is None else step + 1),
             rejected=answer.rejected,
@@ -287,8 +286,8 @@ class ParameterServer:
         )
 
     def _answer(self, worker: str, step: int | None = None, **about: Any) -> Answer:
-        """Return an answer with the present version and rate."""
-        return Answer(step, self._progress.version, self._updates.private_rate(worker), **about)
+        """Return an answer with the present rate."""
+        return Answer(step, self._updates.private_rate(worker), **about)
 
     # How pushes are applied.
 

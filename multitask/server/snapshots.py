@@ -147,7 +147,7 @@ class Snapshots:
             self.evaluated_version = version
         if save:
             self.saved_version, self._saved_at = version, now
-        request = SnapshotRequest(version, evaluate, save, self._server_incarnation)
+        request = SnapshotRequest(version, evaluate, save, server_incarnation=self._server_incarnation)
         pending = self._pending.get(version)
         if pending is None:
             self._pending[version] = PendingSnapshot(request, self._progress.copy())
@@ -165,9 +165,10 @@ class Snapshots:
         """
         task = self._workers[worker]
         return tuple(
-            pending.request
+            replace(pending.request, steps=contained)
             for _, pending in sorted(self._pending.items())
-            if (steps is None or pending.progress.workers[worker].step <= steps) and self._lacks(pending, worker, task)
+            if (contained := pending.progress.workers[worker].step) <= (math.inf if steps is None else steps)
+            and self._lacks(pending, worker, task)
         )
 
     def _lacks(self, pending: PendingSnapshot, worker: str, task: str) -> bool:

@@ -118,7 +118,7 @@ class TaskWorker:
             TrainingError: the server rejected several pushes in a row.
         """
         # These snapshots were taken before the push was applied, so they need the private tensors from before it, too.
-        earlier = [request for request in reply.requests if request.version < reply.applied_version]
+        earlier = [request for request in reply.requests if request.steps <= push.step]
         parts = [self._part_of(request) for request in self._requests.take(earlier)]
         # The reply does not repeat the push's own problem when the step was redone or its first answer was lost.
         rejected = reply.rejected or push.problem

@@ -67,8 +67,9 @@ class Calls:
                     self.fail_soon(call, unavailable("the connection broke"))
                     return
                 delay_s += call.fault.call_delay_s
-            time_s = max(world.now + delay_s, actor.arrivals.get(sender, 0.0))
-            actor.arrivals[sender] = time_s
+            time_s = world.now + delay_s
+            if actor.keeps_order:
+                actor.arrivals[sender] = time_s = max(time_s, actor.arrivals.get(sender, 0.0))
             actor.pending[call] = None
             world.at(time_s, actor.deliver, call, actor.process)
         elif actor.state is State.DEAD:

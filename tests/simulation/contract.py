@@ -81,6 +81,9 @@ class Gate:
     async def note(self, line: str) -> None:
         self._lines.append(line)
 
+    async def lines(self) -> list[str]:
+        return list(self._lines)
+
     def open(self) -> list[str]:
         assert self._event is not None
         self._event.set()
@@ -94,9 +97,16 @@ class Leader:
         self._losses: list[str] = []
         self._results: dict[int, Any] = {}
         self._starts = 0
+        self._places: Any = None
 
     async def lose(self, text: str) -> None:
         self._losses.append(text)
+
+    async def hold(self, places: Any) -> None:
+        self._places = places
+
+    async def held(self) -> Any:
+        return self._places
 
     async def count_start(self) -> int:
         self._starts += 1
@@ -125,3 +135,9 @@ def rank_work(cluster: Cluster, leader: Actor) -> None:
     for each in sums:
         each.wait()
     cluster.get(leader.report.remote(together.rank, (start, found, tensor.tolist(), first.item(), second.item())))
+
+
+def rank_without_an_end(cluster: Cluster, leader: Actor) -> None:  # noqa: ARG001
+    """Work for ever."""
+    while True:
+        cluster.clock.sleep(1.0)

@@ -26,8 +26,6 @@ LOOK_S = 0.5
 """Seconds between two looks of the controller at the ranks."""
 PATIENCE_S = 5.0
 """For how long the controller waits for ranks that do not answer, before it ends all of them."""
-CLEANER_S = 5.0
-"""Longest time until the places of a group are given back whose controller was lost."""
 
 
 class RankActor:
@@ -53,7 +51,6 @@ class TrainController:
         self._actors: list[Actor] = []
         self._places: PlacementGroup | None = None
         self.is_starting = True
-        cluster.world.here().at_death.append(self._clean_up_later)
 
     def run(self, work: Callable[..., None], leader: Handle) -> None:
         """Run groups until one has ended its work.
@@ -66,6 +63,7 @@ class TrainController:
             self.is_starting = True
             self._start_ranks()
             group = RankGroup(self._cluster, self._ranks.number)
+            leader.hold.remote(self._places)
             calls = [actor.handle.run.remote(group, rank, work, leader) for rank, actor in enumerate(self._actors)]
             self.is_starting = False
             has_ended = self._watch(calls, leader)
@@ -143,12 +141,6 @@ class TrainController:
         self._cluster.release(self._places)
         self._actors, self._places = [], None
 
-    def _clean_up_later(self) -> None:
-        """Let Train's cleaner, which is a process of its own, give the places back."""
-        if self._places is not None:
-            delay_s = CLEANER_S * self._world.random.random()
-            self._world.later(delay_s, self._cluster.losses.release, self._places)
-
 
 class TrainTask:
     """The task that a run of Train is."""
@@ -189,6 +181,10 @@ class SimulatedGroupRun:
     def cancel(self) -> None:
         node = self._cluster.world.here().node
         self._cluster.world.later(node.delay_from(node), self._cancel)
+
+    def kill(self) -> None:
+        node = self._cluster.world.here().node
+        self._cluster.world.later(node.delay_from(node), self._cluster.losses.kill, self._task, False)
 
     def _cancel(self) -> None:
         task = self._task.instance
