@@ -194,5 +194,6 @@ class SimulatedGroupRun:
                 self._cluster.world.note("cancel", "is ignored, because a group is starting")
                 return
             controller.abort()
+            self._cluster.losses.kill(task.controller, False)
         self._cluster.world.note("cancel", "ends all ranks")
         self._cluster.losses.kill(self._task, False)
