@@ -181,6 +181,7 @@ class AllreduceRun:
         self._call("lose", "the ledger, when all ranks had ended" if error is None else lost)
         if result is TrainResult.LOST:
             self._cluster.clock.sleep(CONTROLLER_END_S)
+            self._poll()  # the controller may have started a group in the meantime
             self._ranks.release()
         self._ranks.start()
         return False
