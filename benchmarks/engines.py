@@ -164,8 +164,8 @@ class BlockedTime:
     def report_alive(self, worker: str) -> None:
         self._server.report_alive(worker)
 
-    def finish(self, worker: str) -> None:
-        self._server.finish(worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._server.finish(worker, step)
 
 
 def run_steps(loop: Iterator[None], clock: BlockedTime, steps: int) -> list[Mark]:

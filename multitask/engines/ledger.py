@@ -212,9 +212,9 @@ class LedgerActor:
         group.server.report_alive(worker)
         group.notify()
 
-    async def finish(self, incarnation: int, worker: str) -> None:
+    async def finish(self, incarnation: int, worker: str, step: int) -> None:
         group = self._group_of(incarnation)
-        group.server.finish(worker)
+        group.server.finish(worker, step)
         group.notify()
 
     async def rest(self, incarnation: int, worker: str) -> tuple[list[Operation], bool]:

@@ -63,8 +63,8 @@ class DirectServer:
     def report_alive(self, worker: str) -> None:
         self._server.report_alive(worker)
 
-    def finish(self, worker: str) -> None:
-        self._server.finish(worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._server.finish(worker, step)
 
 
 def run(job: Job, driver: Driver) -> Outcome:

@@ -161,8 +161,8 @@ class RankServer:
     def report_alive(self, worker: str) -> None:
         self._ledger.ask("report_alive", worker)
 
-    def finish(self, worker: str) -> None:
-        self._ledger.ask("finish", worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._ledger.ask("finish", worker, step)
 
     def rest(self, worker: TaskWorker) -> None:
         """After this rank's last step: follow the other ranks and answer snapshot requests until all ranks rest."""

@@ -103,8 +103,8 @@ class RemoteServer:
     def report_alive(self, worker: str) -> None:
         self._call("report_alive", worker)
 
-    def finish(self, worker: str) -> None:
-        self._call("finish", worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._call("finish", worker, step)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method of `ParameterServer` and wait for its answer."""

@@ -81,7 +81,7 @@ class ServedWorker:
         """
         self._server.join((self.worker.step, self.worker.position))
         if self.worker.step == self._job.spec.steps:
-            self._server.finish(self._name)
+            self._server.finish(self._name, self.worker.step)
         return self.worker.step
 
     def answer_last_requests(self) -> None:

@@ -155,12 +155,16 @@ class ParameterServer:
         """Return the groups on the server that the worker's task uses."""
         return self._updates.groups_of(worker)
 
-    def finish(self, worker: str) -> None:
+    def finish(self, worker: str, step: int) -> None:
         """Note that a worker has made its last step and no longer counts for rounds.
 
         When the last worker finishes, the final version is taken for an evaluation.
+
+        Args:
+            step: number of steps that the worker has made. A server that went back to a version with fewer of them does
+                nothing: the worker has yet to join, and might be replaced before by a process that makes the others.
         """
-        if worker not in self._active:
+        if worker not in self._active or self._members[worker].progress.step < step:
             return
         self._active.discard(worker)
         if self._active:

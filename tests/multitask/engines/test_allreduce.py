@@ -87,7 +87,7 @@ class Ranks(FakeCluster):
             await answer_requests()
             await ask_for_a_pause()
         if step == STEPS:
-            await ledger.finish(group, name)
+            await ledger.finish(group, name, step)
         ended = False
         while not ended:
             _, ended = await ledger.rest(group, name)

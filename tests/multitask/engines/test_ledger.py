@@ -84,7 +84,7 @@ def test_ranks_of_an_earlier_group_are_rejected_also_while_they_wait(make_spec: 
         with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
             await waits
         with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
-            await ledger.finish(first, "pets/0")
-        await ledger.finish(second, "pets/0")
+            await ledger.finish(first, "pets/0", 0)
+        await ledger.finish(second, "pets/0", 0)
 
     asyncio.run(start_twice())

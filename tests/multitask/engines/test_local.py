@@ -211,7 +211,7 @@ def test_a_task_with_its_own_head_leaves_the_head_of_others_alone(make_spec: Mak
 
     step(*workers)
     for name in ("pets/0", "pets_large/0"):
-        server.finish(name)  # from here on c pushes alone
+        server.finish(name, 0)  # from here on c pushes alone
     head, everything = state("shared:pets+pets_large"), state("shared:pets+pets_large+cars")
     step("cars/0")
     assert state("shared:pets+pets_large") == head

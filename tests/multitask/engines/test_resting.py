@@ -92,7 +92,7 @@ def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(job:
         mine, incarnation = await resting(cluster, job, "pets/0")
         worker = job.make_worker("pets/0", iter(()))
         server = server_of(job, worker, Connection(cluster, mine, incarnation))
-        await mine.finish(incarnation, "cars/0")
+        await mine.finish(incarnation, "cars/0", 0)
         worker.answer_requests(server)
 
     asyncio.run(story())
@@ -140,7 +140,7 @@ async def resting(cluster: FakeCluster, job: Job, *names: str) -> tuple[LedgerAc
     for name in job.workers:
         await mine.join(incarnation, name, 0, f"the process of {name}")
     for name in names:
-        await mine.finish(incarnation, name)
+        await mine.finish(incarnation, name, 0)
         await rest(mine, incarnation, name)
     return mine, incarnation
 
