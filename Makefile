@@ -7,7 +7,7 @@ ENVIRONMENT := .venv/installed
 # Two test processes, each with a Ray of its own: tests wait for processes to start a third of the time.
 TWO := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-slow lint bench chaos clean
+.PHONY: demo test test-slow lint simulate bench chaos clean
 
 demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, fit a cascade, write runs/demo/report.html
 	$(BIN)/multitask demo
@@ -22,6 +22,9 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+simulate: $(ENVIRONMENT)  ## ten thousand simulated runs of all engines, with losses of all kinds; prints each failure's seed
+	$(BIN)/python -m tests.simulation --seeds simulate
 
 bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'
