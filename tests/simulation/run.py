@@ -146,7 +146,7 @@ class SimulatedStore(CheckpointStore):
     def save(self, checkpoint: Checkpoint) -> str:
         simulation, world = self._simulation, self._simulation.world
         fault = simulation.next_store_fault()
-        world.sleep(0.05)
+        world.sleep(simulation.schedule.write_s)
         match fault:
             case "fails":
                 raise OSError("No space left on device")
@@ -163,7 +163,7 @@ class SimulatedStore(CheckpointStore):
         story.saved.append((self._life, story.job, checkpoint))
         if fault == "killed after":
             simulation.kill_driver()
-        world.sleep(0.05)
+        world.sleep(simulation.schedule.write_s)
         return path
 
 

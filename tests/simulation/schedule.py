@@ -55,6 +55,8 @@ class Schedule:
     faults: tuple[ClusterFault, ...] = ()
     requests: tuple[Request, ...] = ()
     store_faults: tuple[StoreFault, ...] = ()
+    write_s: float = 0.02
+    """Virtual seconds before, and again after, a checkpoint is written; the driver does nothing else meanwhile."""
 
     @property
     def disturbances(self) -> int:
@@ -92,6 +94,7 @@ class Schedule:
             f"nodes with {', '.join(f'{cpus:g}' for cpus in self.nodes)} CPUs; {self.timing}",
             *(f"fault: {fault}" for fault in self.faults),
             *(f"request: {request}" for request in self.requests),
+            f"a checkpoint takes {2 * self.write_s:g} s",
             *(f"checkpoint: {fault}" for fault in self.store_faults),
             *(f"worker {at}: {fault}" for at, fault in self.behaviour.faults.items()),
         ]
@@ -130,6 +133,7 @@ def make_schedule(seed: int, engine: str) -> Schedule:
         faults=faults,
         requests=_requests(chance, job),
         store_faults=_store_faults(chance),
+        write_s=chance.choice([0.02, 0.02, 0.5, 2.0]),
     )
 
 
@@ -225,7 +229,7 @@ def _nodes(chance: random.Random, job: ToyConfig) -> tuple[float, ...]:
 CALLS = {
     "server": (
         *("push", "push", "push", "join", "pull", "drain", "ping", "snapshot", "snapshot"),
-        *("call finish", "call report_state", "call report_evaluation", "call silent_workers"),
+        *("call finish", "call finish", "call report_state", "call report_evaluation", "call silent_workers"),
     ),
     "shard 1": ("stash", "stash", "follow", "read", "snapshot", "begin"),
     "ledger": (
@@ -258,7 +262,7 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
         targets = [*single, "server", "server", *shards]
         called = ["server", "server", *shards[:1]]
     faults: list[ClusterFault] = []
-    for _ in range(chance.choice([0, 1, 1, 2, 3, 5])):
+    for _ in range(chance.choice([0, 1, 2, 3, 4, 6])):
         at_s, target = chance.uniform(0.0, BUSY_S), chance.choice(targets)
         kinds = {"kill": 8, "memory": 1, "hang": 2, "call": 8, "late": 1, "driver": 2, "node": 2, "pause": 1}
         match chance.choices(list(kinds), list(kinds.values()))[0]:
@@ -267,6 +271,7 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
             case "memory":
                 faults.append(ClusterFault(kind=Kind.OUT_OF_MEMORY, target=target, at_s=at_s))
             case "hang":
+                target = chance.choice([target, target, "driver"])
                 faults.append(_hang(chance, target, at_s, for_ever=target in single))
             case "call":
                 faults.append(_call_fault(chance, chance.choice(called)))
@@ -292,7 +297,7 @@ def _call_fault(chance: random.Random, target: str) -> ClusterFault:
     method = chance.choice(CALLS[target])
     often = method in ("push", "stash", "follow", "drain", "ping", "call silent_workers", "read", "report")
     number = chance.randint(1, 60 if often else 4)
-    kind = chance.choice([Kind.KILL, Kind.LOSE_ANSWER, Kind.LOSE_ANSWER, Kind.LOSE_CALL, Kind.DELAY_CALL])
+    kind = chance.choice([Kind.KILL, Kind.KILL, Kind.LOSE_ANSWER, Kind.LOSE_ANSWER, Kind.LOSE_CALL, Kind.DELAY_CALL])
     return ClusterFault(kind=kind, target=target, method=method, number=number, seconds=chance.uniform(0.1, 8.0))
 
 

@@ -40,7 +40,7 @@ def in_simulations(body: Callable[[Cluster], None]) -> None:
             world.close()
 
 
-@pytest.fixture(params=["simulation", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(params=["simulation", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
 def drive(request: pytest.FixtureRequest) -> Iterator[Drive]:
     """Lets a driver do something on Ray, or in simulated clusters."""
     if request.param == "simulation":

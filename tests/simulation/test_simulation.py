@@ -11,11 +11,11 @@ from tests.simulation.check import check, check_seed
 from tests.simulation.schedule import ENGINES, make_schedule
 from tests.simulation.shrink import shrink
 
-CHUNK = 20
+CHUNK = 30
+CHUNKS = [(engine, first) for engine in ENGINES for first in range(0, TEST_SEEDS[engine], CHUNK)]
 
 
-@pytest.mark.parametrize("first", range(0, TEST_SEEDS, CHUNK))
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "first"), CHUNKS)
 def test_whatever_happens_to_a_run_every_invariant_holds(engine: str, first: int) -> None:
     for seed in range(first, first + CHUNK):
         result = check_seed(seed, engine)
