@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_workers_land_where_they_belong_also_on_nodes_that_come_later_and_no_bit
         ),
     }
     for name, spec in specs.items():
-        write_spec(tmp_path / f"{name}.yaml", spec)
+        write_spec(tmp_path / f"{name}.yaml", replace(spec, directory=str(tmp_path / name)))
 
     command = [sys.executable, "-m", "tests.integration.placed", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)

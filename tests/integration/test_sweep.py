@@ -235,7 +235,7 @@ def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path
         space={"optimizer.rate": {"choice": [0.03, 1e-7]}},
         scheduler={"name": "asha", "grace_rounds": 40, "reduction": 2},
         searcher={"name": "optuna"},
-        samples=6,
+        samples=4,
         concurrent=1,
     )
 
@@ -259,6 +259,7 @@ def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path
         space={"engine.name": {"grid": ["async", "allreduce"]}},
         concurrent=1,
     )
+    spec["job"]["engine"] = {"name": "async"}  # without the options that only one engine has
 
     result = run_sweep(spec, console=Console(quiet=True))
 
@@ -386,7 +387,7 @@ def test_a_sweep_goes_on_though_a_trial_is_killed_and_later_the_whole_sweep(
     killed.wait()
     written = (first / "result.json").stat().st_mtime_ns
 
-    result = run_sweep(spec, go_on=True, console=Console(quiet=True))
+    result = run_sweep(tmp_path / "sweep.yaml", go_on=True, console=Console(quiet=True))
 
     assert [outcome.state for outcome in result.outcomes] == ["finished", "finished"]
     assert (first / "result.json").stat().st_mtime_ns == written
