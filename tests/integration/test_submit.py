@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -105,12 +106,15 @@ def cluster() -> Iterator[Cluster]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
         assert nodes.stdout is not None
         session = nodes.stdout.readline().strip()
         assert session, "the cluster did not start"
         yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(session))
-        nodes.communicate(timeout=60)
+        # All processes of the cluster at once: in good order it would take half a minute.
+        os.killpg(nodes.pid, signal.SIGKILL)
+        nodes.wait()
 
 
 def write_job(folder: Path, **changes: Any) -> Path:
