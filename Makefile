@@ -4,8 +4,9 @@ BIN := .venv/bin
 # Every process of a run imports torch and Ray: compiling them anew each time would take longer than the import.
 unexport PYTHONDONTWRITEBYTECODE
 ENVIRONMENT := .venv/installed
-# Two test processes, each with a Ray of its own: tests wait for processes to start a third of the time.
-TWO := --numprocesses 2 --dist worksteal
+# Two test processes, each with a Ray of its own: tests wait for processes to start a third of the time. A file stays
+# together, so that its tests share what they start; tests/conftest.py says which files come first.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint simulate bench chaos clean
 

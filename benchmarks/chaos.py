@@ -27,7 +27,7 @@ from benchmarks._common import at_least, at_most, environment, finish, make_pars
 from benchmarks._pictures import noise_png
 from benchmarks._processes import own_actors
 from multitask.data import write_table
-from multitask.engines import ENGINES, Driver
+from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
 from multitask.run.directory import write_spec
@@ -222,11 +222,15 @@ def updates_uncounted(spec: JobSpec) -> float:
     return max(abs(count - checkpoint.progress.version) for count in checkpoint.shared_steps().values())
 
 
-def undisturbed(spec: JobSpec) -> dict[str, bytes]:
-    """Return group -> the bytes of its final values, as engine `local` gives them by rounds."""
+def undisturbed(spec: JobSpec) -> tuple[Job, Outcome]:
+    """Train the job as engine `local` does by rounds."""
     engine = {"name": "local", "schedule": "rounds"}
     job = Job(load_spec(spec, {"engine": engine, "directory": f"{spec.directory}-undisturbed"}))
-    outcome = ENGINES["local"](job, Driver(lambda *_: None, CheckpointStore(job.spec.checkpoint_folder, 1)))
+    return job, ENGINES["local"](job, Driver(lambda *_: None, CheckpointStore(job.spec.checkpoint_folder, 1)))
+
+
+def last_bytes(job: Job, outcome: Outcome) -> dict[str, bytes]:
+    """Return tensor -> the bytes of its final values, as `final_bytes` finds them in a run's directory."""
     backbone, private = job.state(outcome.versions["last"].groups)
     named = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
     named |= {f"tasks/{task}/{name}": t for task, tensors in private.items() for name, t in tensors.items()}
@@ -281,7 +285,7 @@ def main() -> None:
             goals.append(at_most(f"{engine}: steps applied twice, or neither applied nor counted", unaccounted, 0))
             goals.append(at_most(f"{engine}: updates made and not counted, or the reverse", updates_uncounted(spec), 0))
             if engine == "sync":
-                expected, found = undisturbed(spec), final_bytes(run.directory)
+                expected, found = last_bytes(*undisturbed(spec)), final_bytes(run.directory)
                 differing = sum(found.get(name) != values for name, values in expected.items())
                 goals.append(at_most("sync: tensors that differ from an undisturbed run's", differing, 0))
     finish(

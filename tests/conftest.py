@@ -27,6 +27,8 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 MakeData = Callable[..., str]
+LONGEST = ("integration/test_demo.py", "integration/test_chaos.py", "integration/test_sweep.py", "simulation/")
+"""Starts of paths, longest first."""
 
 
 def png(seed: int, label: int, size: int = 12) -> bytes:
@@ -79,6 +81,20 @@ def run_engine(
 
     outcome = ENGINES[job.spec.engine.name](job, Driver(note, store_of(job), wants_pause))
     return EngineRun(job, outcome, records, evaluations, progress)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest.
+
+    `make` runs the tests in two processes, each of which takes the next file when it is done with one. A long file at
+    the end would keep one of them waiting.
+    """
+
+    def turn(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((number for number, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")

@@ -3,31 +3,22 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-import torch
-import torch.distributed as dist
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from benchmarks._processes import own_actors
-from multitask.cluster.collectives import TorchCollectives
 from multitask.cluster.places import PlacementError
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import allreduce, decisions
 from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
-from multitask.engines.ledger import LedgerActor
-from multitask.engines.local import DirectServer, make_workers
-from multitask.engines.rank_server import LedgerConnection, RankServer
-from multitask.engines.ranks import join, make_reduction, sharing_ranks
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec.schema import JobSpec
-from multitask.worker import TaskWorker
 from tests.conftest import EngineRun, run_engine, store_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -116,7 +107,7 @@ def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_sp
 @pytest.mark.timeout(1200)
 def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
     """A rank, and once all are back, the ledger."""
-    changes = {"steps": 600, "evaluate_every": 300, "checkpoints": {"every_rounds": 5}}
+    changes = {"steps": 300, "evaluate_every": 150, "checkpoints": {"every_rounds": 5}}
     local = run_engine(Job(make_spec(engine=ROUNDS, **changes)))
     job = Job(make_spec(engine=ALLREDUCE, **changes, directory=f"{local.job.spec.directory}-killed"))
     store, outcome, killed = store_of(job), Outcome(), []
@@ -175,11 +166,11 @@ def test_a_run_that_ends_while_train_starts_a_group_leaves_no_places_behind(
 
 
 def test_workers_whose_places_others_hold_are_named(make_spec: MakeSpec) -> None:
-    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.0, "start_timeout_s": 60})
+    spec = make_spec(engine=ALLREDUCE, resources={"cpus_per_worker": 1.0, "start_timeout_s": 20})
     others = placement_group([{"CPU": 1.0}])
     ray.get(others.ready())
     try:
-        with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 60 s.*'CPU': 2"):
+        with pytest.raises(TrainingError, match=r"Workers \['pets/0', 'cars/0'\] did not start within 20 s.*'CPU': 2"):
             run_engine(Job(spec))
     finally:
         remove_placement_group(others)
@@ -189,83 +180,3 @@ def test_workers_that_no_node_could_hold_are_refused_before_train_starts(make_sp
     spec = make_spec(engine=ALLREDUCE, task_defaults={"labels": {"zone": "moon"}})
     with pytest.raises(PlacementError, match=r"on nodes labelled zone=moon\. .* room for 0 of 1: 1 node"):
         run_engine(Job(spec))
-
-
-# A gradient that is not finite.
-
-POISONED = ((1, "pets/0"), (2, "pets/0"), (2, "pets/1"), (4, "pets/1"))
-STEPS = 6
-
-
-def spoil(worker: TaskWorker, step: int) -> None:
-    if (step, worker.name) in POISONED:
-        worker.gradients["shared:pets"][5] = float("nan")
-
-
-class Rank:
-    """A rank without Train, whose gradients can be spoilt."""
-
-    def __init__(self, job: Job, number: int, folder: Path) -> None:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
-        self._job, self._name = job, list(job.workers)[number]
-
-    def train(self, ledger: LedgerConnection) -> list[bytes]:
-        """Returns what the rank holds after each step, with the optimisers' slots."""
-        job, name = self._job, self._name
-        worker = job.make_worker(name, job.make_batches(name))
-        ranks = TorchCollectives()
-        reduction = make_reduction(job, worker, sharing_ranks(job, name, ranks), ranks.sums_on)
-        _, operations = join(ledger, name)
-        server = RankServer(job, worker, ledger, reduction, dict.fromkeys(job.workers, STEPS), operations)
-        worker.receive(*server.pull(name))
-        held = []
-        for step in range(STEPS):
-            push, gradients, private = worker.compute()
-            spoil(worker, step)
-            worker.absorb(push, private, *server.wait(server.push(push, gradients)))
-            held.append(state(server.replica.groups))
-        return held
-
-
-def state(groups: dict) -> bytes:
-    return b"".join(str(group.state(slots=True)).encode() + group.values.numpy().tobytes() for group in groups.values())
-
-
-def test_a_gradient_that_is_not_finite_in_one_rank_is_left_out_on_all(make_spec: MakeSpec, tmp_path: Path) -> None:
-    """As under `local` by rounds, byte for byte after every step; where both are rejected, no byte changes."""
-    job = Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, steps=STEPS))
-    server, workers = job.make_server(), make_workers(job)
-    direct = DirectServer(server)
-    expected = []
-    for step in range(STEPS):
-        sent = []
-        for worker in workers:
-            push, gradients, private = worker.compute()
-            spoil(worker, step)
-            sent.append((worker, push, private, direct.push(push, gradients)))
-        for worker, push, private, handle in sent:
-            worker.absorb(push, private, *direct.wait(handle))
-        expected.append(state(server.shard.groups))
-    assert expected[2] == expected[1]
-    assert len(set(expected)) == STEPS - 1
-
-    job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, steps=STEPS))
-    ledger = ray.remote(LedgerActor).options(num_cpus=0).remote(RayCluster())
-    ranks = [ray.remote(Rank).options(num_cpus=0).remote(job, number, tmp_path) for number in range(2)]
-    try:
-        ray.get(ledger.begin.remote(job, store_of(job)))
-        connection = LedgerConnection(RayCluster(), ledger, ray.get(ledger.begin_group.remote()))
-        found = ray.get([rank.train.remote(connection) for rank in ranks], timeout=300)
-        rejected = {
-            (record.step, record.worker): record.rejected
-            for record in ray.get(ledger.report.remote(600.0, 1)).news[0]
-            if record.rejected
-        }
-    finally:
-        for actor in (ledger, *ranks):
-            ray.kill(actor)
-
-    assert found == [expected, expected]
-    assert set(rejected) == set(POISONED)
-    assert all("not finite in group 'shared:pets'" in reason for reason in rejected.values())

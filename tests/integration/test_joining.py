@@ -32,16 +32,18 @@ def spec_of(tasks: list[str], directory: Path) -> JobSpec:
 def test_a_task_attached_half_way_ends_within_a_point_of_one_trained_from_the_start(tmp_path: Path) -> None:
     """Digits makes the same number of steps of its own in both jobs; the shared rate has fallen when it joins late.
 
-    With the demo's cosine over 160 steps it ended 2.0 points below (94.8 against 96.8 %): see the schedule above.
+    With seeds 0 to 3 it ends 0.2 to 1.6 points above. With batches of 64 the seeds differ more: 1.8 points below to 2.2
+    above. With the demo's cosine over 160 steps, and three tasks, it ended 2.0 points below (94.8 against 96.8 %): see
+    the schedule above.
     """
-    together = run_engine(Job(spec_of(["fashion", "animals", "digits"], tmp_path / "together")))
+    together = run_engine(Job(spec_of(["fashion", "digits"], tmp_path / "together")))
 
-    first = Job(spec_of(["fashion", "animals"], tmp_path / "late"))
+    first = Job(spec_of(["fashion"], tmp_path / "late"))
     polls = iter(range(10_000))
     paused = run_engine(first, wants_pause=lambda: next(polls) >= STEPS // 2)
     assert paused.outcome.paused
     assert STEPS // 2 <= paused.progress.workers["fashion/0"].step < STEPS // 2 + 5
-    late = run_engine(Job(spec_of(["fashion", "animals", "digits"], tmp_path / "late"), store_of(first).latest()))
+    late = run_engine(Job(spec_of(["fashion", "digits"], tmp_path / "late"), store_of(first).latest()))
 
     assert sum(record.task == "digits" for record in late.records) == STEPS
     from_start = together.outcome.versions["last"].metrics

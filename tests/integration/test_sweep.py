@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,10 @@ def runs(result: SweepResult, uri: str | None = None) -> tuple[Any, Any, dict[st
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_a_sweep_survives_a_failing_trial_chooses_writes_back_retrains_and_tests_once(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """The chosen setting is trained anew on all images that are not test images."""
     spec = content(
         make_spec,
         tmp_path,
@@ -69,6 +70,8 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         space={"tasks.method": {"grid": ["scale_bias+last_layer"]}, "optimizer.rate": {"grid": [1e-7, 0.03, 1e30]}},
         concurrent=1,
         retries=0,
+        retrain=True,
+        test=True,
     )
 
     result = run_sweep(spec, console=Console(quiet=True))
@@ -84,23 +87,34 @@ def test_a_sweep_survives_a_failing_trial_chooses_and_writes_back(make_spec: Mak
         again.result["tasks"]["pets"]["curve"] == multitask.Run(winner.plan.directory).result["tasks"]["pets"]["curve"]
     )
 
+    assert result.verdict is not None
+    retrained = multitask.Run(result.directory / "retrained_0001")
+    assert [task.train_on for task in retrained.spec.tasks] == ["train+validation"]
+    assert retrained.spec.optimizer == result.choice.trial.spec.optimizer
+    assert (result.verdict.directory, result.verdict.version) == (str(retrained.directory), "last")
+    _, models = retrained.models("last")
+    assert result.verdict.tasks == evaluate_models(models, retrained.spec, "test")
+
     client, sweep, trials, tasks = runs(result)
     assert sweep.info.status == "FINISHED"
     assert {name: run.info.status for name, run in trials.items()} == {
         "rates_0000": "FINISHED",
         "rates_0001": "FINISHED",
         "rates_0002": "FAILED",
+        retrained.spec.name: "FINISHED",
     }
-    assert [[run.info.run_name for run in tasks[name]] for name in trials] == [["pets"]] * 3
+    assert [[run.info.run_name for run in tasks[name]] for name in trials] == [["pets"]] * 4
     assert trials["rates_0000"].data.params["setting.optimizer.rate"] == "1e-07"
+    assert sweep.data.metrics["test_top1"] == result.verdict.top1
     assert {file.path for file in client.list_artifacts(sweep.info.run_id)} >= {"trials.csv", "best.yaml", "spec.yaml"}
 
-    written = {o.plan.number: (o.plan.directory / "last.safetensors").stat().st_mtime_ns for o in result.outcomes[:2]}
+    files = [*(outcome.plan.directory / "last.safetensors" for outcome in result.outcomes[:2])]
+    files.append(result.directory / "test.json")
+    written = [file.stat().st_mtime_ns for file in files]
     resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
     assert [outcome.state for outcome in resumed.outcomes] == ["finished", "finished", "failed"]
-    assert resumed.mlflow_run_id == result.mlflow_run_id
-    for outcome in resumed.outcomes[:2]:
-        assert (outcome.plan.directory / "last.safetensors").stat().st_mtime_ns == written[outcome.plan.number]
+    assert (resumed.mlflow_run_id, resumed.verdict) == (result.mlflow_run_id, result.verdict)
+    assert [file.stat().st_mtime_ns for file in files] == written
     with pytest.raises(multitask.SpecError, match="--resume"):
         run_sweep(spec, console=Console(quiet=True))
     with pytest.raises(multitask.SpecError, match="another spec"):
@@ -189,37 +203,6 @@ def test_a_sweep_without_room_is_refused_before_anything_is_written(make_spec: M
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_whose_process_is_lost_goes_on_in_another_from_its_last_checkpoint(
-    make_spec: MakeSpec, tmp_path: Path
-) -> None:
-    spec = content(
-        make_spec,
-        tmp_path,
-        {"steps": 200, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
-        space={"optimizer.rate": {"grid": [0.01]}},
-    )
-    directory = tmp_path / "rates" / "trials" / "0000"
-    lost = []
-
-    def kill_after_an_evaluation() -> None:
-        while not (directory / "status.json").is_file() or not read_status(directory)["tasks"]["pets"]["curve"]:
-            time.sleep(0.01)
-        lost.append(read_status(directory)["process"])
-        os.kill(lost[0], signal.SIGKILL)
-
-    threading.Thread(target=kill_after_an_evaluation, daemon=True).start()
-    result = run_sweep(spec, console=Console(quiet=True))
-
-    assert [outcome.state for outcome in result.outcomes] == ["finished"]
-    assert read_status(directory)["process"] not in [os.getpid(), *lost]
-    client, _, _, tasks = runs(result)
-    steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
-    assert set(steps) == set(range(200))
-    assert steps.count(0) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
 def test_asha_stops_what_falls_behind(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(
         make_spec,
@@ -252,7 +235,7 @@ def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path
         space={"optimizer.rate": {"choice": [0.03, 1e-7]}},
         scheduler={"name": "asha", "grace_rounds": 40, "reduction": 2},
         searcher={"name": "optuna"},
-        samples=6,
+        samples=4,
         concurrent=1,
     )
 
@@ -266,53 +249,21 @@ def test_asha_stops_what_a_searcher_suggests(make_spec: MakeSpec, tmp_path: Path
     assert [(outcome.state, outcome.rounds) for outcome in resumed.outcomes] == ends
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_chosen_setting_is_trained_on_all_that_is_not_test_and_tested_once(
-    make_spec: MakeSpec, tmp_path: Path
-) -> None:
+def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path) -> None:
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 4, "evaluate_every": 2},
-        space={"optimizer.rate": {"grid": [0.02, 1e-7]}},
+        {"steps": 2, "evaluate_every": 2},
+        space={"engine.name": {"grid": ["async", "allreduce"]}},
         concurrent=1,
-        retrain=True,
-        test=True,
     )
+    spec["job"]["engine"] = {"name": "async"}  # without the options that only one engine has
 
     result = run_sweep(spec, console=Console(quiet=True))
 
-    assert result.choice is not None
-    assert result.verdict is not None
-    retrained = multitask.Run(result.directory / f"retrained_{result.choice.trial.number:04d}")
-    assert [task.train_on for task in retrained.spec.tasks] == ["train+validation"]
-    assert retrained.spec.optimizer == result.choice.trial.spec.optimizer
-    assert (result.verdict.directory, result.verdict.version) == (str(retrained.directory), "last")
-    _, models = retrained.models("last")
-    assert result.verdict.tasks == evaluate_models(models, retrained.spec, "test")
-    _, sweep, trials, _ = runs(result)
-    assert set(trials) == {"rates_0000", "rates_0001", retrained.spec.name}
-    assert sweep.data.metrics["test_top1"] == result.verdict.top1
-
-    written = (result.directory / "test.json").stat().st_mtime_ns
-    again = run_sweep(spec, go_on=True, console=Console(quiet=True))
-    assert again.verdict == result.verdict
-    assert (result.directory / "test.json").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("engine", ["async", pytest.param("allreduce", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_trial_may_have_workers_of_its_own(make_spec: MakeSpec, tmp_path: Path, engine: str) -> None:
-    spec = content(
-        make_spec,
-        tmp_path,
-        {"steps": 2, "evaluate_every": 2, "engine": {"name": engine}},
-        space={"optimizer.rate": {"grid": [0.01]}},
-    )
-
-    result = run_sweep(spec, console=Console(quiet=True))
-
-    assert [outcome.state for outcome in result.outcomes] == ["finished"]
+    assert [outcome.state for outcome in result.outcomes] == ["finished", "finished"]
 
 
 def sweep_at_a_time(make_spec: MakeSpec, tmp_path: Path, rates: Sequence[float], uri: str | None = None) -> None:
@@ -386,8 +337,8 @@ def answers(url: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_eight_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec, tmp_path: Path) -> None:
-    sweep_at_a_time(make_spec, tmp_path, [0.001 * (number + 1) for number in range(8)])
+def test_trials_at_a_time_lose_and_misplace_no_metric(make_spec: MakeSpec, tmp_path: Path) -> None:
+    sweep_at_a_time(make_spec, tmp_path, [0.001, 0.002, 0.003, 0.004])
 
 
 @pytest.mark.slow
@@ -396,39 +347,52 @@ def test_trials_at_a_time_lose_and_misplace_no_metric_on_a_tracking_server(
     make_spec: MakeSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tracking_server(tmp_path / "server") as address:
-        sweep_at_a_time(make_spec, tmp_path, [0.001, 0.002, 0.003, 0.004], address)
+        sweep_at_a_time(make_spec, tmp_path, [0.001, 0.002], address)
     assert not (tmp_path / "mlflow.db").exists()
     # That is for what a verb prints, as JSON perhaps.
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_without_repeating_what_has_finished(make_spec: MakeSpec, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_goes_on_though_a_trial_is_killed_and_later_the_whole_sweep(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """The trial goes on in another process from its last checkpoint; the sweep repeats nothing that has finished."""
     spec = content(
         make_spec,
         tmp_path,
-        {"steps": 60, "evaluate_every": 30, "checkpoints": {"every_rounds": 10}},
+        {"steps": 200, "evaluate_every": 20, "checkpoints": {"every_rounds": 10}},
         space={"optimizer.rate": {"log_uniform": [0.01, 0.03]}},
         searcher={"name": "optuna"},
-        samples=3,
+        samples=2,
         concurrent=1,
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
+    first, second = (tmp_path / "rates" / "trials" / f"{number:04d}" for number in range(2))
     command = [sys.executable, "-m", "jobs.cli", "sweep", str(tmp_path / "sweep.yaml")]
+    # A Ray and a session of its own: all processes go with the sweep's, as they do when a machine goes.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    first = tmp_path / "rates" / "trials" / "0000" / "result.json"
-    second = tmp_path / "rates" / "trials" / "0001" / "status.json"
-
     killed = subprocess.Popen(command, env=environment, start_new_session=True)
-    while not second.is_file():
-        assert killed.poll() is None
-        time.sleep(0.2)
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        wait_until(lambda: killed.poll() is not None or condition())
+        assert killed.poll() is None, "the sweep ended by itself"
+
+    wait_for(lambda: (first / "status.json").is_file() and bool(read_status(first)["tasks"]["pets"]["curve"]))
+    lost = read_status(first)["process"]
+    os.kill(lost, signal.SIGKILL)
+    wait_for((second / "status.json").is_file)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    written = first.stat().st_mtime_ns
-    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
+    written = (first / "result.json").stat().st_mtime_ns
 
-    assert done.returncode == 0, done.stderr
-    assert first.stat().st_mtime_ns == written
-    results = sorted((tmp_path / "rates" / "trials").glob("*/result.json"))
-    assert len(results) == 3
+    result = run_sweep(tmp_path / "sweep.yaml", go_on=True, console=Console(quiet=True))
+
+    assert [outcome.state for outcome in result.outcomes] == ["finished", "finished"]
+    assert (first / "result.json").stat().st_mtime_ns == written
+    assert read_status(first)["process"] != lost
+    client, _, _, tasks = runs(result)
+    steps = [metric.step for metric in client.get_metric_history(tasks["rates_0000"][0].info.run_id, "loss")]
+    assert set(steps) == set(range(200))
+    assert steps.count(0) == 1

@@ -1,19 +1,28 @@
 """The command as a user sees it: exit status, messages, JSON."""
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from multitask import train
+from multitask import Stopped, train
+from multitask.run.directory import write_spec
+from multitask.run.live import read_status
 from multitask.server.messages import PushRejectedError
 from multitask.server.parameter_server import ParameterServer
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
+from tests.conftest import wait_until
 from tests.jobs.command import multitask
+from tests.multitask.run.test_resuming import interrupt_when
 
 
 @pytest.fixture
@@ -87,6 +96,51 @@ def test_every_verb_has_help(arguments: list[str]) -> None:
 
     assert shown.returncode == 0
     assert "Usage" in shown.stdout
+
+
+def test_ctrl_c_ends_training_with_status_130_and_says_how_to_go_on(
+    make_spec: Callable[..., JobSpec], tmp_path: Path
+) -> None:
+    spec = make_spec(steps=100_000, evaluate_every=100_000)
+    write_spec(tmp_path / "job.yaml", spec)
+    thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
+
+    stopped = multitask("train", tmp_path / "job.yaml")
+    thread.join()
+
+    assert stopped.returncode == 130
+    assert f"multitask train --resume {spec.run_directory}" in stopped.stderr
+    assert json.loads(multitask("status", spec.run_directory, "--json").stdout)["state"] == "stopped"
+
+
+def test_tasks_join_and_leave_a_running_job(make_spec: Callable[..., JobSpec], tmp_path: Path) -> None:
+    spec = make_spec(steps=100_000, evaluate_every=100_000)
+    run, more = spec.run_directory, tmp_path / "more.yaml"
+    task = {**dump_spec(spec)["tasks"][0], "name": "more", "resolution": 12}
+    more.write_text(yaml.safe_dump(task))
+    changes: list[CompletedProcess[str]] = []
+
+    def change() -> None:
+        wait_until(lambda: (run / "status.json").is_file() and read_status(run)["tasks"]["pets"]["made"] > 0)
+        changes.append(multitask("train", "--attach", run, "--task", more))
+        changes.append(multitask("train", "--remove", run, "--task", "cars"))
+        wait_until(lambda: read_status(run)["tasks"]["more"]["made"] > 0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    with pytest.raises(Stopped):
+        train(spec, console=Console(quiet=True))
+    thread.join()
+
+    attached, removed = changes
+    assert (attached.returncode, removed.returncode) == (0, 0), attached.stderr + removed.stderr
+    assert "now trains the task" in attached.stdout
+    assert f"{run}/removed" in removed.stdout
+    made = {name: found["made"] for name, found in read_status(run)["tasks"].items()}
+    assert made.keys() == {"pets", "more"}
+    assert made["pets"] > made["more"]
+    assert (run / "removed" / "cars.safetensors").is_file()
 
 
 def test_a_bad_spec_is_an_error_without_a_traceback(tmp_path: Path) -> None:
