@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,18 @@ import pytest
 import ray
 import torch
 
+from multitask.cluster.interface import Process
 from multitask.cluster.places import PlacementError
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.data import write_table
 from multitask.engines.crew import actors
-from multitask.engines.decoding import decoders
+from multitask.engines.decoding import DecodeActor, batches_from, decoders
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
-from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
+from tests.conftest import EngineRun, png, run_engine, store_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -52,12 +54,11 @@ def all_values(snapshot: Evaluation) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("behind", "shards"), [(0, 1), (1, 2)])
-def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec, behind: int, shards: int) -> None:
-    """Nothing in flight is `local`; one step in flight is `local` with a delay of one. Shards change no bit."""
+def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec) -> None:
+    """One step in flight is `local` with a delay of one. Shards change no bit."""
     changes = {"steps": 6, "schedule": {"name": "cosine"}}
-    local, _, local_records = run(make_spec({"pets": {}}, engine={"name": "local", "delay": behind}, **changes))
-    engine = {"name": "async", "in_flight": behind, "shards": shards}
+    local, _, local_records = run(make_spec({"pets": {}}, engine={"name": "local", "delay": 1}, **changes))
+    engine = {"name": "async", "in_flight": 1, "shards": 2}
     remote, processes, records = run(make_spec({"pets": {}}, engine=engine, **changes))
 
     assert processes["pets/0"] != os.getpid()
@@ -98,29 +99,6 @@ def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:
     values = ran.outcome.versions["last"].groups[learned.name].values
     assert learned.private
     assert not np.array_equal(values, learned.values[: learned.layout.pushed].numpy())
-
-
-@pytest.mark.slow
-def test_two_workers_of_one_task_hold_one_patch(make_spec: MakeSpec) -> None:
-    spec = make_spec({"pets": {"workers": 2}, "cars": {}}, engine={"name": "async"}, steps=5)
-    job = Job(spec)
-
-    with actors(RayCluster(), job, store_of(job)) as crew:
-        ray.get(crew.begin())
-        workers = crew.workers
-        ray.get([worker.prepare.remote() for worker in workers.values()])
-        start = ray.get(workers["pets/0"].private_state.remote())
-        ray.get([worker.train.remote() for worker in workers.values()])
-        ray.get([worker.answer_last_requests.remote() for worker in workers.values()])
-        first, second = ray.get([workers[f"pets/{rank}"].private_state.remote() for rank in range(2)])
-        records, _, _ = ray.get(crew.server.call.remote("drain"))
-
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], start[name]) for name in first)
-    # Both workers' pushes went into the one patch: its counters saw ten batches.
-    assert first["features.0.1.num_batches_tracked"] == 10
-    assert sum(record.task == "pets" for record in records) == 10
 
 
 def test_a_worker_that_raises_ends_the_run_with_its_name_task_and_traceback(
@@ -189,47 +167,25 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
         assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
 
 
-# Fewer places than workers.
-
-
 @pytest.mark.slow
-def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec) -> None:
-    """Under `sync` the same is in test_placement.py, with the bits."""
-    tasks = {"pets": {"workers": 2, "min_workers": 1}}
-    engine = {"name": "async", "in_flight": 1, "shards": 2}
-    where: list[int] = []  # the guest was, step by step
+def test_a_worker_decodes_for_itself_when_its_decoder_is_lost(make_spec: MakeSpec) -> None:
+    """No image is left out or seen twice: it draws the batches that a stream of its own would have given."""
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12}}
+    defaults = {"augment": "crop_flip", "shuffle_window": 9}
+    cluster = RayCluster()
+    job = Job(make_spec(tasks, engine={"name": "async"}, train_shared=False, task_defaults=defaults))
+    decoder = cluster.start(DecodeActor, [cluster, job, list(job.workers)], Process())
+    batches = batches_from(cluster, decoder, job, "pets_8/0")
 
-    def watch(records: list[StepRecord]) -> None:
-        where.extend(record.pid for record in records if record.worker == "pets/1")
+    found = list(islice(batches, 5))
+    cluster.kill(decoder)
+    found += islice(batches, 15)
 
-    ran = run_engine(
-        Job(make_spec(tasks, engine=engine, steps=100_000, evaluate_every=100_000)),
-        wants_pause=lambda: len(set(where)) == 2 and where[0] not in where[-20:],
-        watch=watch,
-    )
-
-    host = {record.pid for record in ran.records if record.worker == "pets/0"}
-    assert host == {where[0]}
-    assert len(set(where)) == 2
-    assert not ran.outcome.recoveries
-    for name, worker in ran.progress.workers.items():
-        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
-        assert (worker.position, worker.redone, worker.lost, worker.rejected) == (worker.step * 8, 0, 0, 0)
-
-
-@pytest.mark.slow
-def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
-    """Whichever task it is of: nodes may be too few now for both."""
-    job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
-    with actors(RayCluster(), job, store_of(job)) as crew:
-        wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
-        assert crew.sharing_process("cars/1") == ["cars/1"]
-
-        moved = crew.replace("pets/0")
-
-        assert moved == ["pets/0", "cars/1"]
-        assert crew.sharing_process("cars/1") == ["cars/0", "cars/1"]
-        assert crew.sharing_process("pets/0") == ["pets/0"]
+    stream = job.make_stream(["pets_8/0"])
+    for drawn, expected in zip(found, [stream.next("pets_8/0") for _ in found], strict=True):
+        assert drawn.position == expected.position
+        assert np.array_equal(drawn.labels, expected.labels)
+        assert np.array_equal(drawn.pixels[8], expected.pixels[8])
 
 
 # Engine `sync`, shards.

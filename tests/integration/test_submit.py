@@ -19,7 +19,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from benchmarks.chaos import final_bytes, last_bytes, make_spec, undisturbed, write_tables
+from benchmarks.chaos import make_spec, write_tables
 from jobs.package import PROJECT
 from multitask.data import write_table
 from multitask.run.directory import write_spec
@@ -196,28 +196,6 @@ def test_a_detached_job_is_listed_and_measured_and_stops_with_a_checkpoint(clust
     assert read_status(run)["state"] == "stopped"
     (checkpoint,) = Path(spec.checkpoint_folder).iterdir()
     assert str(checkpoint) in cluster.multitask(tmp_path, "jobs", "logs", job).stdout
-
-
-def test_a_run_begins_on_a_node_that_comes_later_and_goes_on_when_one_is_replaced(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """Each of its three workers takes a whole node; the cluster has two, then three, then two, then three."""
-    run = tmp_path / "storage" / "run"
-    spec = write_chaos(tmp_path, run, "sync", steps=600, resources={"cpus_per_worker": 2})
-    job = cluster.submit(tmp_path / "job.yaml", run.parent, "--detach").stdout.strip()
-    wait_until((run / "status.json").is_file, START_S)
-
-    waiting = json.loads(cluster.multitask(tmp_path, "status", run, "--json").stdout)
-    assert (waiting["state"], steps_made(run)) == ("running", 0)
-    cluster.nodes("add")
-    wait_until(lambda: steps_made(run) > 20, START_S)
-    cluster.nodes("kill")
-    cluster.nodes("add")
-    ended = cluster.multitask(tmp_path, "jobs", "logs", job, "--follow")
-
-    assert ended.returncode == 0, ended.stdout
-    assert len(json.loads((run / "result.json").read_text())["recovery_seconds"]) == 1
-    assert final_bytes(run) == last_bytes(*undisturbed(spec)), "the bits of a run that nobody disturbed"
 
 
 def test_who_has_no_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
