@@ -170,7 +170,7 @@ def interrupt_when(directory: Path, enough: Callable[[dict], bool]) -> threading
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run(make_spec: MakeSpec) -> None:
-    spec = make_spec(steps=100, evaluate_every=50)
+    spec = make_spec(steps=50, evaluate_every=25)
     directory = spec.run_directory
     thread = interrupt_when(directory, lambda status: status["tasks"]["pets"]["made"] > 0)
     with pytest.raises(multitask.Stopped, match="--resume"):
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
     thread.join()
     stopped = read_status(directory)
     assert stopped["state"] == "stopped"
-    assert 0 < stopped["tasks"]["pets"]["made"] < 100
+    assert 0 < stopped["tasks"]["pets"]["made"] < 50
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "KILLED"
     with pytest.raises(SpecError, match="--resume"):
@@ -190,8 +190,8 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
 
     assert run.result["mlflow_run_id"] == stopped["mlflow_run_id"]
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "FINISHED"
-    assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [50, 100]
-    assert run.result["tasks"]["pets"]["pushes"] == 100
+    assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [25, 50]
+    assert run.result["tasks"]["pets"]["pushes"] == 50
     whole = multitask.train(replace(spec, directory=f"{directory}-whole"))
     assert whole.result["last"] == run.result["last"]
     assert (whole.directory / "last.safetensors").read_bytes() == (run.directory / "last.safetensors").read_bytes()
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
 
 
 def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone_is_lost(make_spec: MakeSpec) -> None:
-    spec = make_spec(steps=100)
+    spec = make_spec(steps=50)
     status = spec.run_directory / "status.json"
     thread = interrupt_when(spec.run_directory, lambda status: status["tasks"]["pets"]["made"] > 0)
     with pytest.raises(multitask.Stopped):
@@ -218,7 +218,7 @@ def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone
     status.write_text(json.dumps({**content, "state": "running", "host": "elsewhere", "updated": time.time() - 61}))
     assert read_status(spec.run_directory)["state"] == "lost"
     status.unlink()
-    assert multitask.resume(spec.run_directory).result["last"]["round"] == 100
+    assert multitask.resume(spec.run_directory).result["last"]["round"] == 50
 
 
 def test_a_run_that_stopped_under_version_0_1_goes_on(make_spec: MakeSpec) -> None:
@@ -327,7 +327,7 @@ def test_a_task_that_joins_starts_from_the_current_shared_tensors_on_its_own_sch
 
 
 def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec: MakeSpec) -> None:
-    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=300, evaluate_every=150)
+    spec = make_spec({"pets": {}, "cars": {}, "food": {}}, steps=150, evaluate_every=75)
     directory = spec.run_directory
     done: list[str] = []
 
@@ -353,9 +353,9 @@ def test_removing_a_task_leaves_the_others_alone_and_keeps_its_tensors(make_spec
     assert [task.name for task in Run(directory).spec.tasks] == ["pets", "food", "more_cars"]
     assert set(run.export().bundles) == {"pets", "food", "more_cars"}
     assert {name: task["made"] for name, task in read_status(directory)["tasks"].items()} == {
-        "pets": 300,
-        "food": 300,
-        "more_cars": 300,
+        "pets": 150,
+        "food": 150,
+        "more_cars": 150,
     }
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     parent = client.get_run(run.result["mlflow_run_id"])
