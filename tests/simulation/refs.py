@@ -70,7 +70,8 @@ class Ref:
             if type(self.error) is RayTaskError:  # It gets the type of the exception that the method raised, too.
                 self.error = self.error.as_instanceof_cause()
             raise self.error.with_traceback(None)
-        if not self.owner.alive:
+        owner = self.owner
+        if not owner.alive and not (world.now < owner.forgotten_at and self.made_on is world.here().node):
             raise OwnerDiedError(f"{self.number:x}", None, "")
         if self.made_on is not None and not self.made_on.alive and holds_arrays(self.value):
             raise ObjectLostError(f"{self.number:x}", None, "")
