@@ -91,6 +91,8 @@ class GroupStatus:
     """Messages about losses since the last status."""
     failure: tuple[str, str] | None
     """The worker that raised an exception, and its text: the run cannot go on."""
+    places: Places | None
+    """The places of the group that has started last; None where this process of the ledger knows of none."""
     ended: bool
     """All ranks have done all their work, and `news` is the last."""
 
@@ -259,7 +261,7 @@ class LedgerActor:
             self._cluster.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
         news, ended = group.server.drain(), group.server.has_ended()
-        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)
+        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, self._places, ended)
 
     async def drop_snapshot(self, versions: Sequence[int]) -> None:
         for version in versions:
@@ -278,10 +280,6 @@ class LedgerActor:
     async def hold(self, places: Places) -> None:
         """Note the places of the group that has started."""
         self._places = places
-
-    async def places(self) -> Places | None:
-        """Return the places of the group that has started last."""
-        return self._places
 
     async def starting(self) -> bool:
         """Return whether a group is starting: not all of its ranks have joined."""

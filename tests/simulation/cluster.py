@@ -136,7 +136,7 @@ class SimulatedCluster:
         self, bundles: Sequence[Mapping[str, float]], labels: Sequence[Mapping[str, str]], spread: bool
     ) -> PlacementGroup:
         needed = [Bundle(amounts(bundle), wanted) for bundle, wanted in zip(bundles, labels, strict=True)]
-        group = PlacementGroup(needed, spread, self.world.here().job)
+        group = PlacementGroup(needed, spread, self.world.here())
         self.places.reserve(group)
         return group
 

@@ -110,12 +110,14 @@ class Faults:
 
     def mark(self, call: Call) -> None:
         """Note what happens to a call that is being sent."""
-        name = call.actor.name, call.method
-        self._seen[name] += 1
-        for fault in self._of_calls.get((*name, self._seen[name]), ()):
-            self._world.note("fault", fault)
-            call.fault = call.fault or CallFault()
-            call.fault.add(fault)
+        first = call.arguments[0] if call.arguments else None
+        methods = (call.method, f"{call.method} {first}") if isinstance(first, str) else (call.method,)
+        for name in ((call.actor.name, method) for method in methods):
+            self._seen[name] += 1
+            for fault in self._of_calls.get((*name, self._seen[name]), ()):
+                self._world.note("fault", fault)
+                call.fault = call.fault or CallFault()
+                call.fault.add(fault)
 
     def strike(self, fault: Fault) -> None:
         """Let a fault strike now."""

@@ -309,6 +309,20 @@ def every_applied_step_was_told(story: Story) -> Complaints:
                 yield f"{worker} is told to have made steps {made}."
 
 
+def no_worker_runs_ahead_of_the_bound(story: Story) -> Complaints:
+    """Under `bounded` with staleness b, a worker makes a step when the slowest one is less than b steps behind it."""
+    schedule = story.schedule
+    bound = schedule.job.engine.get("staleness", 0)
+    if not bound or schedule.faults or schedule.requests or story.lives != ["finished"]:
+        return
+    made = dict.fromkeys(story.news[0].job.workers, 0)
+    for record in (record for news in story.news for record in news.records):
+        behind = record.step - min(made.values())
+        if behind >= bound:
+            yield f"{record.worker} makes step {record.step} while the slowest worker has made {min(made.values())}."
+        made[record.worker] = record.step + 1
+
+
 # Evaluations.
 
 
@@ -423,6 +437,7 @@ CHECKS: tuple[Callable[[Story], Complaints], ...] = (
     private_tensors_are_as_of_the_last_push,
     counters_add_up,
     every_applied_step_was_told,
+    no_worker_runs_ahead_of_the_bound,
     metrics_are_those_of_the_values,
     evaluations_come_when_they_are_due,
     the_best_version_is_kept,

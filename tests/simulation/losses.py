@@ -105,9 +105,10 @@ class Losses:
     def _end_children(self, process: Process) -> None:
         for actor in process.children:
             self.kill(actor, False, Cause.OWNER)
-        if process.job is process:
-            for group in [group for group in self._cluster.places.groups if group.job is process]:
-                self.release(group)
+        # Ray gives places back when both their job and the actor that has reserved them are gone.
+        orphans = [g for g in self._cluster.places.groups if not (g.creator.alive or g.creator.job.alive)]
+        for group in orphans:
+            self.release(group)
 
     def _unlist(self, node: SimulatedNode) -> None:
         node.is_listed = False

@@ -109,8 +109,8 @@ class Bundle:
 class PlacementGroup:
     """A set of reserved places."""
 
-    def __init__(self, bundles: Sequence[Bundle], spread: bool, job: Process) -> None:
-        self.bundles, self.spread, self.job = bundles, spread, job
+    def __init__(self, bundles: Sequence[Bundle], spread: bool, creator: Process) -> None:
+        self.bundles, self.spread, self.creator = bundles, spread, creator
         self.released = False
         self.waiters: list[Any] = []
         """Each is told by its method `arrive` when all places were found."""

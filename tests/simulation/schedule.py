@@ -112,6 +112,7 @@ def make_schedule(seed: int, engine: str) -> Schedule:
     behaviour = replace(
         behaviour,
         seed=seed,
+        slowest_evaluation_s=chance.choice([1.0, 2.0, 8.0]),
         speeds={name: chance.choice([0.5, 1.0, 1.0, 3.0]) for name in workers_of(job)},
         faults={**behaviour.faults, **_step_faults(chance, job)},
     )
@@ -222,7 +223,10 @@ def _nodes(chance: random.Random, job: ToyConfig) -> tuple[float, ...]:
 
 
 CALLS = {
-    "server": ("push", "push", "push", "join", "pull", "drain", "ping", "call", "snapshot"),
+    "server": (
+        *("push", "push", "push", "join", "pull", "drain", "ping", "snapshot", "snapshot"),
+        *("call finish", "call report_state", "call report_evaluation", "call silent_workers"),
+    ),
     "shard 1": ("stash", "stash", "follow", "read", "snapshot", "begin"),
     "ledger": (
         "push",
@@ -238,7 +242,7 @@ CALLS = {
         "job",
     ),
 }
-"""Actor -> its methods, of which some are called more often."""
+"""Actor -> its methods, of which some are listed more often. `call NAME` is the method `call` with this name."""
 
 
 def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> tuple[ClusterFault, ...]:
@@ -256,7 +260,7 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
     faults: list[ClusterFault] = []
     for _ in range(chance.choice([0, 1, 1, 2, 3, 5])):
         at_s, target = chance.uniform(0.0, BUSY_S), chance.choice(targets)
-        kinds = {"kill": 8, "memory": 1, "hang": 2, "call": 8, "driver": 2, "node": 2, "pause": 1}
+        kinds = {"kill": 8, "memory": 1, "hang": 2, "call": 8, "late": 1, "driver": 2, "node": 2, "pause": 1}
         match chance.choices(list(kinds), list(kinds.values()))[0]:
             case "kill":
                 faults.append(ClusterFault(kind=Kind.KILL, target=target, at_s=at_s))
@@ -266,9 +270,11 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
                 faults.append(_hang(chance, target, at_s, for_ever=target in single))
             case "call":
                 faults.append(_call_fault(chance, chance.choice(called)))
+            case "late" if "shard 1" in called:
+                faults += _late_push(chance)
             case "driver":
                 faults.append(ClusterFault(kind=Kind.KILL, target="driver", at_s=at_s))
-            case kind if len(nodes) > 1:
+            case ("node" | "pause") as kind if len(nodes) > 1:
                 number = chance.randrange(1, len(nodes))
                 faults += _node_faults(chance, kind, at_s, number, nodes[number])
     if chance.random() < 0.1:
@@ -284,10 +290,20 @@ def _hang(chance: random.Random, target: str, at_s: float, for_ever: bool) -> Cl
 
 def _call_fault(chance: random.Random, target: str) -> ClusterFault:
     method = chance.choice(CALLS[target])
-    often = method in ("push", "stash", "follow", "drain", "ping", "call", "read", "report")
+    often = method in ("push", "stash", "follow", "drain", "ping", "call silent_workers", "read", "report")
     number = chance.randint(1, 60 if often else 4)
     kind = chance.choice([Kind.KILL, Kind.LOSE_ANSWER, Kind.LOSE_ANSWER, Kind.LOSE_CALL, Kind.DELAY_CALL])
     return ClusterFault(kind=kind, target=target, method=method, number=number, seconds=chance.uniform(0.1, 8.0))
+
+
+def _late_push(chance: random.Random) -> list[ClusterFault]:
+    """Return a push that waits for a shard while the server is lost, and reaches the restored server."""
+    number = chance.randint(1, 50)
+    delay = ClusterFault(
+        kind=Kind.DELAY_CALL, target="shard 1", method="stash", number=number, seconds=chance.uniform(3.0, 12.0)
+    )
+    kill = ClusterFault(kind=Kind.KILL, target="server", method="push", number=number + chance.randint(1, 4))
+    return [delay, kill]
 
 
 def _node_faults(chance: random.Random, kind: str, at_s: float, number: int, cpus: float) -> list[ClusterFault]:

@@ -51,6 +51,7 @@ class TrainController:
         self._actors: list[Actor] = []
         self._places: PlacementGroup | None = None
         self.is_starting = True
+        cluster.world.here().at_death.append(self._release_starting_places)
 
     def run(self, work: Callable[..., None], leader: Handle) -> None:
         """Run groups until one has ended its work.
@@ -74,6 +75,14 @@ class TrainController:
         for actor in self._actors:
             self._cluster.losses.kill(actor, False)
         if self._places is not None:
+            self._cluster.losses.release(self._places)
+
+    def _release_starting_places(self) -> None:
+        """Give back the places of a group that was starting when the controller died.
+
+        Ray keeps them until the job ends, and nobody else knows of them. The simulation leaves out this gap of Train.
+        """
+        if self._places is not None and self.is_starting:
             self._cluster.losses.release(self._places)
 
     def _start_ranks(self) -> None:
@@ -194,5 +203,6 @@ class SimulatedGroupRun:
                 self._cluster.world.note("cancel", "is ignored, because a group is starting")
                 return
             controller.abort()
+            self._cluster.losses.kill(task.controller, False)
         self._cluster.world.note("cancel", "ends all ranks")
         self._cluster.losses.kill(self._task, False)
