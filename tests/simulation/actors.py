@@ -101,7 +101,8 @@ class Actor:
         """Process -> its calls, in order, from one on whose arguments have not arrived."""
         self.is_async = has_coroutines(kind)
         self.keeps_order = not self.is_async and wanted.threads == 1
-        """Ray lets calls of other actors overtake a call that waits for its arguments."""
+        """Ray promises that calls of one process are carried out in the order in which they were sent. It promises
+        nothing where there are coroutines or several threads."""
         self.instance: Any = None
         """The object that carries out the calls; None while there is none."""
         self._taken: Taken | None = None

@@ -166,8 +166,10 @@ class SimulatedCluster:
         self.world.later(node.delay_from(node), self.losses.kill, actor.actor_, restart)
 
     def put(self, value: Any) -> Ref:
+        process = self.world.here()
         self._stored += 1
-        ref = Ref(self.world, self.world.here(), self._stored, None)
+        ref = Ref(self.world, process, self._stored, None)
+        ref.made_on = process.node
         ref.resolve(copied(value))
         return ref
 

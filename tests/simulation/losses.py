@@ -56,6 +56,7 @@ class Losses:
         world.note("death", process, cause.value)
         world.end_process(process)
         detect_s = self._detect_s(cause)
+        process.forgotten_at = world.now + detect_s
         for call in process.sent:  # others may wait for the answers
             world.later(detect_s, call.ref.resolve, None, OwnerDiedError(f"{call.number:x}", None, ""))
         world.later(detect_s, self._end_children, process)

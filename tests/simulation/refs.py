@@ -70,11 +70,15 @@ class Ref:
             if type(self.error) is RayTaskError:  # It gets the type of the exception that the method raised, too.
                 self.error = self.error.as_instanceof_cause()
             raise self.error.with_traceback(None)
-        if not self.owner.alive:
+        if not self.owner.alive and not self._is_still_on(self.world.here().node):
             raise OwnerDiedError(f"{self.number:x}", None, "")
         if self.made_on is not None and not self.made_on.alive and holds_arrays(self.value):
             raise ObjectLostError(f"{self.number:x}", None, "")
         return copied(self.value)
+
+    def _is_still_on(self, node: Any) -> bool:
+        """Return whether a node keeps the object although its owner is dead, because it does not know of the death."""
+        return self.made_on is node and self.world.now < self.owner.forgotten_at
 
     def __await__(self) -> Generator[Any, None, Any]:
         process = self.world.here()

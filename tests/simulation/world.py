@@ -45,6 +45,7 @@ class Process:
         "alive",
         "at_death",
         "children",
+        "forgotten_at",
         "held",
         "job",
         "name",
@@ -66,6 +67,8 @@ class Process:
         self.world, self.name, self.pid, self.node = world, name, pid, node
         self.job = self if job is None else job
         self.alive = True
+        self.forgotten_at = inf
+        """When it is dead: the time at which what it has stored is lost on its own node, too."""
         self.threads: dict[Thread, None] = {}
         self.held: list[tuple[Any, ...]] | None = None
         """While the process hangs: the threads that would have gone on, each with its arguments. None while it does
