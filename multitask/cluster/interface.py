@@ -123,8 +123,8 @@ class GroupRun(Protocol):
 
         Raises:
             GroupStartError: a group found no places in time, or was lost while it started.
-            WorkerCrashedError, NodeDiedError, OutOfMemoryError: the process that leads the group is gone, and the ranks
-                with it.
+            WorkerCrashedError, NodeDiedError, OutOfMemoryError, RayActorError: a process that leads the group is gone,
+                and the ranks with it.
             RayTaskError: it raised an exception.
         """
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
 
 from multitask.cluster.interface import Cluster, GroupStartError, Places, Process, Ranks, Ref, Search
 from multitask.cluster.places import check_places, demands
@@ -19,7 +19,7 @@ from multitask.engines.caller import POLL_S, PatientCaller
 from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
 from multitask.engines.interface import WHOLE_RUN, Driver, Outcome, take
 from multitask.engines.ledger import GroupStatus, LedgerActor
-from multitask.engines.loss import LOST, NotBegunError, start_timeout
+from multitask.engines.loss import ENDED, LOST, NotBegunError, start_timeout
 from multitask.engines.ranks import train_rank
 from multitask.errors import TrainingError, failure
 from multitask.job.checkpoint import CheckpointStore
@@ -191,7 +191,7 @@ class AllreduceRun:
             self._ranks.work.result()
         except GroupStartError as error:
             return TrainResult.NOT_STARTED, error
-        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        except (WorkerCrashedError, NodeDiedError, *ENDED) as error:
             return TrainResult.LOST, error
         except RayTaskError as error:
             return TrainResult.RAISED, error

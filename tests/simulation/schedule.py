@@ -254,7 +254,7 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
     workers = workers_of(job)
     if job.engine["name"] == "allreduce":
         single = [f"rank {rank}" for rank in range(len(workers))]
-        targets = [*single, "ledger", "ledger", "train"]
+        targets = [*single, "ledger", "ledger", "train", "train controller"]
         called = ["ledger"]
     else:
         shards = [f"shard {number}" for number in range(1, job.engine.get("shards", 1))]
