@@ -7,7 +7,8 @@ there, as one JSON object with the names of the specs:
   that order), `made` (worker -> its steps, in the order in which they counted), `processes` (worker -> the process of
   each of them), `losses` (times that something was lost) and `final` (SHA-256 of the values in the last checkpoint).
   Some steps after two processes have trained the job stops: how fast nodes and processes start decides nothing.
-- `bound`: `places` (worker -> name of its node) and `again` (the same of the processes that took the workers' places).
+- `bound` waits for a third node: `places` (worker -> name of its node) and `again` (the same of the processes that took
+  the workers' places).
 - `pack`, `spread`: worker -> name of the node where a place is reserved for it. No process starts.
 - `allreduce`: worker -> steps made.
 - `too_many`: the error.
@@ -34,7 +35,7 @@ from multitask.job.job import Job
 from multitask.server.messages import StepRecord
 from multitask.spec.reading import load_spec
 from multitask.startup import RUN_PROCESS
-from tests.conftest import EngineRun, run_engine, store_of
+from tests.conftest import EngineRun, run_engine, store_of, wait_until
 
 
 class Nodes:
@@ -92,7 +93,6 @@ def main() -> None:
         nodes.add("plain")
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         found: dict[str, Any] = {"growing": grown(jobs["growing"], nodes)}
-        nodes.add("data", resources={"data_pets": 1})
         found["bound"] = held(jobs["bound"], nodes)
         found |= {name: reserved(jobs[name], nodes) for name in ("pack", "spread")}
         ran = run_engine(jobs["allreduce"])
@@ -137,8 +137,9 @@ def values_hash(checkpoint: Checkpoint) -> str:
 
 
 def held(job: Job, nodes: Nodes) -> dict[str, Any]:
-    """Where the workers of a run start, and where those start that take their places."""
+    """Where the workers of a run start that waits for its third node, and where those start that take their places."""
     with actors(RayCluster(), job, store_of(job)) as crew:
+        nodes.add("data", resources={"data_pets": 1})
 
         def where() -> dict[str, str]:
             return {name: nodes.names[ray.get(crew.call(name, "node"))] for name in job.workers}
@@ -150,6 +151,8 @@ def held(job: Job, nodes: Nodes) -> dict[str, Any]:
 
 
 def reserved(job: Job, nodes: Nodes) -> dict[str, str]:
+    # Nothing of the job before is left.
+    wait_until(lambda: ray.available_resources().get("CPU") == len(nodes.names))
     cluster = RayCluster()
     group = reserve(cluster, job.spec, demands(job.spec, list(cluster.nodes().values())))[0].places
     try:

@@ -54,8 +54,8 @@ def all_values(snapshot: Evaluation) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_one_worker_equals_local_bit_for_bit(make_spec: MakeSpec) -> None:
-    """One step in flight is `local` with a delay of one. Shards change no bit."""
+def test_one_worker_with_a_step_in_flight_equals_local_with_a_delay_of_one_bit_for_bit(make_spec: MakeSpec) -> None:
+    """Shards change no bit. With nothing in flight the same is shown under `sync` below."""
     changes = {"steps": 6, "schedule": {"name": "cosine"}}
     local, _, local_records = run(make_spec({"pets": {}}, engine={"name": "local", "delay": 1}, **changes))
     engine = {"name": "async", "in_flight": 1, "shards": 2}
@@ -200,7 +200,10 @@ def test_a_worker_decodes_for_itself_when_its_decoder_is_lost(make_spec: MakeSpe
     ],
 )
 def test_sync_equals_local_by_rounds_bit_for_bit(make_spec: MakeSpec, tasks: dict, engine: dict) -> None:
-    """2 and 3 workers; 1 and 2 shards."""
+    """2 and 3 workers; 1 and 2 shards.
+
+    Two workers of one task hold one patch: the losses of both are those of `local`.
+    """
     changes = {"steps": 50, "evaluate_every": 25, "schedule": {"name": "cosine"}}
     local = run_engine(Job(make_spec(tasks, engine=ROUNDS, **changes)))
     remote = run_engine(Job(make_spec(tasks, engine=engine, **changes)))

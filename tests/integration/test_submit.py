@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -49,7 +49,6 @@ class Cluster:
 
     address: str
     environment: dict[str, str]
-    process: "subprocess.Popen[str]"
     session: Path
     """Folder of its logs, among other things."""
 
@@ -68,13 +67,6 @@ class Cluster:
         """Submit a training job from its spec's folder; the nodes have the packages."""
         where = ("--storage", storage, "--installed", *options)
         return self.multitask(spec.parent, "submit", "train", spec.name, *where, **variables)
-
-    def nodes(self, wish: Literal["add", "kill"]) -> None:
-        """Start a node, or kill one."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(wish, file=self.process.stdin, flush=True)
-        assert self.process.stdout.readline() == "done\n"
 
     def measured(self) -> set[str]:
         """Names of the metrics that Prometheus would find."""
@@ -111,7 +103,7 @@ def cluster() -> Iterator[Cluster]:
         assert nodes.stdout is not None
         session = nodes.stdout.readline().strip()
         assert session, "the cluster did not start"
-        yield Cluster(f"http://127.0.0.1:{port}", environment, nodes, Path(session))
+        yield Cluster(f"http://127.0.0.1:{port}", environment, Path(session))
         # All processes of the cluster at once: in good order it would take half a minute.
         os.killpg(nodes.pid, signal.SIGKILL)
         nodes.wait()
@@ -189,6 +181,9 @@ def test_a_detached_job_is_listed_and_measured_and_stops_with_a_checkpoint(clust
 
     listed = json.loads(cluster.multitask(tmp_path, "jobs", "list", "--json").stdout)
     assert [row["status"] for row in listed if row["job"] == job] == ["RUNNING"]
+    standing = json.loads(cluster.multitask(tmp_path, "status", run, "--json").stdout)
+    assert standing["state"] == "running"
+    assert standing["tasks"]["one"]["made"] > 5
     wait_until(lambda: cluster.measured() >= MEASURED)
     stopped = cluster.multitask(tmp_path, "jobs", "stop", job)
 

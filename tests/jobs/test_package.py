@@ -83,8 +83,7 @@ def test_the_limit_is_that_of_ray_and_the_project_is_within_it(tmp_path: Path) -
 
 
 def test_a_folder_without_git_cannot_be_packed(tmp_path: Path) -> None:
-    found = r"(?s)files that git tracks, but git reports about .*Submit from a checkout"
-    with pytest.raises(PackageError, match=found):
+    with pytest.raises(PackageError, match=r"(?s)files that git tracks, but git reports .*Submit from a checkout"):
         tracked_files(tmp_path)
 
 
