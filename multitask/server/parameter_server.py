@@ -77,6 +77,9 @@ class ParameterServer:
         }
         self._active = set(workers)
         """Workers that have not made their last step."""
+        self._slowest: int | None = None
+        """The fewest steps of an active worker, or None where it has to be counted again. Counting it for each worker
+        that may have to wait would take the square of their number."""
         self._arrived: dict[str, Push] = {}
         """Worker -> its push of the open round, where the pushes of a round are applied together."""
         self._rejected: set[str] = set()
@@ -101,6 +104,7 @@ class ParameterServer:
         member = self._check_sender(worker, incarnation)
         self.report_alive(worker)
         lost = member.join(incarnation, step, position)
+        self._slowest = None
         if lost:
             self._count_rounds(lost)
         member.forget_answers(self._answer(worker))
@@ -122,7 +126,9 @@ class ParameterServer:
         worker = push.worker
         member = self._check_sender(worker, push.incarnation)
         self.report_alive(worker)
-        member.queue = len(self._arrived) + sum(map(self._is_ahead, self._active))
+        member.queue = len(self._arrived)
+        if self._rules.bound is not None:
+            member.queue += sum(map(self._is_ahead, self._active))
         step = member.progress.step
         if push.step < step or (worker in self._arrived and push.step == step):
             self._answer_repeated(push, member)
@@ -167,6 +173,7 @@ class ParameterServer:
         if worker not in self._active or self._members[worker].progress.step < step:
             return
         self._active.discard(worker)
+        self._slowest = None
         if self._active:
             self._apply_round_if_complete()
         else:
@@ -314,6 +321,7 @@ class ParameterServer:
         for push in pushes:
             progress = self._members[push.worker].progress
             progress.step, progress.position = progress.step + 1, push.position
+        self._slowest = None
         for push in good:
             self._members[push.worker].answer(self._answer(push.worker, push.step))
         self._count_rounds(len(pushes))
@@ -337,7 +345,9 @@ class ParameterServer:
         bound, members = self._rules.bound, self._members
         if bound is None or self._pausing or worker not in self._active or members[worker].latest.redone:
             return False
-        slowest = min(members[name].progress.reached for name in self._active)
+        if self._slowest is None:
+            self._slowest = min(members[name].progress.reached for name in self._active)
+        slowest = self._slowest
         return members[worker].progress.reached + self._rules.in_flight - slowest >= bound
 
     def _count_rounds(self, steps: int) -> None:
