@@ -149,6 +149,16 @@ class ParameterServer:
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
 
+    def milestone(self) -> Fraction | int:
+        """Return a value that changes whenever a push lets workers go on that wait for others.
+
+        It is the number of rounds where the pushes of a round are applied together, the steps of the slowest worker
+        with a bound, and always 0 where no worker waits.
+        """
+        if self._rules.together:
+            return self._progress.rounds
+        return 0 if self._rules.bound is None else self._steps_of_slowest()
+
     def reply(self, worker: str, step: int | None = None) -> Reply | None:
         """Return the answer to a worker's push; None while the worker has to wait for others.
 
@@ -345,10 +355,13 @@ class ParameterServer:
         bound, members = self._rules.bound, self._members
         if bound is None or self._pausing or worker not in self._active or members[worker].latest.redone:
             return False
-        if self._slowest is None:
-            self._slowest = min(members[name].progress.reached for name in self._active)
-        slowest = self._slowest
+        slowest = self._steps_of_slowest()
         return members[worker].progress.reached + self._rules.in_flight - slowest >= bound
+
+    def _steps_of_slowest(self) -> int:
+        if self._slowest is None:
+            self._slowest = min((self._members[name].progress.reached for name in self._active), default=0)
+        return self._slowest
 
     def _count_rounds(self, steps: int) -> None:
         """Count steps as parts of a round, and take the snapshots that are due.
