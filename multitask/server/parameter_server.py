@@ -126,9 +126,7 @@ class ParameterServer:
         worker = push.worker
         member = self._check_sender(worker, push.incarnation)
         self.report_alive(worker)
-        member.queue = len(self._arrived)
-        if self._rules.bound is not None:
-            member.queue += sum(map(self._is_ahead, self._active))
+        member.queue = len(self._arrived) + self._number_ahead()
         step = member.progress.step
         if push.step < step or (worker in self._arrived and push.step == step):
             self._answer_repeated(push, member)
@@ -357,6 +355,15 @@ class ParameterServer:
             return False
         slowest = self._steps_of_slowest()
         return members[worker].progress.reached + self._rules.in_flight - slowest >= bound
+
+    def _number_ahead(self) -> int:
+        """Return the number of workers that have to wait for the slowest one."""
+        bound, members = self._rules.bound, self._members
+        if bound is None:
+            return 0
+        # Most workers are not that far, and need no closer look.
+        waits_from = self._steps_of_slowest() + bound - self._rules.in_flight
+        return sum(members[name].progress.reached >= waits_from and self._is_ahead(name) for name in self._active)
 
     def _steps_of_slowest(self) -> int:
         if self._slowest is None:
