@@ -147,7 +147,8 @@ class ServerActor:
         self._held: ParameterServer | None = None
         self._drained = LastAnswer()
         self._incarnations: list[int] | None = None
-        self._changed: asyncio.Event | None = None
+        self._waiting: dict[str, asyncio.Event] = {}
+        """Worker -> what wakes up its calls that wait."""
 
     def begin(self, job: Job, shards: Sequence[Actor] = (), *incarnations: int) -> None:
         """Take the values and the progress of a job, which may stand at a checkpoint.
@@ -189,10 +190,16 @@ class ServerActor:
         """
         # Ray starts a call when all its arguments have arrived, so a call may overtake the one that was sent before it.
         while self._server.is_early(push):
-            await self._wait_for_change()
+            await self._wait_for_change(push.worker)
+        milestone = self._server.milestone()
         self._server.push(push, gradients, problems)
+        lets_others_go_on = self._server.milestone() != milestone
         # Let pushes that have arrived meanwhile be applied first, so that values are published once for all of them.
         await asyncio.sleep(0)
+        if lets_others_go_on:
+            self._notify_change()
+        else:  # waking up all others after each push would take the square of their number
+            self._wake_up(push.worker)
         return await self._answer(push.worker, push.step)
 
     async def snapshot(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:
@@ -221,19 +228,22 @@ class ServerActor:
         return answer
 
     async def _answer(self, worker: str, step: int | None = None) -> tuple[Reply, list[Refs]]:
-        self._notify_change()
         while (reply := self._server.reply(worker, step)) is None:
-            await self._wait_for_change()
+            await self._wait_for_change(worker)
         names = self._server.groups_of(worker)
         others = [shard.read.remote(names) for shard in self._others]
         return reply, [self._published.refs(names), *[await other for other in others]]
 
-    async def _wait_for_change(self) -> None:
-        self._changed = self._changed or asyncio.Event()
-        await self._changed.wait()
+    async def _wait_for_change(self, worker: str) -> None:
+        await self._waiting.setdefault(worker, asyncio.Event()).wait()
 
     def _notify_change(self) -> None:
         """Wake up all calls that wait for a change."""
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+        for worker in list(self._waiting):
+            self._wake_up(worker)
+
+    def _wake_up(self, worker: str) -> None:
+        """Wake up the calls of a worker that wait for a change."""
+        event = self._waiting.pop(worker, None)
+        if event is not None:
+            event.set()

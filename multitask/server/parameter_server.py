@@ -77,6 +77,9 @@ class ParameterServer:
         }
         self._active = set(workers)
         """Workers that have not made their last step."""
+        self._slowest: int | None = None
+        """The fewest steps of an active worker, or None where it has to be counted again. Counting it for each worker
+        that may have to wait would take the square of their number."""
         self._arrived: dict[str, Push] = {}
         """Worker -> its push of the open round, where the pushes of a round are applied together."""
         self._rejected: set[str] = set()
@@ -101,6 +104,7 @@ class ParameterServer:
         member = self._check_sender(worker, incarnation)
         self.report_alive(worker)
         lost = member.join(incarnation, step, position)
+        self._slowest = None
         if lost:
             self._count_rounds(lost)
         member.forget_answers(self._answer(worker))
@@ -122,7 +126,7 @@ class ParameterServer:
         worker = push.worker
         member = self._check_sender(worker, push.incarnation)
         self.report_alive(worker)
-        member.queue = len(self._arrived) + sum(map(self._is_ahead, self._active))
+        member.queue = len(self._arrived) + self._number_ahead()
         step = member.progress.step
         if push.step < step or (worker in self._arrived and push.step == step):
             self._answer_repeated(push, member)
@@ -142,6 +146,16 @@ class ParameterServer:
         """Return whether an earlier push of the same process has not arrived yet. The push must then wait for it."""
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
+
+    def milestone(self) -> Fraction | int:
+        """Return a value that changes whenever a push lets workers go on that wait for others.
+
+        It is the number of rounds where the pushes of a round are applied together, the steps of the slowest worker
+        with a bound, and always 0 where no worker waits.
+        """
+        if self._rules.together:
+            return self._progress.rounds
+        return 0 if self._rules.bound is None else self._steps_of_slowest()
 
     def reply(self, worker: str, step: int | None = None) -> Reply | None:
         """Return the answer to a worker's push; None while the worker has to wait for others.
@@ -167,6 +181,7 @@ class ParameterServer:
         if worker not in self._active or self._members[worker].progress.step < step:
             return
         self._active.discard(worker)
+        self._slowest = None
         if self._active:
             self._apply_round_if_complete()
         else:
@@ -314,6 +329,7 @@ class ParameterServer:
         for push in pushes:
             progress = self._members[push.worker].progress
             progress.step, progress.position = progress.step + 1, push.position
+        self._slowest = None
         for push in good:
             self._members[push.worker].answer(self._answer(push.worker, push.step))
         self._count_rounds(len(pushes))
@@ -337,8 +353,22 @@ class ParameterServer:
         bound, members = self._rules.bound, self._members
         if bound is None or self._pausing or worker not in self._active or members[worker].latest.redone:
             return False
-        slowest = min(members[name].progress.reached for name in self._active)
+        slowest = self._steps_of_slowest()
         return members[worker].progress.reached + self._rules.in_flight - slowest >= bound
+
+    def _number_ahead(self) -> int:
+        """Return the number of workers that have to wait for the slowest one."""
+        bound, members = self._rules.bound, self._members
+        if bound is None:
+            return 0
+        # Most workers are not that far, and need no closer look.
+        waits_from = self._steps_of_slowest() + bound - self._rules.in_flight
+        return sum(members[name].progress.reached >= waits_from and self._is_ahead(name) for name in self._active)
+
+    def _steps_of_slowest(self) -> int:
+        if self._slowest is None:
+            self._slowest = min((self._members[name].progress.reached for name in self._active), default=0)
+        return self._slowest
 
     def _count_rounds(self, steps: int) -> None:
         """Count steps as parts of a round, and take the snapshots that are due.

@@ -9,6 +9,7 @@ import pytest
 from multitask.engines.server_actors import Refs, ServerActor
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, OutOfStepError, Push, PushRejectedError, Reply
+from multitask.server.parameter_server import ParameterServer
 from multitask.spec.schema import JobSpec
 from tests.multitask.engines.fakes import FakeCluster
 
@@ -75,3 +76,28 @@ def test_pushes_that_wait_are_applied_before_values_are_published_once_for_all(m
     shared = first_refs[0].keys() & second_refs[0].keys()
     assert shared
     assert all(first_refs[0][name] == second_refs[0][name] for name in shared)
+
+
+@pytest.mark.parametrize("engine", [{"name": "sync"}, {"name": "bounded", "staleness": 1}])
+def test_a_push_wakes_up_others_only_if_it_lets_them_go_on(
+    make_spec: MakeSpec, engine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(make_spec({"pets": {"workers": 20}}, engine=engine))
+    server = ServerActor(FakeCluster())
+    server.begin(job)
+    looks = []
+    reply = ParameterServer.reply
+    monkeypatch.setattr(ParameterServer, "reply", lambda *about: looks.append(about[1]) or reply(*about))
+    gradients = push_of(job, 0)[1]
+
+    async def story() -> list[int]:
+        waiting = []
+        for worker in list(job.workers):
+            push = Push(worker, 0, version=0, loss=1.0, images=8, seconds=0.1)
+            waiting.append(asyncio.create_task(server.push(push, gradients)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+        return [(await answer)[0].step for answer in waiting]
+
+    assert asyncio.run(story()) == [1] * 20
+    assert len(looks) < 2 * 20
