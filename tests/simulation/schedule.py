@@ -231,7 +231,8 @@ CALLS = {
         *("push", "push", "push", "join", "pull", "drain", "ping", "snapshot", "snapshot"),
         *("call finish", "call finish", "call report_state", "call report_evaluation", "call silent_workers"),
     ),
-    "shard 1": ("stash", "stash", "follow", "read", "snapshot", "begin"),
+    "shard 1": ("stash", "stash", "follow", "follow", "read", "snapshot", "begin"),
+    "worker": ("train", "train", "confirm_finished", "answer_last_requests", "answer_requests", "prepare", "host"),
     "ledger": (
         "push",
         "push",
@@ -260,7 +261,7 @@ def _faults(chance: random.Random, job: ToyConfig, nodes: tuple[float, ...]) -> 
         shards = [f"shard {number}" for number in range(1, job.engine.get("shards", 1))]
         single = [f"worker {name}" for name in workers]
         targets = [*single, "server", "server", *shards]
-        called = ["server", "server", *shards[:1]]
+        called = ["server", "server", "server", *single[:1], chance.choice(single), *shards[:1]]
     faults: list[ClusterFault] = []
     for _ in range(chance.choice([0, 1, 2, 3, 4, 6])):
         at_s, target = chance.uniform(0.0, BUSY_S), chance.choice(targets)
@@ -294,7 +295,7 @@ def _hang(chance: random.Random, target: str, at_s: float, for_ever: bool) -> Cl
 
 
 def _call_fault(chance: random.Random, target: str) -> ClusterFault:
-    method = chance.choice(CALLS[target])
+    method = chance.choice(CALLS["worker" if target.startswith("worker") else target])
     often = method in ("push", "stash", "follow", "drain", "ping", "call silent_workers", "read", "report")
     number = chance.randint(1, 60 if often else 4)
     kind = chance.choice([Kind.KILL, Kind.KILL, Kind.LOSE_ANSWER, Kind.LOSE_ANSWER, Kind.LOSE_CALL, Kind.DELAY_CALL])
