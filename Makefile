@@ -8,7 +8,7 @@ ENVIRONMENT := .venv/installed
 # together, so that its tests share what they start; tests/conftest.py says which files come first.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint bench chaos clean
+.PHONY: demo test test-slow lint simulate bench chaos clean
 
 demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, fit a cascade, write runs/demo/report.html
 	$(BIN)/multitask demo
@@ -23,6 +23,9 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+simulate: $(ENVIRONMENT)  ## ten thousand simulated runs of all engines, with losses of all kinds; prints each failure's seed
+	$(BIN)/python -m tests.simulation --seeds simulate
 
 bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'

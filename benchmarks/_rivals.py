@@ -18,7 +18,7 @@ from torchvision.models import get_model
 
 from benchmarks._turns import TIMEOUT_S, Mark
 from multitask.cluster.memory import keep_freed_memory
-from multitask.data import Batch, prefetch
+from multitask.data import Batch
 from multitask.job.assignment import rank_of
 from multitask.job.job import Job
 from multitask.spec.optimizers import SGDSpec
@@ -65,7 +65,7 @@ class PlainWorker:
         self._device = device_of(job)
         self._network = make_network(job).to(self._device)
         self._optimizer = make_optimizer(job, self._network)
-        self._batches: Iterator[Batch] = prefetch(job.make_batches(name))
+        self._batches: Iterator[Batch] = job.make_batches(name)
 
     def train(self, steps: int) -> list[Mark]:
         marks = []
@@ -140,7 +140,7 @@ class DocumentedWorker:
         torch.set_num_threads(job.spec.resources.threads_per_worker)
         self._device = device_of(job)
         self._network = make_network(job).to(self._device)
-        self._batches: Iterator[Batch] = prefetch(job.make_batches(name))
+        self._batches: Iterator[Batch] = job.make_batches(name)
         self._marks: list[Mark] = []
         self._blocked = 0.0
         self._left = time.perf_counter()

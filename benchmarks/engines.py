@@ -28,11 +28,13 @@ from benchmarks._common import Goal, at_least, environment, finish, make_parser
 from benchmarks._pictures import noise_png
 from benchmarks._rivals import DDP, Documented, Plain
 from benchmarks._turns import LAPS, TIMEOUT_S, WARM_UP, Mark, Turns, Variant, outside_load, take_turns
+from multitask.cluster.collectives import TorchCollectives
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.cluster.session import ray_session
-from multitask.data import prefetch, write_table
+from multitask.data import write_table
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
-from multitask.engines.ranks import join, make_reduction, process_groups
+from multitask.engines.ranks import join, make_reduction, sharing_ranks
 from multitask.engines.server_actors import ServerActor
 from multitask.engines.workers import WorkerActor
 from multitask.job.checkpoint import CheckpointStore
@@ -162,8 +164,8 @@ class BlockedTime:
     def report_alive(self, worker: str) -> None:
         self._server.report_alive(worker)
 
-    def finish(self, worker: str) -> None:
-        self._server.finish(worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._server.finish(worker, step)
 
 
 def run_steps(loop: Iterator[None], clock: BlockedTime, steps: int) -> list[Mark]:
@@ -191,10 +193,10 @@ class ServerEngine:
 
     def __init__(self, job: Job) -> None:
         shared_job = ray.put(job)
-        server: Any = ray.remote(ServerActor).options(num_cpus=0).remote()
+        server: Any = ray.remote(ServerActor).options(num_cpus=0).remote(RayCluster())
         ray.get(server.begin.remote(shared_job), timeout=TIMEOUT_S)
         actor: Any = ray.remote(TimedWorker).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
-        self._workers = [actor.remote(shared_job, name, 0, server) for name in job.workers]
+        self._workers = [actor.remote(RayCluster(), shared_job, name, 0, server) for name in job.workers]
         self.actors: list[Any] = [server, *self._workers]
         ray.get([worker.prepare.remote() for worker in self._workers], timeout=TIMEOUT_S)
 
@@ -214,8 +216,9 @@ class TimedRank:
 
     def prepare(self, ledger: LedgerConnection) -> None:
         job, name = self._job, self._name
-        worker = job.make_worker(name, prefetch(job.make_batches(name)))
-        reduction = make_reduction(job, worker, process_groups(job, name))
+        worker = job.make_worker(name, job.make_batches(name))
+        ranks = TorchCollectives()
+        reduction = make_reduction(job, worker, sharing_ranks(job, name, ranks), ranks.sums_on)
         _, operations = join(ledger, name)
         steps_left = dict.fromkeys(job.workers, job.spec.steps)
         server = RankServer(job, worker, ledger, reduction, steps_left, operations)
@@ -232,12 +235,12 @@ class AllreduceEngine:
     def __init__(self, job: Job, store: CheckpointStore, backend: str, meeting: Path) -> None:
         meeting.unlink(missing_ok=True)
         shared_job = ray.put(job)
-        ledger: Any = ray.remote(LedgerActor).options(num_cpus=0).remote()
+        ledger: Any = ray.remote(LedgerActor).options(num_cpus=0).remote(RayCluster())
         ray.get(ledger.begin.remote(shared_job, store), timeout=TIMEOUT_S)
         actor: Any = ray.remote(TimedRank).options(num_cpus=0, num_gpus=job.spec.resources.gpus_per_worker)
         self._ranks = [actor.remote(shared_job, number, backend, meeting) for number in range(len(job.workers))]
         self.actors: list[Any] = [ledger, *self._ranks]
-        connection = LedgerConnection(ledger, ray.get(ledger.begin_group.remote(), timeout=TIMEOUT_S))
+        connection = LedgerConnection(RayCluster(), ledger, ray.get(ledger.begin_group.remote(), timeout=TIMEOUT_S))
         ray.get([rank.prepare.remote(connection) for rank in self._ranks], timeout=TIMEOUT_S)
 
     def turn(self, steps: int) -> list[list[Mark]]:

@@ -29,8 +29,10 @@ from torchvision.models import get_model
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
 from benchmarks._pusher import Pusher, ServerShell, ShardShell, Trip
 from benchmarks._turns import TIMEOUT_S, ProcessorTime
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.cluster.session import ray_session
 from multitask.engines.server_actors import Refs, ServerActor, ShardActor
+from multitask.server.clock import Clock
 from multitask.server.group import ParameterGroup
 from multitask.server.layout import flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord
@@ -80,11 +82,13 @@ class Numbers:
     def pushed_bytes(self, _task: str) -> int:
         return 4 * self._layout.pushed
 
-    def make_server(self, others: OtherShards | None, on_record: Callable[[StepRecord], None]) -> ParameterServer:
+    def make_server(
+        self, others: OtherShards | None, on_record: Callable[[StepRecord], None], clock: Clock
+    ) -> ParameterServer:
         tasks = {TASK: ServedTask(shared=(GROUP,))}
         rules = Rules(evaluate_every_rounds=NEVER)
         shard, schedule = self.make_shard(0), constant(1e-3)
-        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
+        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record, clock)
 
 
 class ClockedShard(Shard):
@@ -110,7 +114,7 @@ class ClockedShard(Shard):
 class NumbersShard(ShardActor):
     def __init__(self) -> None:
         travel_as_tuples()
-        super().__init__()
+        super().__init__(RayCluster())
 
 
 class NumbersServer(ServerActor):
@@ -118,7 +122,7 @@ class NumbersServer(ServerActor):
 
     def __init__(self) -> None:
         travel_as_tuples()
-        super().__init__()
+        super().__init__(RayCluster())
         self._publish_s = 0.0
 
     def begin(self, job: Any, shards: Sequence[Any] = (), *incarnations: int) -> None:

@@ -59,6 +59,17 @@ def test_importing_patches_loads_no_cluster_and_no_torchvision() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_engines_reach_the_cluster_and_its_time_through_the_interface_alone() -> None:
+    """Otherwise they would not run on the simulation unchanged. `interface.py` has Ray's cluster as a default."""
+    files = sorted((ROOT / "multitask" / "engines").rglob("*.py"))
+    forbidden = ("ray", "time", "threading", "torch.distributed", "multitask.cluster.ray_", "multitask.cluster.session")
+    found = {(path.name, module) for path in files for module, _ in imported(path) if module.startswith(forbidden)}
+    assert {(name, module) for name, module in found if module != "ray.exceptions"} == {
+        ("interface.py", "multitask.cluster.ray_cluster"),
+        ("interface.py", "time"),
+    }
+
+
 def test_rooms_import_each_other_in_no_circle(graph: Graph) -> None:
     found = rooms(graph)
     assert {"patches", "engines", "server", "run", "jobs"} <= found.keys()

@@ -30,7 +30,7 @@ class Law:
 
 @dataclass(frozen=True)
 class ServerCosts:
-    """Laws of the four costs of a push."""
+    """Laws of the costs of a push."""
 
     trip: Law
     """Time from the gradient in the worker to the new values in the worker, if no other worker uses the server."""
@@ -39,6 +39,9 @@ class ServerCosts:
     thread: Law
     """Time of one shard's thread for its part of the bytes: it looks for values that are not finite, updates and
     publishes."""
+    check: Law
+    """Part of the thread's time in which it looks for values that are not finite. Where the pushes of a round are
+    applied together, this is done when a push arrives, and the rest at the end of the round."""
     cores: Law
     """Core seconds of all processes together, including those of Ray, on a machine whose cores are all in use."""
 
@@ -49,6 +52,7 @@ SERVER_COSTS = ServerCosts(
     trip=Law(shard_s=0.01613, copies=5.617),
     own=Law(shard_s=0.004677, copies=1.854),
     thread=Law(shard_s=0.006386, copies=3.068),
+    check=Law(shard_s=0.00124, copies=0.6061),
     cores=Law(shard_s=0.02536, copies=8.746),
 )
 
@@ -57,18 +61,13 @@ def fit(figures: Mapping[str, Any]) -> ServerCosts:
     """Fit the laws to the JSON of `benchmarks.server_throughput`, by least squares of relative errors.
 
     The fit reads the rows with the fewest and with the most workers. The fewest workers give the times of one push, and
-    both give its core seconds. The time of a shard's thread comes from runs with one shard and the fewest workers, in
-    which the thread has a core to itself.
+    both give its core seconds.
     """
     rows = [row for row in figures["rows"] if "GB/s" in row]
     fewest, most = (choose(row["workers"] for row in rows) for choose in (min, max))
-    stages = {
-        (row["model"], row["shards"]): row
-        for row in figures["rows"]
-        if row["table"].startswith(f"One push and pull in ms, {fewest} worker")
-    }
+    stages = {(row["model"], row["shards"]): row for row in _stages(figures)}
     copies_s = copy_seconds(figures)
-    points: dict[str, list[Point]] = {"trip": [], "own": [], "thread": [], "cores": []}
+    points: dict[str, list[Point]] = {"trip": [], "own": [], "cores": []}
     for row in rows:
         stage, shards, push_s = stages[row["model"], row["shards"]], row["shards"], 1 / pushes_per_s(row, figures)
         copy_s = copies_s[row["model"]]
@@ -76,11 +75,30 @@ def fit(figures: Mapping[str, Any]) -> ServerCosts:
             points["trip"].append((shards, copy_s, fewest * push_s))
             points["own"].append((shards, copy_s, _seconds(stage, "put", "map", "copy")))
             points["cores"].append((shards, copy_s, row["cores"] * push_s))
-            if shards == 1:
-                points["thread"].append((1, copy_s, _seconds(stage, "check", "update", "publish")))
         elif row["workers"] == most:
             points["cores"].append((shards, copy_s, figures["environment"]["cores"] * push_s))
-    return ServerCosts(**{name: _fit_law(found) for name, found in points.items()})
+    return ServerCosts(
+        thread=fit_stages(figures, "check", "update", "publish"),
+        check=fit_stages(figures, "check"),
+        **{name: _fit_law(found) for name, found in points.items()},
+    )
+
+
+def fit_stages(figures: Mapping[str, Any], *names: str) -> Law:
+    """Fit a law to some stages of a push in a shard's thread.
+
+    The points come from runs with one shard and the fewest workers, in which the thread has a core to itself.
+    """
+    copies_s = copy_seconds(figures)
+    return _fit_law(
+        [(1, copies_s[row["model"]], _seconds(row, *names)) for row in _stages(figures) if row["shards"] == 1]
+    )
+
+
+def _stages(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows with the stages of a push of the fewest workers."""
+    fewest = min(row["workers"] for row in figures["rows"] if "GB/s" in row)
+    return [row for row in figures["rows"] if row["table"].startswith(f"One push and pull in ms, {fewest} worker")]
 
 
 Point = tuple[int, float, float]
@@ -109,7 +127,7 @@ def copy_seconds(figures: Mapping[str, Any]) -> dict[str, float]:
     return {model: median(copies) for model, copies in sessions.items()}
 
 
-def _seconds(stage: Mapping[str, float], *names: str) -> float:
+def _seconds(stage: Mapping[str, Any], *names: str) -> float:
     """Return the sum of some stages of a push, which the JSON has in milliseconds."""
     return sum(stage[name] for name in names) / 1000
 

@@ -2,13 +2,14 @@
 
 The estimate considers each resource alone, and the one that is full first sets the pace. These are the bounds of
 operational analysis, which need only means and no queueing model. They are too optimistic where two resources become
-full together.
+full together. Where workers wait for each other, `_round` and `_bounded_pace` follow the order of what happens.
+`tests.simulation.crowd` compares the estimate with simulated runs of the server's protocol.
 Source: Denning and Buzen, "The Operational Analysis of Queueing Network Models", ACM Computing Surveys 10 (1978).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil, prod, sqrt
 from statistics import NormalDist
 from typing import cast
 
@@ -16,7 +17,7 @@ from multitask.capacity.costs import SERVER_COSTS, ServerCosts
 from multitask.spec.engines import AsyncSpec, BoundedSpec, EngineSpec, SyncSpec
 
 WORKERS, CORES, SERVER, NETWORK = "the workers", "the nodes' cores", "the server's shards", "the network"
-"""Values of `Estimate.limit`: the workers' own steps, or a resource that is full."""
+"""Values of `Estimate.limit`: the workers' own steps, or a resource that makes them notably longer."""
 LARGEST = 2**20
 """Largest factor by which a job is enlarged in search of its limit."""
 NOTABLE = 1.1
@@ -24,6 +25,11 @@ NOTABLE = 1.1
 per second by it."""
 GRID = 500
 """Number of points of an integral over step times."""
+SUM_COPIES = 1.0
+"""Copies in memory that take as long as adding a gradient to the sum of a round, which reads two arrays and writes
+one."""
+STRETCHES = tuple(2**power for power in range(9))
+"""Numbers of steps for which one worker may be the slowest of a job with a bound."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,9 @@ class Estimate:
     node_bytes_per_s: float
     """Bytes per second over the link of the busiest node, in each direction."""
     limit: str
-    """Name of the limit that sets the pace: "the workers" or a resource."""
+    """Name of the resource that makes steps notably longer, or "the workers"."""
     slowdown: float
-    """Factor by which the limit makes a step longer."""
+    """Factor by which the fullest resource makes a step longer."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,17 @@ class _Meeting:
     trip_s: float
     own_s: float = 0.0
     thread_s: float = 0.0
+    check_s: float = 0.0
     cores_s: float = 0.0
+    sum_s: float = 0.0
+    """Time of a shard's thread to add the gradient to the sum of a round."""
 
 
 def estimate(deployment: Deployment) -> Estimate:
     """Estimate how fast a job runs, and what limits it."""
     kinds, cluster = deployment.kinds, deployment.cluster
     meetings = [_meeting(kind, deployment) for kind in kinds]
-    shortest, longest = extremes(kinds)
+    _, longest = extremes(kinds)
     together = deployment.engine.together
     if together:
         paces = [longest + max(meeting.trip_s for meeting in meetings)] * len(kinds)
@@ -159,11 +168,10 @@ def estimate(deployment: Deployment) -> Estimate:
         SERVER: thread_load,
         NETWORK: 8 * node_bytes / (1e9 * cluster.network_gbit),
     }
-    if together:
-        # The server starts with the first push of a round, and the last push has to wait for all others.
-        waiting = sum(kind.workers * meeting.thread_s for kind, meeting in zip(kinds, meetings, strict=True))
-        waiting -= max(meeting.thread_s for meeting in meetings)
-        full[SERVER] = (paces[0] - longest + shortest + waiting) / paces[0]
+    if together and not deployment.engine.worker_group:
+        server_s, network_s, busy_s = _round(deployment, meetings)
+        full[SERVER], thread_load = server_s / paces[0], busy_s / paces[0]
+        full[NETWORK] = max(full[NETWORK], network_s / paces[0])
     limit = max(full, key=lambda resource: full[resource])
     slowdown = max(1.0, full[limit])
     images_per_s = per_second([kind.images for kind in kinds]) / slowdown
@@ -178,7 +186,7 @@ def estimate(deployment: Deployment) -> Estimate:
         server_load=thread_load / slowdown,
         server_cores=at_server / deployment.hosts / slowdown,
         node_bytes_per_s=node_bytes / slowdown,
-        limit=limit if slowdown > 1 else WORKERS,
+        limit=limit if slowdown >= NOTABLE else WORKERS,
         slowdown=slowdown,
     )
 
@@ -194,7 +202,42 @@ def _meeting(kind: Kind, deployment: Deployment) -> _Meeting:
         trip_s=costs.trip.seconds(copy_s, shards) + 2 * link_s,
         own_s=costs.own.seconds(copy_s, shards),
         thread_s=costs.thread.seconds(copy_s / shards),
+        check_s=costs.check.seconds(copy_s / shards),
         cores_s=costs.cores.seconds(copy_s, shards),
+        sum_s=SUM_COPIES * copy_s / shards,
+    )
+
+
+def _round(deployment: Deployment, meetings: Sequence[_Meeting]) -> tuple[float, float, float]:
+    """Return what a round takes whose pushes make one update.
+
+    The thread of a shard checks each push when it arrives, from the first one on. When it has checked the last one, it
+    adds up all gradients, makes one update and publishes the values once. Then the values leave the node one worker
+    after the other, so workers begin their next steps one after the other.
+
+    Returns:
+        Seconds of a round if the thread never waits for the links; seconds of a round if the links never wait for the
+        thread's checks; seconds for which the thread is busy.
+    """
+    kinds, cluster = deployment.kinds, deployment.cluster
+    shortest, longest = extremes(kinds)
+
+    def of_others(each: Sequence[float]) -> float:
+        """Return the sum over all workers but one of the largest."""
+        return sum(kind.workers * seconds for kind, seconds in zip(kinds, each, strict=True)) - max(each)
+
+    trip_s = max(meeting.trip_s for meeting in meetings)
+    checks_s = of_others([meeting.check_s for meeting in meetings])
+    # With several shards the first one makes its update, and then tells the others to make theirs.
+    sums_s = (1 if deployment.shards == 1 else 2) * of_others([meeting.sum_s for meeting in meetings])
+    leaving = (1 - deployment.densest) / deployment.hosts
+    links_s = leaving * of_others([8 * kind.pushed_bytes / (1e9 * cluster.network_gbit) for kind in kinds])
+    mean_s = sum(kind.workers * kind.step_s for kind in kinds) / deployment.workers
+    # The trip contains the check of the last push, and the update and the publication that are made once.
+    return (
+        max(longest, shortest + checks_s) + sums_s + trip_s,
+        max(longest, mean_s + links_s) + sums_s + trip_s,
+        checks_s + of_others([meeting.sum_s for meeting in meetings]) + max(meeting.thread_s for meeting in meetings),
     )
 
 
@@ -213,8 +256,34 @@ def _paces_alone(deployment: Deployment, meetings: Sequence[_Meeting]) -> list[f
         max(kind.step_s + meeting.own_s, meeting.trip_s) if in_flight else kind.step_s + meeting.trip_s
         for kind, meeting in zip(deployment.kinds, meetings, strict=True)
     ]
-    # With a bound, all workers are as slow as the slowest one in the long run.
-    return [max(paces)] * len(paces) if deployment.engine.bound is not None else paces
+    bound = deployment.engine.bound
+    return paces if bound is None else [_bounded_pace(deployment.kinds, paces, bound - in_flight)] * len(paces)
+
+
+def _bounded_pace(kinds: Sequence[Kind], paces: Sequence[float], ahead: int) -> float:
+    """Return the seconds of a step of workers that wait for each other because of a bound.
+
+    A worker may begin a step when all workers have made the step `ahead` before it. So the last step of a run ends at
+    the end of a chain of steps, each of which began when the one before it in the chain ended. The chain stays with one
+    worker for a stretch of steps, and goes on with a step of another worker that is `ahead` further. A stretch is the
+    longest of all workers' stretches of this length, and it brings the run forward by `ahead - 1` more steps than it
+    has. The length at which a step takes longest counts. Long stretches belong to the slowest kind of workers; with
+    ahead = 1, stretches of one step make the round of `sync`.
+
+    Args:
+        paces: seconds of a step of each kind without a bound.
+    Source: Baccelli, Cohen, Olsder and Quadrat, "Synchronization and Linearity" (1992), on the cycle times of systems
+        that are linear in the algebra of max and plus. The lengths that are tried here give a bound from below.
+    """
+
+    def longest_stretch(steps: int) -> float:
+        sums = [
+            replace(kind, step_s=steps * pace, spread_s=sqrt(steps) * kind.spread_s)
+            for kind, pace in zip(kinds, paces, strict=True)
+        ]
+        return extremes(sums)[1]
+
+    return max(max(paces), *(longest_stretch(steps) / (steps + ahead - 1) for steps in STRETCHES))
 
 
 def _node_bytes(deployment: Deployment, round_s: float, pushed_per_s: float) -> float:

@@ -16,7 +16,6 @@ import torch
 
 from multitask.capacity.costs import FLOAT_BYTES, SERVER_COSTS, ServerCosts
 from multitask.capacity.estimate import Cluster, Deployment, Kind
-from multitask.data import prefetch
 from multitask.evaluation import torch_threads
 from multitask.job.job import Job
 from multitask.server.messages import Reply
@@ -33,7 +32,7 @@ SMALLEST_COPY = 1 << 20
 """Smallest size of a timed copy in bytes."""
 _barrier: Barrier | None = None
 """Barrier at which processes that time steps side by side wait for each other, so that none computes alone."""
-UNCHANGED = Reply(version=0, applied_version=0, rate=0.0)
+UNCHANGED = Reply(version=0, rate=0.0)
 """A reply after which a worker keeps its values."""
 
 
@@ -144,7 +143,7 @@ def time_steps(job: Job, worker: str) -> tuple[list[float], float]:
         Seconds of each step, and mean core seconds of a step.
     """
     with torch_threads(job.spec.resources.threads_per_worker):
-        made = job.make_worker(worker, prefetch(job.make_batches(worker)))
+        made = job.make_worker(worker, job.make_batches(worker))
 
         def step() -> float:
             start = time.perf_counter()

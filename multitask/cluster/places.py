@@ -2,14 +2,11 @@
 
 import logging
 import math
-import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from collections.abc import Callable, Mapping, Sequence
 
 from multitask.cluster.arithmetic import Demand, Node, fits, misfit
+from multitask.cluster.interface import Cluster, Reserved
 from multitask.errors import TrainingError
 from multitask.spec.schema import JobSpec
 
@@ -20,7 +17,7 @@ class PlacementError(TrainingError):
     """The cluster has no room for a run's workers, even if nothing else runs on it. The message has the numbers."""
 
 
-def check_places(spec: JobSpec) -> None:
+def check_places(cluster: Cluster, spec: JobSpec) -> None:
     """Check that the cluster has room for the workers that a run starts with, before any of them is started.
 
     An existing cluster may still get nodes. A lack of room is then only a warning, and `resources.start_timeout_s`
@@ -31,22 +28,17 @@ def check_places(spec: JobSpec) -> None:
     """
     if not spec.engine.uses_ray:
         return
-    nodes = cluster_nodes()
+    nodes = list(cluster.nodes().values())
     problem = misfit(list(demands(spec, nodes).values()), nodes)
     if problem is None:
         return
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
+    if cluster.can_grow():
         log.warning("%s Waiting up to %g s for nodes.", problem, spec.resources.start_timeout_s)
         return
     raise PlacementError(
         f"{problem} Add nodes, take fewer workers or lower what each of them takes (resources.cpus_per_worker, "
         "resources.gpus_per_worker, the tasks' resources and labels)."
     )
-
-
-def cluster_nodes() -> list[Node]:
-    """Return the living nodes of the cluster."""
-    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 def demands(spec: JobSpec, nodes: Sequence[Node]) -> dict[str, Demand]:
@@ -84,7 +76,7 @@ def chooses_places(spec: JobSpec) -> bool:
     return spec.resources.placement is not None or any(task.resources or task.labels for task in spec.tasks)
 
 
-def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
+def reserve(cluster: Cluster, spec: JobSpec, workers: Mapping[str, Demand]) -> list[Reserved]:
     """Reserve places for the server's shards and for the workers that a run starts with, all at once.
 
     The shards come first, and then the workers in the order of the job. Workers get no places here if the spec has no
@@ -94,7 +86,7 @@ def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
     Args:
         workers: task -> the demand of the workers that it starts with.
     Returns:
-        The places, or None if none are needed.
+        The places; an empty list if none are needed.
     """
     shards = spec.engine.shards
     # A bundle has to ask for something. A byte of memory will do: the server needs little CPU time, in short bursts.
@@ -106,10 +98,10 @@ def reserve(spec: JobSpec, workers: dict[str, Demand]) -> PlacementGroup | None:
             trace = {"memory": 1.0 + len(demand.labels)} if demand.labels else {}
             bundles += [({**demand.resources, **trace}, dict(demand.labels))] * demand.workers
     elif shards == 1:
-        return None
+        return []
     resources, labels = zip(*bundles, strict=True)
-    strategy = "PACK" if spec.resources.placement == "pack" else "SPREAD"
-    return placement_group(list(resources), strategy=strategy, bundle_label_selector=list(labels))
+    places = cluster.reserve(resources, labels, spread=spec.resources.placement != "pack")
+    return [Reserved(places, number) for number in range(len(bundles))]
 
 
 def _demands(spec: JobSpec, cpus: float) -> dict[str, Demand]:

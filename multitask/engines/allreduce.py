@@ -6,39 +6,36 @@ code that runs inside the ranks.
 """
 
 import contextlib
-import importlib
 import itertools
 import logging
-import time
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
 
-from multitask.cluster.arithmetic import Demand
-from multitask.cluster.memory import FOR_ALL_THREADS
-from multitask.cluster.places import check_places, cluster_nodes, demands
-from multitask.cluster.session import ray_session
+from multitask.cluster.interface import Cluster, GroupStartError, Places, Process, Ranks, Ref, Search
+from multitask.cluster.places import check_places, demands
 from multitask.engines.caller import POLL_S, PatientCaller
 from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
 from multitask.engines.interface import WHOLE_RUN, Driver, Outcome, take
-from multitask.engines.ledger import WAIT, GroupStatus, LedgerActor
-from multitask.engines.loss import LOST, Actor, NotBegunError, start_timeout
+from multitask.engines.ledger import GroupStatus, LedgerActor
+from multitask.engines.loss import ENDED, LOST, NotBegunError, start_timeout
 from multitask.engines.ranks import train_rank
 from multitask.errors import TrainingError, failure
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
-from multitask.startup import RUN_PROCESS
 
-HEALTH_CHECK_S = 0.5
-"""Seconds between two looks of Train at its workers, and so the time that a loss may go unnoticed."""
 TRAIN_START_S = 60.0
 """Seconds that Train's own processes and the ranks may take to start, in addition to the wait for places."""
 END_S = 60.0
 """When a run ends: seconds to wait for Train to finish a start that is under way, and then as many again for Train to
 end."""
+
+CONTROLLER_END_S = 5.0
+"""Seconds within which Train's controller ends when the process that has started it was lost. A controller that loses
+its places before it ends would start another group."""
+CANCELS = 3
+"""Number of times that Train is asked to end."""
 
 log = logging.getLogger(__name__)
 
@@ -53,135 +50,85 @@ def run(job: Job, driver: Driver) -> Outcome:
         TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
-    outcome = Outcome()
-    with ray_session():
-        check_places(job.spec)
-        with rank_group(job, driver.store) as ranks:
+    cluster = driver.cluster
+    outcome = Outcome(cluster.clock)
+    with cluster.session():
+        check_places(cluster, job.spec)
+        with rank_group(cluster, job, driver.store) as ranks:
             AllreduceRun(job, driver, outcome, ranks).run()
     return outcome
-
-
-class StartError(RuntimeError):
-    """Train could not start a group."""
 
 
 class RankGroup:
     """The processes of a run: the ledger, and Ray Train with the ranks."""
 
-    def __init__(self, job: Job, store: CheckpointStore) -> None:
-        self._job, self._store = job, store
-        self.ledger: Actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1).remote()
+    def __init__(self, cluster: Cluster, job: Job, store: CheckpointStore) -> None:
+        self._cluster, self._job, self._store = cluster, job, store
+        self.places: Places | None = None
+        """The places of the group that has started last."""
+        self.ledger = cluster.start(LedgerActor, [cluster], Process(place=Search.PARENT, restarts=True))
         self.start()
 
-    def begin(self) -> "ray.ObjectRef[None]":
+    def begin(self) -> Ref[None]:
         """Hand the ledger the job; the ledger restores the job at the latest checkpoint."""
-        begun: ray.ObjectRef[None] = self.ledger.begin.remote(self._job, self._store)
+        begun: Ref[None] = self.ledger.begin.remote(self._job, self._store)
         return begun
 
     def start(self) -> None:
-        """Let Train start a group of ranks; `fit` is the call of Train, which lasts until the ranks have ended."""
+        """Let the cluster start a group of ranks; `work` lasts until the ranks have ended their work."""
         resources = self._job.spec.resources
-        demand = next(iter(demands(self._job.spec, cluster_nodes()).values()))  # the spec allows no differences
-        strategy = "SPREAD" if resources.placement == "spread" else "PACK"
-        folder = self._job.spec.run_directory.resolve() / "train"
-        variables = {
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S),
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.start_timeout_s),
-            # The spec may name data relative to the folder that the run was started in, so ranks stay there.
-            "RAY_CHDIR_TO_TRIAL_DIR": "0",
-            RUN_PROCESS: "1",
-            # Train runs each rank in a thread of its process, not in the main thread.
-            **FOR_ALL_THREADS,
-        }
-        task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
-        self.fit = task.remote(self.ledger, len(self._job.workers), demand, strategy, folder)
+        nodes = list(self._cluster.nodes().values())
+        demand = next(iter(demands(self._job.spec, nodes).values()))  # the spec allows no differences
+        ranks = Ranks(
+            number=len(self._job.workers),
+            demand=demand,
+            spread=resources.placement == "spread",
+            start_timeout_s=resources.start_timeout_s,
+            folder=self._job.spec.run_directory.resolve() / "train",
+        )
+        self.work = self._cluster.run_ranks(ranks, train_rank, self.ledger)
 
     def end(self) -> None:
         """End all processes and give their places back."""
-        # A cancel reaches Train as a Ctrl-C, and only then does Train give back its places on the cluster. While Train
-        # starts a group it ignores a cancel, and would leave the group's places behind. The cancel is not recursive,
-        # because Train would take a cancel of its own calls for a lost rank.
-        deadline = time.monotonic() + END_S
-        while self._is_starting() and not self._has_ended() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        ray.cancel(self.fit, recursive=False)
-        if not self._has_ended(END_S):
-            log.warning("Ray Train did not end within %g s; it may still hold its places on the cluster.", END_S)
-        ray.kill(self.ledger)
+        # While a group starts, a cancel has no effect, and the group's places would be left behind.
+        clock = self._cluster.clock
+        deadline = clock.monotonic() + END_S
+        while self._is_starting() and not self.work.wait(0.0) and clock.monotonic() < deadline:
+            clock.sleep(POLL_S)
+        for _ in range(CANCELS):  # the next group may start at this moment
+            self.work.cancel()
+            if self.work.wait(END_S / CANCELS):
+                break
+        else:
+            log.warning("Ray Train did not end within %g s, so its process is killed.", END_S)
+            self.work.kill()
+            self.work.wait(END_S)
+            clock.sleep(CONTROLLER_END_S)
+            self.release()
+        self._cluster.kill(self.ledger)
 
-    def _has_ended(self, timeout_s: float = 0.0) -> bool:
-        done, _ = ray.wait([self.fit], timeout=timeout_s)
-        return bool(done)
+    def release(self) -> None:
+        """Give back the places of a group whose leading process is gone, if a group had started."""
+        if self.places is not None:
+            self._cluster.release(self.places)
+            self.places = None
 
     def _is_starting(self) -> bool:
         try:
-            starting: bool = ray.get(self.ledger.starting.remote(), timeout=END_S)
+            starting: bool = self._cluster.get(self.ledger.starting.remote(), END_S)
         except (*LOST, GetTimeoutError):
             return True
         return starting
 
 
 @contextlib.contextmanager
-def rank_group(job: Job, store: CheckpointStore) -> Iterator[RankGroup]:
+def rank_group(cluster: Cluster, job: Job, store: CheckpointStore) -> Iterator[RankGroup]:
     """Start the processes of a run, and end them with the block."""
-    ranks = RankGroup(job, store)
+    ranks = RankGroup(cluster, job, store)
     try:
         yield ranks
     finally:
         ranks.end()
-
-
-def fit(ledger: Actor, workers: int, demand: Demand, strategy: str, folder: Path) -> None:
-    """Let Ray Train run a group of ranks, and another one whenever a rank is lost, until a group has ended its work.
-
-    Args:
-        workers: number of ranks.
-        demand: resources and labels that each rank asks of the cluster.
-        strategy: strategy of the ranks' placement group.
-        folder: folder for Train's own files.
-    Raises:
-        StartError: the ranks found no places in time, or were lost while they started.
-    """
-    # Train is imported here, because the import takes a second and no other engine needs it. It is typed as Any,
-    # because Train's type annotations describe its version 1.
-    train: Any = importlib.import_module("ray.train")
-    train_torch: Any = importlib.import_module("ray.train.torch")
-
-    class Losses(train.UserCallback):
-        """Tells the ledger when Train has noticed that a rank is lost."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            texts = [f"rank {rank}: {str(error).splitlines()[0]}" for rank, error in worker_exceptions.items()]
-            ledger.lose.remote("; ".join(texts))
-
-    # NCCL refuses two ranks on one device.
-    shares_device = 0 < demand.resources.get("GPU", 0) < 1
-    trainer = train_torch.TorchTrainer(
-        train_rank,
-        train_loop_config={"ledger": ledger},
-        torch_config=train_torch.TorchConfig(
-            backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
-        ),
-        scaling_config=train.ScalingConfig(
-            num_workers=workers,
-            use_gpu="GPU" in demand.resources,
-            resources_per_worker=dict(demand.resources),
-            label_selector=dict(demand.labels) or None,
-            placement_strategy=strategy,
-        ),
-        run_config=train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            # Train restarts without a limit; the driver counts the losses without a step made in between.
-            failure_config=train.FailureConfig(max_failures=-1, controller_failure_limit=0),
-            callbacks=[Losses()],
-            logging_config=train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except train.ControllerError as error:
-        raise StartError(str(error)) from None
 
 
 class AllreduceRun:
@@ -189,20 +136,23 @@ class AllreduceRun:
 
     def __init__(self, job: Job, driver: Driver, outcome: Outcome, ranks: RankGroup) -> None:
         self._job, self._driver, self._outcome, self._ranks = job, driver, outcome, ranks
+        self._cluster = driver.cluster
         self._timeout_s = job.spec.resources.start_timeout_s
-        self._caller = PatientCaller("The ledger of the run", self._hand_out_job, self._on_lost_ledger, self._timeout_s)
+        self._caller = PatientCaller(
+            self._cluster, "The ledger of the run", self._hand_out_job, self._on_lost_ledger, self._timeout_s
+        )
         self._reports = itertools.count(1)
         self._pausing = False
         """Whether the ledger was told to let all ranks stop."""
         self._losses = LossCounter()
         self._records = 0
         """Number of step records that the driver was told."""
-        self._missing = MissingRanks(tuple(job.workers), time.monotonic())
+        self._missing = MissingRanks(tuple(job.workers), self._cluster.clock.monotonic())
 
     def run(self) -> None:
         """Watch the ranks until all of them have done their work."""
         while True:
-            done, _ = ray.wait([self._ranks.fit], timeout=POLL_S)
+            done = self._ranks.work.wait(POLL_S)
             report = self._poll()  # asked for after Train has ended, if it has
             if done and self._has_ended(report):
                 break
@@ -218,26 +168,30 @@ class AllreduceRun:
             TrainingError: Train failed, or the ranks found no places in time.
         """
         result, error = self._train_result()
-        missing_s = self._missing.seconds(time.monotonic())
+        missing_s = self._missing.seconds(self._cluster.clock.monotonic())
         match after_train(result, all_reported=report.ended, missing_s=missing_s, start_timeout_s=self._timeout_s):
             case AfterTrain.END:
                 return True
             case AfterTrain.NO_PLACES:
-                raise start_timeout(self._job, self._missing.names)
+                raise start_timeout(self._cluster, self._job, self._missing.names)
             case AfterTrain.FAIL:
                 raise TrainingError(f"Ray Train gave up: {error}")
         lost = f"Ray Train: {getattr(error, 'cause', error)}".splitlines()[0]
         # The next report has this loss, as it has the losses of ranks.
         self._call("lose", "the ledger, when all ranks had ended" if error is None else lost)
+        if result is TrainResult.LOST:
+            self._cluster.clock.sleep(CONTROLLER_END_S)
+            self._poll()  # the controller may have started a group in the meantime
+            self._ranks.release()
         self._ranks.start()
         return False
 
     def _train_result(self) -> tuple[TrainResult, Exception | None]:
         try:
-            ray.get(self._ranks.fit)
-        except StartError as error:
+            self._ranks.work.result()
+        except GroupStartError as error:
             return TrainResult.NOT_STARTED, error
-        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+        except (WorkerCrashedError, NodeDiedError, *ENDED) as error:
             return TrainResult.LOST, error
         except RayTaskError as error:
             return TrainResult.RAISED, error
@@ -246,6 +200,7 @@ class AllreduceRun:
     def _poll(self) -> GroupStatus:
         """Tell the driver what happened, and count the losses."""
         report: GroupStatus = self._call("report", self._job.spec.resources.step_timeout_s, next(self._reports))
+        self._ranks.places = report.places or self._ranks.places
         records, completed, progress = report.news
         # The ranks report all values of a snapshot, so there are none to fetch from the ledger.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})
@@ -282,19 +237,19 @@ class AllreduceRun:
         Train waits for places for `start_timeout_s`, and ends in good order when it finds none. So this check gives
         Train more time, and finds the groups that hang for another reason.
         """
-        now = time.monotonic()
+        now = self._cluster.clock.monotonic()
         self._missing = self._missing.updated(self._job.workers, joined, now)
         if self._missing.seconds(now) > self._timeout_s + TRAIN_START_S:
-            raise start_timeout(self._job, self._missing.names)
+            raise start_timeout(self._cluster, self._job, self._missing.names)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the ledger."""
         return self._caller.ask(lambda: getattr(self._ranks.ledger, method).remote(*arguments))
 
     def _hand_out_job(self) -> None:
-        ray.get(self._ranks.begin(), timeout=self._timeout_s)
+        self._cluster.get(self._ranks.begin(), self._timeout_s)
         if self._pausing:
-            ray.get(self._ranks.ledger.pause.remote(), timeout=self._timeout_s)
+            self._cluster.get(self._ranks.ledger.pause.remote(), self._timeout_s)
 
     def _on_lost_ledger(self, error: Exception) -> None:
         if not isinstance(error, NotBegunError):  # a ledger that has just been started for the first time is not lost

@@ -1,11 +1,10 @@
 """Calls of an actor that Ray starts again when it is lost."""
 
-import time
 from collections.abc import Callable
 
-import ray
 from ray.exceptions import GetTimeoutError
 
+from multitask.cluster.interface import Cluster, Ref
 from multitask.engines.loss import LOST, Answer, NotBegunError
 from multitask.errors import TrainingError
 
@@ -18,7 +17,12 @@ class PatientCaller:
     it the job."""
 
     def __init__(
-        self, name: str, begin: Callable[[], None], on_lost: Callable[[Exception], None], timeout_s: float
+        self,
+        cluster: Cluster,
+        name: str,
+        begin: Callable[[], None],
+        on_lost: Callable[[Exception], None],
+        timeout_s: float,
     ) -> None:
         """Args:
         name: the actor in messages, at the beginning of a sentence.
@@ -27,9 +31,10 @@ class PatientCaller:
         on_lost: called with the error of every call that did not reach an actor with a job.
         timeout_s: for how long an answer may take, and for how long the actor may be away.
         """
+        self._cluster = cluster
         self._name, self._begin, self._on_lost, self._timeout_s = name, begin, on_lost, timeout_s
 
-    def ask(self, send: Callable[[], "ray.ObjectRef[Answer]"], begin_first: bool = False) -> Answer:
+    def ask(self, send: Callable[[], Ref[Answer]], begin_first: bool = False) -> Answer:
         """Call the actor and wait for the answer.
 
         Args:
@@ -38,18 +43,18 @@ class PatientCaller:
         Raises:
             TrainingError: the actor did not answer, or did not come back, in time.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._cluster.clock.monotonic() + self._timeout_s
         while True:
             try:
                 if begin_first:
                     self._begin()
                     begin_first = False
-                return ray.get(send(), timeout=self._timeout_s)
+                return self._cluster.get(send(), self._timeout_s)
             except LOST as error:
                 begin_first = begin_first or isinstance(error, NotBegunError)
                 self._on_lost(error)
-                if time.monotonic() > deadline:
+                if self._cluster.clock.monotonic() > deadline:
                     raise TrainingError(f"{self._name} did not come back within {self._timeout_s:g} s.") from error
-                time.sleep(POLL_S)
+                self._cluster.clock.sleep(POLL_S)
             except GetTimeoutError:
                 raise TrainingError(f"{self._name} did not answer within {self._timeout_s:g} s.") from None

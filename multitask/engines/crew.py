@@ -5,13 +5,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-from multitask.cluster.places import chooses_places, cluster_nodes, demands, reserve
+from multitask.cluster.interface import Actor, Cluster, Process, Ref, Reserved, Search
+from multitask.cluster.places import chooses_places, demands, reserve
 from multitask.engines.decisions import Recovery, assign_hosts, recovery, worker_to_make_room
-from multitask.engines.loss import ENDED, Actor
+from multitask.engines.loss import ENDED
 from multitask.engines.server_actors import ServerActor, ShardActor
 from multitask.engines.workers import WorkerActor
 from multitask.job.checkpoint import CheckpointStore
@@ -23,8 +20,8 @@ class StartingProcess:
     """A process that is to take over a guest, and waits for room on the cluster or is starting."""
 
     actor: Actor
-    node: "ray.ObjectRef[str]"
-    """Ray's name of the process's node; it arrives when the process runs."""
+    node: Ref[str]
+    """The cluster's name of the process's node; it arrives when the process runs."""
 
 
 class Crew:
@@ -33,84 +30,80 @@ class Crew:
     Each worker is in a process of its own, or is a guest in the process of its host, another worker of its task.
     """
 
-    def __init__(self, job: Job, store: CheckpointStore) -> None:
-        self.job, self.store = job, store
+    def __init__(self, cluster: Cluster, job: Job, store: CheckpointStore) -> None:
+        self.cluster, self.job, self.store = cluster, job, store
         self.recovery = recovery(job.spec.engine.together)
-        # Ray starts no single process again where all of them start again together.
-        self._restarts = {"num_cpus": 0, "max_restarts": -1 if self.recovery is Recovery.REPLACE else 0}
-        self._demands = demands(job.spec, cluster_nodes())
-        self._group = reserve(job.spec, self._demands)
+        self._demands = demands(job.spec, list(cluster.nodes().values()))
+        self._reserved = reserve(cluster, job.spec, self._demands)
         self.shards: list[Actor] = [self._start_server_process(ShardActor, number) for number in range(1, job.shards)]
         self.server: Actor = self._start_server_process(ServerActor, 0)
-        self._worker_class: Any = ray.remote(WorkerActor)
         self.hosts = assign_hosts(job.workers, {task.name: task.needed_workers for task in job.spec.tasks})
         """Worker that starts as a guest -> its host."""
         self._needed = [name for name in job.workers if name not in self.hosts]
         """Workers that need a process of their own from the start."""
         self.incarnations = dict.fromkeys(job.workers, 0)
-        self._shared_job = ray.put(job)
+        self._shared_job = cluster.put(job)
         self.workers = {name: self._start_worker(self._shared_job, name, 0) for name in self._needed}
         """Worker with a process of its own -> this process."""
         self._starting: dict[str, StartingProcess] = {}
         """Guest -> the process that is to take it over."""
         self._grown: dict[str, str] = {}
-        """Worker that was a guest and has a process of its own now -> Ray's name of the process's node."""
+        """Worker that was a guest and has a process of its own now -> the cluster's name of the process's node."""
 
     def _start_server_process(self, kind: type, number: int) -> Actor:
-        actor: Any = ray.remote(kind)
-        return actor.options(**self._restarts, scheduling_strategy=self._place(number)).remote()
+        # The cluster starts no single process again where all of them start again together.
+        process = Process(place=self._place(number), restarts=self.recovery is Recovery.REPLACE)
+        return self.cluster.start(kind, [self.cluster], process)
 
-    def _start_worker(self, job: "ray.ObjectRef[Job]", name: str, incarnation: int) -> Actor:
+    def _start_worker(self, job: Ref[Job], name: str, incarnation: int) -> Actor:
         """Start a process for a worker; every incarnation asks the cluster for the same resources."""
         task = self.job.task(self.job.workers[name])
         resources = self._demands[task.name].resources
+        place: Search | Reserved
         if name in self.hosts:  # no place was reserved for this worker
-            spread = "DEFAULT" if self.job.spec.resources.placement == "pack" else "SPREAD"
-            options: dict[str, Any] = {
-                "scheduling_strategy": spread if chooses_places(self.job.spec) else None,
-                "label_selector": task.labels or None,
-            }
+            anywhere = Search.ANYWHERE if self.job.spec.resources.placement == "pack" else Search.SPREAD
+            place = anywhere if chooses_places(self.job.spec) else Search.PARENT
         else:
-            guests = sum(host == name for host in self.hosts.values())
-            options = {
-                "scheduling_strategy": self._place(self.job.shards + self._needed.index(name)),
-                "max_concurrency": 2 + guests if guests else 1,
-            }
-        starter = self._worker_class.options(
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
+            place = self._place(self.job.shards + self._needed.index(name))
+        guests = sum(host == name for host in self.hosts.values())
+        process = Process(
+            place=place,
+            cpus=resources["CPU"],
+            gpus=resources.get("GPU", 0.0),
             resources=task.resources,
-            **options,
+            labels=task.labels if name in self.hosts else {},
+            threads=2 + guests if guests else 1,
         )
-        return starter.remote(job, name, incarnation, self.server, self.shards)
+        arguments = [self.cluster, job, name, incarnation, self.server, self.shards]
+        return self.cluster.start(WorkerActor, arguments, process)
 
-    def _place(self, number: int) -> Any:
-        """Return the scheduling strategy of a process: its reserved place where there is one.
+    def _place(self, number: int) -> Search | Reserved:
+        """Return the place of a process: its reserved one, if there is one.
 
-        Without a reserved place Ray looks for any place. In a trial of a sweep Ray looks for a worker's place, which
-        needs CPUs, among the places of the trial.
+        Without a reserved place the cluster looks for any place. In a trial of a sweep it looks for a worker's place,
+        which needs CPUs, among the places of the trial.
 
         Args:
             number: counts the server's shards, and after them the workers that need a process of their own.
         """
-        if self._group is not None and number < self._group.bundle_count:
-            return PlacementGroupSchedulingStrategy(self._group, number)
-        return "DEFAULT" if number < self.job.shards else None
+        if number < len(self._reserved):
+            return self._reserved[number]
+        return Search.ANYWHERE if number < self.job.shards else Search.PARENT
 
-    def begin(self) -> "ray.ObjectRef[None]":
+    def begin(self) -> Ref[None]:
         """Hand the server and its shards the job at the latest checkpoint, or at the start if there is none."""
-        job = ray.put(self.job.restored(self.store.latest()))
+        job = self.cluster.put(self.job.restored(self.store.latest()))
         incarnations = [shard.begin.remote(job, number) for number, shard in enumerate(self.shards, start=1)]
-        begun: ray.ObjectRef[None] = self.server.begin.remote(job, self.shards, *incarnations)
+        begun: Ref[None] = self.server.begin.remote(job, self.shards, *incarnations)
         return begun
 
     def process(self, name: str) -> Actor:
         """Return the process that a worker is in: its own, or its host's."""
         return self.workers[name if name in self.workers else self.hosts[name]]
 
-    def call(self, name: str, method: str, *arguments: Any) -> "ray.ObjectRef[Any]":
+    def call(self, name: str, method: str, *arguments: Any) -> Ref[Any]:
         """Call a method of a worker, in whichever process it is."""
-        call: ray.ObjectRef[Any]
+        call: Ref[Any]
         if name in self.workers:
             call = getattr(self.workers[name], method).remote(*arguments)
         else:
@@ -124,7 +117,7 @@ class Crew:
 
     def kill_process(self, name: str) -> None:
         """End the process that a worker is in."""
-        ray.kill(self.process(name))
+        self.cluster.kill(self.process(name))
 
     def replace(self, name: str) -> list[str]:
         """Start another process, at the latest checkpoint, in place of a worker's lost one.
@@ -139,19 +132,18 @@ class Crew:
         needed = [other for other in lost if other not in self.hosts]
         moved = lost + (self._make_room(lost) if needed else [])
         for process in {self.process(other) for other in moved}:
-            ray.kill(process)
+            self.cluster.kill(process)
         for other in moved:
             self.incarnations[other] += 1
             self.workers.pop(other, None)
             self._grown.pop(other, None)
         for other in needed:
-            job = ray.put(self.job.restored(self.store.latest()))
+            job = self.cluster.put(self.job.restored(self.store.latest()))
             self.workers[other] = self._start_worker(job, other, self.incarnations[other])
         return moved
 
     def _make_room(self, lost: Collection[str]) -> list[str]:
-        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return worker_to_make_room(lost, self._grown, nodes, self.job.workers)
+        return worker_to_make_room(lost, self._grown, self.cluster.nodes().keys(), self.job.workers)
 
     def grow(self, names: Collection[str]) -> dict[str, str]:
         """Look for a process for each guest among these workers, and hand over the guests whose process runs.
@@ -160,21 +152,21 @@ class Crew:
         nodes. A host makes no more steps for a guest that was handed over.
 
         Returns:
-            Worker that was handed over by this call -> Ray's name of the node of its process.
+            Worker that was handed over by this call -> the cluster's name of the node of its process.
         """
         for name in self._starting.keys() - set(names):
-            ray.kill(self._starting.pop(name).actor)
+            self.cluster.kill(self._starting.pop(name).actor)
         handed_over: dict[str, str] = {}
         for name in [name for name in self.hosts if name in names and name not in self.workers]:
             if name not in self._starting:
                 actor = self._start_worker(self._shared_job, name, self.incarnations[name] + 1)
                 self._starting[name] = StartingProcess(actor, actor.node.remote())
             process = self._starting[name]
-            if not ray.wait([process.node], timeout=0)[0]:
+            if not self.cluster.wait([process.node], timeout_s=0)[0]:
                 continue
             del self._starting[name]
             with contextlib.suppress(*ENDED):  # lost while it started; the next call starts another process
-                handed_over[name] = self._grown[name] = ray.get(process.node)
+                handed_over[name] = self._grown[name] = self.cluster.get(process.node)
                 self.process(name).dismiss.remote(name)
                 self.workers[name] = process.actor
                 self.incarnations[name] += 1
@@ -184,15 +176,15 @@ class Crew:
         """End all processes and give their places back."""
         self.grow(())
         for actor in (*self.workers.values(), self.server, *self.shards):
-            ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
+            self.cluster.kill(actor)
+        if self._reserved:
+            self.cluster.release(self._reserved[0].places)
 
 
 @contextlib.contextmanager
-def actors(job: Job, store: CheckpointStore) -> Iterator[Crew]:
+def actors(cluster: Cluster, job: Job, store: CheckpointStore) -> Iterator[Crew]:
     """Start the server and all workers as actors, and end them with the block."""
-    crew = Crew(job, store)
+    crew = Crew(cluster, job, store)
     try:
         yield crew
     finally:

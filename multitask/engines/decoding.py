@@ -3,15 +3,12 @@
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from multitask.cluster.logs import log_to_stderr
+from multitask.cluster.interface import Actor, Cluster, OnNode, Process
 from multitask.data.stream import Drawn
-from multitask.engines.loss import LOST, Actor
+from multitask.engines.loss import LOST
 from multitask.job.job import Job
 
 BATCHES_AHEAD = 2
@@ -21,9 +18,9 @@ BATCHES_AHEAD = 2
 class DecodeActor:
     """Decodes each image once for several workers of one node that read the same rows."""
 
-    def __init__(self, job: Job, workers: Sequence[str]) -> None:
+    def __init__(self, cluster: Cluster, job: Job, workers: Sequence[str]) -> None:
         torch.set_num_threads(1)
-        log_to_stderr(lambda: {"run": job.spec.name})
+        cluster.log_to_stderr(lambda: {"run": job.spec.name})
         self._stream = job.make_stream(workers)
 
     def next(self, worker: str) -> Drawn:
@@ -36,36 +33,35 @@ class DecodeActor:
 
 
 @contextlib.contextmanager
-def decoders(job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
+def decoders(cluster: Cluster, job: Job, nodes: Mapping[str, str]) -> Iterator[dict[str, Actor]]:
     """Start a decoder for each set of workers that read the same rows on one node; end the decoders with the block.
 
     Args:
-        nodes: worker -> Ray's name of its node.
+        nodes: worker -> the cluster's name of its node.
     Yields:
         Worker -> its decoder, for the workers that have one.
     """
-    shared_job = ray.put(job)
+    shared_job = cluster.put(job)
     decoder_of: dict[str, Actor] = {}
     for node in set(nodes.values()):
         for readers in job.sharing(name for name in job.workers if nodes[name] == node):
             if len(readers) > 1:
-                on_node = NodeAffinitySchedulingStrategy(node, soft=False)
-                actor: Any = ray.remote(DecodeActor).options(num_cpus=0, scheduling_strategy=on_node)
-                decoder_of |= dict.fromkeys(readers, actor.remote(shared_job, readers))
+                decoder = cluster.start(DecodeActor, [cluster, shared_job, readers], Process(place=OnNode(node)))
+                decoder_of |= dict.fromkeys(readers, decoder)
     try:
         yield decoder_of
     finally:
         for decoder in set(decoder_of.values()):
-            ray.kill(decoder)
+            cluster.kill(decoder)
 
 
-def batches_from(decoder: Actor, job: Job, worker: str) -> Iterator[Drawn]:
+def batches_from(cluster: Cluster, decoder: Actor, job: Job, worker: str) -> Iterator[Drawn]:
     """Yield a worker's batches from its decoder; once the decoder is lost, decode in this process."""
     requested = deque(decoder.next.remote(worker) for _ in range(BATCHES_AHEAD))
     position = job.start_of(worker)[1]
     try:
         while True:
-            drawn: Drawn = ray.get(requested.popleft())
+            drawn: Drawn = cluster.get(requested.popleft())
             requested.append(decoder.next.remote(worker))
             position = drawn.position
             yield drawn

@@ -34,6 +34,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from multitask.cluster.interface import Clock, Cluster
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
 from multitask.server.messages import Evaluation, StepRecord, whole
@@ -59,12 +61,15 @@ class Driver:
     wants_pause: Callable[[], bool] = lambda: False
     """Asked as often as `watch` is called. True lets all workers stop after their step; the engine then saves a
     checkpoint and returns."""
+    cluster: Cluster = field(default_factory=RayCluster)
+    """The cluster on which the engine starts processes; engine `local` uses its clock only."""
 
 
 @dataclass
 class Outcome:
     """What an engine hands back when all workers have made their steps, or have paused."""
 
+    clock: Clock = time
     versions: dict[str, Evaluation] = field(default_factory=dict)
     """The evaluations `last` and `best` of this run of the engine; `best` is missing if an earlier one was better."""
     paused: bool = False
@@ -77,12 +82,12 @@ class Outcome:
 
     def note_loss(self, what: str) -> None:
         """Note that something is lost now, unless it is lost already."""
-        self.lost_at.setdefault(what, time.monotonic())
+        self.lost_at.setdefault(what, self.clock.monotonic())
 
     def note_recovery(self, what: str) -> None:
         """Note that something is back at work, if it was lost."""
         if what in self.lost_at:
-            self.recoveries.append(time.monotonic() - self.lost_at.pop(what))
+            self.recoveries.append(self.clock.monotonic() - self.lost_at.pop(what))
 
 
 def take(

@@ -1,14 +1,11 @@
 """Engine `allreduce`: the ledger, which decides as a parameter server does and holds no values."""
 
 import asyncio
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
-import ray
-
-from multitask.engines.loss import Actor, LastAnswer, require_begun
+from multitask.cluster.interface import Actor, Cluster, Places
+from multitask.engines.loss import LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.engines.operations import Ledger, Operation
 from multitask.job.checkpoint import CheckpointStore
@@ -16,9 +13,6 @@ from multitask.job.job import Job
 from multitask.server.messages import GroupValues, Push, PushRejectedError, Reply, SnapshotRequest, StepRecord
 from multitask.server.parameter_server import CompleteSnapshot, ParameterServer
 from multitask.server.progress import Progress
-
-WAIT = timedelta(days=1)
-"""Timeout of a collective. Other ranks may be evaluating for long; lost and silent ranks are found by other means."""
 
 
 def busy_workers(
@@ -51,15 +45,16 @@ def busy_workers(
 class GroupState:
     """What the ledger holds for one start of the worker group."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, cluster: Cluster, job: Job) -> None:
         """Args:
         job: at the checkpoint that the group starts from.
         """
-        self.incarnation = time.time_ns()
+        self.incarnation = cluster.clock.time_ns()
         """Identifies this start of the group: the ledger rejects calls from the ranks of an earlier one."""
         self.job = job
         self.ledger = Ledger(job.workers)
-        self.server = job.make_server(self.ledger, on_record=ServerMetrics(job).note)
+        on_record = ServerMetrics(cluster, job).note
+        self.server = job.make_server(self.ledger, on_record=on_record, clock=cluster.clock)
         self.resting: set[str] = set()
         """Workers that have made their last step, or pause."""
         self._changed = asyncio.Event()
@@ -96,6 +91,8 @@ class GroupStatus:
     """Messages about losses since the last status."""
     failure: tuple[str, str] | None
     """The worker that raised an exception, and its text: the run cannot go on."""
+    places: Places | None
+    """The places of the group that has started last; None where this process of the ledger knows of none."""
     ended: bool
     """All ranks have done all their work, and `news` is the last."""
 
@@ -107,13 +104,16 @@ class LedgerActor:
     and Ray Train starts new ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._group: GroupState | None = None
+        self._begun = asyncio.Event()
         self._starting = True
         self._actors: dict[str, Actor] = {}
         """Workers that have joined the present start of the group and were not found silent."""
         self._processes: dict[str, int] = {}
         """Worker -> process id, for all workers that have joined."""
+        self._places: Places | None = None
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: tuple[str, str] | None = None
@@ -126,6 +126,7 @@ class LedgerActor:
         """
         self._job, self._store = job, store
         self._restart()
+        self._begun.set()
 
     @property
     def server(self) -> ParameterServer:
@@ -137,7 +138,7 @@ class LedgerActor:
         return require_begun(self._group).server
 
     def _restart(self) -> None:
-        self._group = GroupState(self._job.restored(self._store.latest()))
+        self._group = GroupState(self._cluster, self._job.restored(self._store.latest()))
         if self._pause_wanted:
             self._group.server.pause()
         self._actors, self._processes = {}, {}
@@ -145,7 +146,8 @@ class LedgerActor:
     # Calls of the ranks.
 
     async def begin_group(self) -> int:
-        """Start a new group of ranks at the latest checkpoint; return its incarnation."""
+        """Start a new group of ranks at the latest checkpoint, as soon as there is a job; return its incarnation."""
+        await self._begun.wait()
         require_begun(self._group).notify()
         self._restart()
         return require_begun(self._group).incarnation
@@ -210,9 +212,9 @@ class LedgerActor:
         group.server.report_alive(worker)
         group.notify()
 
-    async def finish(self, incarnation: int, worker: str) -> None:
+    async def finish(self, incarnation: int, worker: str, step: int) -> None:
         group = self._group_of(incarnation)
-        group.server.finish(worker)
+        group.server.finish(worker, step)
         group.notify()
 
     async def rest(self, incarnation: int, worker: str) -> tuple[list[Operation], bool]:
@@ -256,10 +258,10 @@ class LedgerActor:
         )
         silent = [worker for worker in group.server.silent_workers(silent_s, busy) if worker in self._actors]
         for worker in silent:
-            ray.kill(self._actors.pop(worker))
+            self._cluster.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
         news, ended = group.server.drain(), group.server.has_ended()
-        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)
+        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, self._places, ended)
 
     async def drop_snapshot(self, versions: Sequence[int]) -> None:
         for version in versions:
@@ -274,6 +276,10 @@ class LedgerActor:
         self._lost.append(message)
         self._starting = True
         self._actors, self._processes = {}, {}
+
+    async def hold(self, places: Places) -> None:
+        """Note the places of the group that has started."""
+        self._places = places
 
     async def starting(self) -> bool:
         """Return whether a group is starting: not all of its ranks have joined."""

@@ -63,17 +63,18 @@ class DirectServer:
     def report_alive(self, worker: str) -> None:
         self._server.report_alive(worker)
 
-    def finish(self, worker: str) -> None:
-        self._server.finish(worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._server.finish(worker, step)
 
 
 def run(job: Job, driver: Driver) -> Outcome:
     """Train with every worker in this process: the numerical reference of the other engines."""
     assert isinstance(job.spec.engine, LocalSpec)
     delay = job.spec.engine.delay
-    outcome = Outcome()
+    clock = driver.cluster.clock
+    outcome = Outcome(clock)
     with torch_threads(job.spec.resources.threads_per_worker):
-        server = job.make_server()
+        server = job.make_server(clock=clock)
         direct = DirectServer(server, delay)
         workers = make_workers(job)
 

@@ -1,11 +1,12 @@
 """How callers see that a process is lost, and what the driver tells of a loss."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
+from multitask.cluster.interface import Cluster
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 
@@ -22,8 +23,6 @@ ENDED = (RayActorError, OutOfMemoryError)
 """Errors of a call whose process is gone; OutOfMemoryError where Ray's memory monitor has ended the process."""
 LOST = (*ENDED, ObjectLostError, NotBegunError)
 """Errors of a call of the server, or of a read of its values, when its process or node is gone."""
-Actor = Any
-"""A handle of an actor. Ray gives a class and the same class with options different types."""
 Answer = TypeVar("Answer")
 
 
@@ -63,10 +62,13 @@ class LastAnswer:
         return answer
 
 
-def start_timeout(job: Job, missing: Iterable[str]) -> TrainingError:
+def start_timeout(cluster: Cluster, job: Job, missing: Iterable[str]) -> TrainingError:
     """Return the error of a run whose workers `missing` did not start in time."""
+    total: Counter[str] = Counter()
+    for node in cluster.nodes().values():
+        total.update(node.resources)
     return TrainingError(
         f"Workers {list(missing)} did not start within {job.spec.resources.start_timeout_s:g} s. The cluster has "
-        f"{ray.cluster_resources()}, of which {ray.available_resources()} is free. Stop other jobs, or lower "
+        f"{dict(total)}, of which {cluster.free_resources()} is free. Stop other jobs, or lower "
         "resources.cpus_per_worker or resources.gpus_per_worker."
     )

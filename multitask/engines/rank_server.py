@@ -1,15 +1,16 @@
 """Engine `allreduce`: the server as a rank sees it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import ray
 from torch import Tensor
 
-from multitask.engines.loss import LOST, Actor
+from multitask.cluster.collectives import PeerLostError
+from multitask.cluster.interface import Actor, Cluster, Ref
+from multitask.engines.loss import LOST
 from multitask.engines.operations import Apply, DropSnapshot, Operation, TakeSnapshot
-from multitask.engines.reduction import PeerLostError, Reduction
+from multitask.engines.reduction import Reduction
 from multitask.job.job import Job
 from multitask.server.messages import (
     Gradients,
@@ -18,23 +19,20 @@ from multitask.server.messages import (
     PushRejectedError,
     Reply,
     SnapshotRequest,
-    as_tensor,
 )
 from multitask.server.shard import Update, shares
-from multitask.worker import TaskWorker, Values, problem_of
-
-Handle = Any
-"""Ray's reference to an answer of the ledger."""
+from multitask.worker import TaskWorker, Values
 
 
 @dataclass(frozen=True)
 class LedgerConnection:
     """The ledger as the ranks of one incarnation of the worker group call it."""
 
+    cluster: Cluster
     actor: Actor
     incarnation: int
 
-    def send(self, method: str, *arguments: Any) -> Handle:
+    def send(self, method: str, *arguments: Any) -> Ref[Any]:
         """Call a method of `LedgerActor`; `answer_of` returns its result."""
         return getattr(self.actor, method).remote(self.incarnation, *arguments)
 
@@ -44,17 +42,21 @@ class LedgerConnection:
         Raises:
             PeerLostError: as from `answer_of`.
         """
-        return answer_of(self.send(method, *arguments))
+        return self.answer_of(self.send(method, *arguments))
+
+    def answer_of(self, call: Ref[Any]) -> Any:
+        """Wait for the answer to a call.
+
+        Raises:
+            PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
+        """
+        return answer_of(self.cluster, call)
 
 
-def answer_of(handle: Handle) -> Any:
-    """Wait for an answer of the ledger.
-
-    Raises:
-        PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
-    """
+def answer_of(cluster: Cluster, call: Ref[Any]) -> Any:
+    """Wait for an answer of the ledger; see `LedgerConnection.answer_of`."""
     try:
-        return ray.get(handle)
+        return cluster.get(call)
     except (*LOST, PushRejectedError) as error:
         raise PeerLostError(f"The ledger was lost, or this worker group was: {error}") from error
 
@@ -122,17 +124,16 @@ class RankServer:
         self._follow(operations)
         return reply, self._values()
 
-    def push(self, push: Push, gradients: Gradients) -> Handle:
-        problem = push.problem or problem_of({name: as_tensor(gradient) for name, gradient in gradients.items()})
-        handle = self._ledger.send("push", replace(push, problem=problem))
+    def push(self, push: Push, gradients: Gradients) -> Ref[Any]:  # noqa: ARG002
+        handle = self._ledger.send("push", push)
         if not self._reduction.armed:  # The worker clips its gradients, so none of them was final before.
             self._arm()
         self._reduction.flush()
         return handle
 
-    def wait(self, handle: Handle) -> tuple[Reply, Values]:
+    def wait(self, handle: Ref[Any]) -> tuple[Reply, Values]:
         sums = self._reduction.finish()
-        reply, operations = answer_of(handle)
+        reply, operations = self._ledger.answer_of(handle)
         self._follow(operations, sums)
         return reply, self._values()
 
@@ -160,8 +161,8 @@ class RankServer:
     def report_alive(self, worker: str) -> None:
         self._ledger.ask("report_alive", worker)
 
-    def finish(self, worker: str) -> None:
-        self._ledger.ask("finish", worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._ledger.ask("finish", worker, step)
 
     def rest(self, worker: TaskWorker) -> None:
         """After this rank's last step: follow the other ranks and answer snapshot requests until all ranks rest."""

@@ -1,36 +1,22 @@
-"""Sum gradients by all_reduce, in buckets, while the backward pass is still running.
+"""Sum gradients among processes, in buckets, while the backward pass is still running.
 
-This file knows torch.distributed and flat buffers, and nothing of Ray, tasks or rounds.
+This file knows flat buffers and processes that sum them, and nothing of Ray, tasks or rounds.
 Source: Li et al., "PyTorch Distributed", VLDB 2020, arXiv:2006.15704: buckets in a fixed order, started by hooks.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from multitask.cluster.collectives import Members, Sum
 from multitask.server.layout import Layout, Role
 
 NEUTRAL = -0.0
 """Adding it changes no bit of any float; adding +0.0 would turn -0.0 into +0.0."""
 FLOAT_BYTES = 4
-
-
-class PeerLostError(RuntimeError):
-    """A collective failed, most likely because another process of its group is gone."""
-
-
-@contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """Turn errors of torch.distributed in the block into PeerLostError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLostError(f"A collective failed: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +73,7 @@ class Reduction:
         self,
         plan: Sequence[Bucket],
         gradients: Mapping[str, Tensor],
-        members: Mapping[str, dist.ProcessGroup],
+        members: Mapping[str, Members],
         device: torch.device | None = None,
     ) -> None:
         """Args:
@@ -105,7 +91,7 @@ class Reduction:
         """For each bucket: gradients, and statistics, that are not complete yet."""
         self._next = 0
         """Index of the first bucket that has not started."""
-        self._works: list[dist.Work] = []
+        self._started: list[Sum] = []
 
     def watch(self, parameters: Mapping[str, Tensor]) -> None:
         """Let backward passes start each bucket as soon as all its gradients are complete.
@@ -126,7 +112,7 @@ class Reduction:
         self._factors = dict(factors)
         self._missing = [len(bucket.tensors) + bucket.last for bucket in self._plan]
         self._next = 0
-        self._works = []
+        self._started = []
 
     @property
     def armed(self) -> bool:
@@ -140,9 +126,8 @@ class Reduction:
             Group -> sum over the processes that use it, shape (layout.pushed,); overwritten in the next step.
         """
         self.flush()
-        with peers():
-            for work in self._works:
-                work.wait()
+        for started in self._started:
+            started.wait()
         self._factors = None
         return self._sums
 
@@ -155,8 +140,7 @@ class Reduction:
         """Sum one group once more, with another factor; all processes that use the group must call this."""
         piece = self._sums[group]
         self._contribute(piece, self._gradients[group], factor)
-        with peers():
-            dist.all_reduce(piece, group=self._members[group])
+        self._members[group].start_sum(piece).wait()
         return piece
 
     def _ready(self, index: int, _parameter: Tensor) -> None:
@@ -175,10 +159,7 @@ class Reduction:
         where = slice(bucket.start, bucket.stop)
         piece = self._sums[bucket.group][where]
         self._contribute(piece, self._gradients[bucket.group][where], self._factors[bucket.group])
-        with peers():
-            work = dist.all_reduce(piece, group=self._members[bucket.group], async_op=True)
-        assert work is not None, "this process is a member of the group"
-        self._works.append(work)
+        self._started.append(self._members[bucket.group].start_sum(piece))
 
     @staticmethod
     def _contribute(piece: Tensor, gradient: Tensor, factor: float | None) -> None:

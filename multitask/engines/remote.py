@@ -1,14 +1,11 @@
 """The parameter server as a worker in another process sees it."""
 
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
-
-from multitask.engines.loss import LOST, Actor, Answer
+from multitask.cluster.interface import Actor, Cluster, Ref
+from multitask.engines.loss import LOST, Answer, RestartAllError
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, OutOfStepError, Push, Reply, SnapshotRequest
 from multitask.worker import Values
@@ -20,15 +17,20 @@ RETRY_S = 0.2
 class RemoteServer:
     """The server as a worker in another process sees it (`multitask.worker.Server`).
 
-    It goes on when the server's process is lost and started again.
+    Under `async` and `bounded` it goes on when the server's process is lost and started again. Where the pushes of a
+    round make one update, no worker can go on without the others: every call that is lost raises RestartAllError.
     """
 
-    def __init__(self, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]) -> None:
+    def __init__(
+        self, cluster: Cluster, job: Job, worker: str, incarnation: int, server: Actor, shards: Sequence[Actor]
+    ) -> None:
+        self._cluster = cluster
         self._server, self._shards = server, shards
         self._worker, self._incarnation = worker, incarnation
         self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
         self._timeout_s = job.spec.resources.start_timeout_s
+        self._goes_on = not job.spec.engine.together
         self._made: tuple[int, int] | None = None
         """Steps that this worker has pushed, answered or not, and the stream's position after them."""
         self._connection = 0
@@ -36,29 +38,28 @@ class RemoteServer:
         self._joined = 0
         """Value of `_connection` when this worker last joined: only this connection's server knows the worker."""
 
-    def join(self, made: tuple[int, int] | None) -> tuple[Reply, Values]:
-        """Make the worker known to the server, and pull.
+    def join(self, made: tuple[int, int] | None) -> Reply:
+        """Make the worker known to the server.
 
         Args:
             made: steps that the worker's private tensors have learned from, and the stream's position after them; None
                 for a worker that has just started and holds no private tensors.
         """
         step, position = made or (None, 0)
-        reply, values = self._retry(
-            lambda: fetch_values([self._server.join.remote(self._worker, self._incarnation, step, position)])
+        reply = self._retry(
+            lambda: self._cluster.get(self._server.join.remote(self._worker, self._incarnation, step, position))
         )
         self._made = made or (reply.step, reply.position)
         self._joined = self._connection
-        return reply, values
+        return reply
 
     def pull(self, worker: str) -> tuple[Reply, Values]:
-        return self._retry(lambda: fetch_values([self._server.pull.remote(worker)]))
+        return self._retry(lambda: self._values_of([self._server.pull.remote(worker)]))
 
-    def push(self, push: Push, gradients: Gradients) -> tuple[int, list["ray.ObjectRef[Any]"]]:
+    def push(self, push: Push, gradients: Gradients) -> tuple[int, list[Ref[Any]]]:
         if self._joined != self._connection:
             # The server went back to a version before the one that these gradients were computed on.
-            reply, _ = self.join(self._made)
-            push = replace(push, version=min(push.version, reply.version))
+            push = replace(push, version=min(push.version, self.join(self._made).version))
         self._made = push.step + 1, push.position
         parts: list[Gradients] = [
             {name: gradient[slice(*self._ranges[name][number])] for name, gradient in gradients.items()}
@@ -70,18 +71,20 @@ class RemoteServer:
         ]
         return self._connection, [self._server.push.remote(push, parts[0], *problems)]
 
-    def wait(self, handle: tuple[int, list["ray.ObjectRef[Any]"]]) -> tuple[Reply, Values]:
+    def wait(self, handle: tuple[int, list[Ref[Any]]]) -> tuple[Reply, Values]:
         connection, answer = handle
         if connection == self._connection:
             try:
-                return fetch_values(answer)
-            except (*LOST, OutOfStepError):  # a push that was sent before the loss may reach the restored server
-                self._connection += 1
+                return self._values_of(answer)
+            except (*LOST, OutOfStepError) as error:  # a push sent before the loss may reach the restored server
+                self._note_loss(error)
         # Pushes without an answer may have been applied before the loss or not; none of them is sent again.
-        return self.join(self._made) if self._joined != self._connection else self.pull(self._worker)
+        if self._joined != self._connection:
+            self.join(self._made)
+        return self.pull(self._worker)
 
     def snapshot(self, version: int, worker: str) -> Values | None:
-        return self._retry(lambda: ray.get(self._server.snapshot.remote(version, worker)))
+        return self._retry(lambda: self._cluster.get(self._server.snapshot.remote(version, worker)))
 
     def snapshot_requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
         requests: tuple[SnapshotRequest, ...] = self._call("snapshot_requests", worker)
@@ -100,46 +103,40 @@ class RemoteServer:
     def report_alive(self, worker: str) -> None:
         self._call("report_alive", worker)
 
-    def finish(self, worker: str) -> None:
-        self._call("finish", worker)
+    def finish(self, worker: str, step: int) -> None:
+        self._call("finish", worker, step)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call a method of `ParameterServer` and wait for its answer."""
-        return self._retry(lambda: ray.get(self._server.call.remote(method, *arguments)))
+        return self._retry(lambda: self._cluster.get(self._server.call.remote(method, *arguments)))
 
     def _retry(self, ask: Callable[[], Answer]) -> Answer:
         """Ask until the server answers; after a loss it takes the server seconds to come back."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._cluster.clock.monotonic() + self._timeout_s
         while True:
             try:
                 return ask()
-            except LOST:
-                self._connection += 1
-                if time.monotonic() > deadline:
+            except LOST as error:
+                self._note_loss(error)
+                if self._cluster.clock.monotonic() > deadline:
                     raise
-                time.sleep(RETRY_S)
+                self._cluster.clock.sleep(RETRY_S)
 
+    def _note_loss(self, error: Exception) -> None:
+        """Note that a call was lost.
 
-FETCHING = threading.Lock()
-"""Held while a thread of this process fetches values."""
+        Raises:
+            RestartAllError: the worker cannot go on.
+        """
+        if not self._goes_on:
+            raise RestartAllError(f"Worker '{self._worker}' could not reach the parameter server: {error}") from error
+        self._connection += 1
 
+    def _values_of(self, answer: list[Ref[Any]]) -> tuple[Reply, Values]:
+        """Wait for an answer of the server, and fetch the values that it refers to.
 
-def fetch_values(answer: list["ray.ObjectRef[Any]"]) -> tuple[Reply, Values]:
-    """Wait for an answer of the server, and fetch the values that it refers to.
-
-    Workers that share a process fetch their values one after another. When a process gives up its last reference to an
-    object, Ray (2.60.0) forgets the object in two steps. If another thread receives a reference between the two steps,
-    Ray forgets this reference too, and a `get` of it never ends. So this function gives up all its references, the one
-    to the answer included, before another thread may receive any.
-
-    Args:
-        answer: a list with the only reference to the answer. The function empties the list.
-    """
-    ray.wait(answer)
-    with FETCHING:
-        reply, shards = ray.get(answer.pop())
-        names = list(shards[0])
-        found = iter(ray.get([refs[name] for name in names for refs in shards]))
-        values = {name: [next(found) for _ in shards] for name in names}
-        del shards
-    return reply, values
+        Args:
+            answer: a list with the only reference to the answer; it is emptied.
+        """
+        reply, shards = self._cluster.fetch(answer)
+        return reply, {name: [shard[name] for shard in shards] for name in shards[0]}

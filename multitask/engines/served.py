@@ -5,16 +5,14 @@ Distributed ML via a Stale Synchronous Parallel Parameter Server", NIPS 2013 (`b
 """
 
 import logging
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray.exceptions import RayTaskError
 
+from multitask.cluster.interface import Cluster, Ref
 from multitask.cluster.places import check_places
-from multitask.cluster.session import ray_session
 from multitask.engines.caller import POLL_S
 from multitask.engines.crew import Crew, actors
 from multitask.engines.decisions import (
@@ -57,12 +55,13 @@ def run(job: Job, driver: Driver) -> Outcome:
         TrainingError: a worker failed (with its name, task, steps and traceback), workers found no place in time, or
             processes are lost again and again without a step made.
     """
-    outcome, losses, records = Outcome(), LossCounter(), 0
-    with ray_session():
-        check_places(job.spec)
+    cluster = driver.cluster
+    outcome, losses, records = Outcome(cluster.clock), LossCounter(), 0
+    with cluster.session():
+        check_places(cluster, job.spec)
         while True:
             try:
-                with actors(job, driver.store) as crew:
+                with actors(cluster, job, driver.store) as crew:
                     attempt = ServedRun(crew, ServerClient(crew, outcome), driver, outcome)
                     return attempt.run()
             except RestartAllError as lost:
@@ -79,10 +78,11 @@ class ServedRun:
 
     def __init__(self, crew: Crew, server: ServerClient, driver: Driver, outcome: Outcome) -> None:
         self._crew, self._server, self._driver, self._outcome = crew, server, driver, outcome
+        self._cluster = driver.cluster
         self._job = crew.job
         self._workers = dict.fromkeys(crew.job.workers, WorkerStatus())
         self._losses = LossCounter()
-        self._calls: dict[ray.ObjectRef[Any], str] = {}
+        self._calls: dict[Ref[Any], str] = {}
         """Call without an answer yet -> its worker."""
         self.records = 0
         """Number of step records that the driver was told."""
@@ -94,10 +94,10 @@ class ServedRun:
             RestartAllError: a process is lost, and cannot be replaced while the others go on.
         """
         job, crew = self._job, self._crew
-        nodes = await_start(job, {name: crew.call(name, "node") for name in job.workers})
+        nodes = await_start(self._cluster, job, {name: crew.call(name, "node") for name in job.workers})
         self._log_nodes(nodes)
         self._server.begin()
-        with decoders(job, nodes) as decoder_of:
+        with decoders(self._cluster, job, nodes) as decoder_of:
             self.run_phase("prepare", {name: (decoder_of.get(name),) for name in job.workers})
             self.run_phase("train")
         while True:  # until neither the server nor a worker was lost on the way to the end
@@ -183,14 +183,16 @@ class ServedRun:
         Returns:
             The workers that go on in another process, because theirs was lost.
         """
-        done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=POLL_S)
+        done, _ = self._cluster.wait(list(self._calls), count=len(self._calls), timeout_s=POLL_S)
         moved: list[str] = []
         for call in done:
             name = self._calls.pop(call)
             if name in moved:  # it shared the process of another worker, which is replaced already
                 continue
             try:
-                results[name] = ray.get(call)
+                results[name] = self._cluster.get(call)
+            except RestartAllError as error:
+                self._server.note_loss(name, f"{self._title(name)} is lost: {getattr(error, 'cause', error)}")
             except RayTaskError as error:
                 self.poll()  # tell the driver of the last steps, and save a checkpoint that is complete
                 why = f"{error.cause}\n{error}"
@@ -258,9 +260,10 @@ class ServedRun:
 
     def _check_places(self) -> None:
         timeout_s = self._job.spec.resources.start_timeout_s
-        overdue = overdue_workers(self._job.workers, self._outcome.lost_at, time.monotonic(), timeout_s)
+        now = self._cluster.clock.monotonic()
+        overdue = overdue_workers(self._job.workers, self._outcome.lost_at, now, timeout_s)
         if overdue:
-            raise start_timeout(self._job, overdue)
+            raise start_timeout(self._cluster, self._job, overdue)
 
     # What is known of workers.
 
@@ -279,22 +282,22 @@ class ServedRun:
         return {"task": self._job.workers[worker], "worker": worker, "step": self._workers[worker].step}
 
 
-def await_start(job: Job, starts: Mapping[str, "ray.ObjectRef[str]"]) -> dict[str, str]:
+def await_start(cluster: Cluster, job: Job, starts: Mapping[str, Ref[str]]) -> dict[str, str]:
     """Wait until all workers have started.
 
     Args:
-        starts: worker -> call that returns Ray's name of its node.
+        starts: worker -> call that returns the cluster's name of its node.
     Returns:
-        Worker -> Ray's name of its node.
+        Worker -> the cluster's name of its node.
     Raises:
         TrainingError: workers did not start in time; the message names them.
         RestartAllError: a worker was lost while it started.
     """
     timeout_s = job.spec.resources.start_timeout_s
-    _, missing = ray.wait(list(starts.values()), num_returns=len(starts), timeout=timeout_s)
+    _, missing = cluster.wait(list(starts.values()), count=len(starts), timeout_s=timeout_s)
     if missing:
-        raise start_timeout(job, [name for name, start in starts.items() if start in missing])
+        raise start_timeout(cluster, job, [name for name, start in starts.items() if start in missing])
     try:
-        return {name: ray.get(start) for name, start in starts.items()}
+        return {name: cluster.get(start) for name, start in starts.items()}
     except ENDED as error:  # a node may be lost with the processes that start there
         raise RestartAllError(f"A worker was lost while it started: {error}".splitlines()[0]) from None

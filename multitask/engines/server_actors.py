@@ -2,15 +2,14 @@
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import ray
 import torch
 
-from multitask.engines.loss import Actor, LastAnswer, NotBegunError, require_begun
+from multitask.cluster.interface import Actor, Cluster, Ref
+from multitask.engines.loss import LastAnswer, NotBegunError, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.job.job import Job
 from multitask.server.messages import Gradients, GroupValues, Key, Push, Reply, StepRecord
@@ -23,21 +22,21 @@ log = logging.getLogger(__name__)
 GRACE_S = 1.0
 """Seconds for which published values are kept after newer ones have replaced them. Ray was seen to free values that an
 answer refers to before the reader of the answer had told Ray that it holds them."""
-Refs = dict[str, "ray.ObjectRef[GroupValues]"]
-"""Group -> reference to one shard's range of its values in Ray's object store."""
+Refs = dict[str, Ref[GroupValues]]
+"""Group -> reference to one shard's range of its values in the cluster's object store."""
 
 
 class Published:
-    """Keeps one copy of a shard's newest values in Ray's object store, for all workers that read them."""
+    """Keeps one copy of a shard's newest values in the cluster's object store, for all workers that read them."""
 
-    def __init__(self, shard: Shard) -> None:
-        self._shard = shard
-        self._refs: dict[str, tuple[int, ray.ObjectRef[GroupValues]]] = {}
-        self._replaced: deque[tuple[float, ray.ObjectRef[GroupValues]]] = deque()
+    def __init__(self, cluster: Cluster, shard: Shard) -> None:
+        self._cluster, self._shard = cluster, shard
+        self._refs: dict[str, tuple[int, Ref[GroupValues]]] = {}
+        self._replaced: deque[tuple[float, Ref[GroupValues]]] = deque()
 
     def refs(self, names: Iterable[str]) -> Refs:
         """Return references to the newest values of groups; groups that have changed are put into the store again."""
-        now = time.monotonic()
+        now = self._cluster.clock.monotonic()
         while self._replaced and now - self._replaced[0][0] > GRACE_S:
             self._replaced.popleft()
         for name in names:
@@ -45,16 +44,17 @@ class Published:
             if self._refs.get(name, (-1, None))[0] != group.updates:
                 if name in self._refs:
                     self._replaced.append((now, self._refs[name][1]))
-                self._refs[name] = group.updates, ray.put(group.view())
+                self._refs[name] = group.updates, self._cluster.put(group.view())
         return {name: self._refs[name][1] for name in names}
 
 
 class ShardActor:
     """A shard of the server other than the first one, which is in `ServerActor`. It holds no values until `begin`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         torch.set_num_threads(1)
-        self.incarnation = time.time_ns()
+        self._cluster = cluster
+        self.incarnation = cluster.clock.time_ns()
         self._begun: tuple[Shard, Published] | None = None
         self._followed = 0
         """Number of changes of the first shard that this shard has made, too."""
@@ -68,7 +68,7 @@ class ShardActor:
             This process's incarnation.
         """
         shard = job.make_shard(number)
-        self._begun, self._followed = (shard, Published(shard)), 0
+        self._begun, self._followed = (shard, Published(self._cluster, shard)), 0
         return self.incarnation
 
     def ping(self) -> int:
@@ -97,7 +97,7 @@ class ShardActor:
             getattr(shard, method)(*arguments)
         except Exception as error:
             log.warning("A shard of the server could not follow the first one: %s", error)
-            self._begun, self.incarnation = None, time.time_ns()
+            self._begun, self.incarnation = None, self._cluster.clock.time_ns()
             raise
 
     def read(self, names: Sequence[str]) -> Refs:
@@ -141,12 +141,14 @@ class ServerActor:
     process again, when there may be a newer checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         torch.set_num_threads(1)
+        self._cluster = cluster
         self._held: ParameterServer | None = None
         self._drained = LastAnswer()
         self._incarnations: list[int] | None = None
-        self._changed: asyncio.Event | None = None
+        self._waiting: dict[str, asyncio.Event] = {}
+        """Worker -> what wakes up its calls that wait."""
 
     def begin(self, job: Job, shards: Sequence[Actor] = (), *incarnations: int) -> None:
         """Take the values and the progress of a job, which may stand at a checkpoint.
@@ -156,10 +158,11 @@ class ServerActor:
             incarnations: the results of their `begin`.
         """
         self._others = list(shards)
-        self._incarnations = [time.time_ns(), *incarnations]
+        self._incarnations = [self._cluster.clock.time_ns(), *incarnations]
         others = RemoteShards(shards) if shards else None
-        self._held = job.make_server(others=others, on_record=ServerMetrics(job).note)
-        self._published = Published(self._held.shard)
+        on_record = ServerMetrics(self._cluster, job).note
+        self._held = job.make_server(others=others, on_record=on_record, clock=self._cluster.clock)
+        self._published = Published(self._cluster, self._held.shard)
 
     @property
     def _server(self) -> ParameterServer:
@@ -169,10 +172,11 @@ class ServerActor:
         """Return this server's incarnation, and those that the other shards had when this server began."""
         return require_begun(self._incarnations)
 
-    async def join(self, worker: str, incarnation: int, step: int | None, position: int) -> tuple[Reply, list[Refs]]:
-        """Call `ParameterServer.join`; return the reply and each shard's values."""
-        self._server.join(worker, incarnation, step, position)
-        return await self._answer(worker)
+    def join(self, worker: str, incarnation: int, step: int | None, position: int) -> Reply:
+        """Call `ParameterServer.join`."""
+        reply = self._server.join(worker, incarnation, step, position)
+        self._notify_change()
+        return reply
 
     async def pull(self, worker: str) -> tuple[Reply, list[Refs]]:
         """Return the reply to a worker, and each shard's values, as soon as the worker may go on."""
@@ -186,10 +190,16 @@ class ServerActor:
         """
         # Ray starts a call when all its arguments have arrived, so a call may overtake the one that was sent before it.
         while self._server.is_early(push):
-            await self._wait_for_change()
+            await self._wait_for_change(push.worker)
+        milestone = self._server.milestone()
         self._server.push(push, gradients, problems)
+        lets_others_go_on = self._server.milestone() != milestone
         # Let pushes that have arrived meanwhile be applied first, so that values are published once for all of them.
         await asyncio.sleep(0)
+        if lets_others_go_on:
+            self._notify_change()
+        else:  # waking up all others after each push would take the square of their number
+            self._wake_up(push.worker)
         return await self._answer(push.worker, push.step)
 
     async def snapshot(self, version: int, worker: str | None = None) -> dict[str, list[GroupValues]] | None:
@@ -218,19 +228,22 @@ class ServerActor:
         return answer
 
     async def _answer(self, worker: str, step: int | None = None) -> tuple[Reply, list[Refs]]:
-        self._notify_change()
         while (reply := self._server.reply(worker, step)) is None:
-            await self._wait_for_change()
+            await self._wait_for_change(worker)
         names = self._server.groups_of(worker)
         others = [shard.read.remote(names) for shard in self._others]
         return reply, [self._published.refs(names), *[await other for other in others]]
 
-    async def _wait_for_change(self) -> None:
-        self._changed = self._changed or asyncio.Event()
-        await self._changed.wait()
+    async def _wait_for_change(self, worker: str) -> None:
+        await self._waiting.setdefault(worker, asyncio.Event()).wait()
 
     def _notify_change(self) -> None:
         """Wake up all calls that wait for a change."""
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+        for worker in list(self._waiting):
+            self._wake_up(worker)
+
+    def _wake_up(self, worker: str) -> None:
+        """Wake up the calls of a worker that wait for a change."""
+        event = self._waiting.pop(worker, None)
+        if event is not None:
+            event.set()

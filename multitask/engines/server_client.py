@@ -4,8 +4,6 @@ import itertools
 import logging
 from typing import Any
 
-import ray
-
 from multitask.engines.caller import PatientCaller
 from multitask.engines.crew import Crew
 from multitask.engines.decisions import Recovery, ServerChange, server_change
@@ -28,7 +26,9 @@ class ServerClient:
     def __init__(self, crew: Crew, outcome: Outcome) -> None:
         self._crew, self._outcome = crew, outcome
         self._timeout_s = crew.job.spec.resources.start_timeout_s
-        self._caller = PatientCaller("The parameter server", self._hand_out_job, self._on_lost, self._timeout_s)
+        self._caller = PatientCaller(
+            crew.cluster, "The parameter server", self._hand_out_job, self._on_lost, self._timeout_s
+        )
         self._incarnations: list[int] = []
         """The server's answer to `ping` when the driver last looked."""
         self._drains = itertools.count(1)
@@ -52,7 +52,7 @@ class ServerClient:
         change = server_change(self._incarnations, server, shards)
         if change is ServerChange.SHARD_RESTARTED:
             self.note_loss(SERVER, "A shard of the parameter server was lost.")
-            ray.kill(self._crew.server, no_restart=False)
+            self._crew.cluster.kill(self._crew.server, restart=True)
             server = self._caller.ask(self._crew.server.ping.remote)
             change = server_change(self._incarnations, server, server[1:])
         if change is ServerChange.RESTARTED:
@@ -98,7 +98,7 @@ class ServerClient:
             raise RestartAllError(message.splitlines()[0])
 
     def _hand_out_job(self) -> None:
-        ray.get(self._crew.begin(), timeout=self._timeout_s)
+        self._crew.cluster.get(self._crew.begin(), self._timeout_s)
 
     def _on_lost(self, error: Exception) -> None:
         self.note_loss(SERVER, f"The parameter server was lost: {error}")

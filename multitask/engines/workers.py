@@ -5,13 +5,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import ray
 import torch
 
-from multitask.cluster.logs import log_to_stderr
-from multitask.data import prefetch
+from multitask.cluster.interface import Actor, Cluster
 from multitask.engines.decoding import batches_from
-from multitask.engines.loss import Actor
 from multitask.engines.remote import RemoteServer
 from multitask.job.job import Job
 from multitask.worker import ONE_AT_A_TIME, train_steps
@@ -22,10 +19,19 @@ log = logging.getLogger(__name__)
 class ServedWorker:
     """A worker that trains with a parameter server, in its own process or as a guest."""
 
-    def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        job: Job,
+        name: str,
+        incarnation: int,
+        server: Actor,
+        shards: Sequence[Actor] = (),
+    ) -> None:
+        self._cluster = cluster
         self._job, self._name, self._incarnation = job, name, incarnation
         self._in_flight = job.spec.engine.in_flight
-        self._server = RemoteServer(job, name, incarnation, server, shards)
+        self._server = RemoteServer(cluster, job, name, incarnation, server, shards)
         about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
         self.about: Callable[[], dict[str, object]] = lambda: about
         """Returns the fields that every line of this worker's log carries."""
@@ -33,9 +39,8 @@ class ServedWorker:
         """Whether another process makes this worker's steps now."""
 
     def node(self) -> str:
-        """Return Ray's name of this process's node."""
-        name: str = ray.get_runtime_context().get_node_id()
-        return name
+        """Return the cluster's name of this process's node."""
+        return self._cluster.this_node()
 
     # The phases of a worker, in the order in which the driver calls them.
 
@@ -47,16 +52,17 @@ class ServedWorker:
         """
         start = self._job.start_of(self._name)
         holds_private = self._job.holds_private(self._name)
-        reply, _ = self._server.join(start if holds_private else None)
+        reply = self._server.join(start if holds_private else None)
         if not holds_private:  # the server has all that this worker learned, so the worker goes on where the server is
             start = reply.step, reply.position
         if decoder is None:
-            batches = prefetch(self._job.make_batches(self._name, start[1]))
+            batches = self._job.make_batches(self._name, start[1])
         else:
-            drawn = batches_from(decoder, self._job, self._name)
+            drawn = batches_from(self._cluster, decoder, self._job, self._name)
             batches = self._job.view(self._name).batches(partial(next, drawn))
         with ONE_AT_A_TIME:  # building a network draws random numbers
-            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation)
+            process = self._cluster.process_id()
+            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation, process)
         about, worker = self.about(), self.worker
         self.about = lambda: {**about, "step": worker.step}
 
@@ -75,7 +81,7 @@ class ServedWorker:
         """
         self._server.join((self.worker.step, self.worker.position))
         if self.worker.step == self._job.spec.steps:
-            self._server.finish(self._name)
+            self._server.finish(self._name, self.worker.step)
         return self.worker.step
 
     def answer_last_requests(self) -> None:
@@ -101,7 +107,7 @@ class ServedWorker:
 
     def private_state(self) -> dict[str, torch.Tensor]:
         """Return copies of the task's private tensors as this worker holds them."""
-        return {name: tensor.clone() for name, tensor in self.worker.model.private_state().items()}
+        return {name: tensor.clone() for name, tensor in self.worker.learner.private_state().items()}
 
 
 class WorkerActor(ServedWorker):
@@ -110,19 +116,27 @@ class WorkerActor(ServedWorker):
     Each guest has a model and a thread of its own; only one worker of the process computes at a time.
     """
 
-    def __init__(self, job: Job, name: str, incarnation: int, server: Actor, shards: Sequence[Actor] = ()) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        job: Job,
+        name: str,
+        incarnation: int,
+        server: Actor,
+        shards: Sequence[Actor] = (),
+    ) -> None:
         torch.set_num_threads(job.spec.resources.threads_per_worker)
-        super().__init__(job, name, incarnation, server, shards)
+        super().__init__(cluster, job, name, incarnation, server, shards)
         self._server_and_shards = server, shards
         self._guests: dict[str, ServedWorker] = {}
         about_task = {"run": job.spec.name, "task": job.workers[name]}
         # With guests the log cannot tell which worker a line of the process comes from.
-        log_to_stderr(lambda: about_task if self._guests else self.about())
+        cluster.log_to_stderr(lambda: about_task if self._guests else self.about())
 
     def host(self, name: str, incarnation: int, method: str, *arguments: Any) -> Any:
         """Call a method of a guest; the first call creates the guest."""
         if name not in self._guests:
-            self._guests[name] = ServedWorker(self._job, name, incarnation, *self._server_and_shards)
+            self._guests[name] = ServedWorker(self._cluster, self._job, name, incarnation, *self._server_and_shards)
         return getattr(self._guests[name], method)(*arguments)
 
     def dismiss(self, name: str) -> None:

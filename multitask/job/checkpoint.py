@@ -66,8 +66,8 @@ class CheckpointStore:
         metadata = {"format": FORMAT, "progress": json.dumps(checkpoint.progress.to_json())}
         folder.write(_name(number), save(checkpoint.tensors, metadata))
         self._damaged.discard(number)
-        for number in numbers[: len(numbers) + 1 - self._keep]:
-            folder.delete(_name(number))
+        for old in numbers[: len(numbers) + 1 - self._keep]:
+            folder.delete(_name(old))
         return f"{self._uri}/{_name(number)}"
 
     def latest(self) -> Checkpoint | None:

@@ -1,5 +1,7 @@
 """A job: the models, groups and starting values of a job spec, from which the server and the workers are built."""
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multitask.cluster.memory import keep_freed_memory
-from multitask.data import Batch, ImageTable
+from multitask.data import Batch, ImageTable, prefetch
 from multitask.data.batches import BatchView
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
@@ -25,13 +27,14 @@ from multitask.job.rules import make_rules, make_schedule
 from multitask.job.serving import parameter_group, served_tasks
 from multitask.job.streams import group_by_rows, stream_factory
 from multitask.job.tables import table_batches, table_key
+from multitask.server.clock import Clock
 from multitask.server.group import ParameterGroup
 from multitask.server.messages import GroupValues, StepRecord
 from multitask.server.parameter_server import OtherShards, ParameterServer
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.shard import Shard
 from multitask.spec.schema import JobSpec, TaskSpec
-from multitask.worker import StepSettings, TaskWorker, WorkerStart, task_loss
+from multitask.worker import Learner, NetworkLearner, StepSettings, TaskWorker, WorkerStart, task_loss
 
 
 class Job:
@@ -90,13 +93,19 @@ class Job:
             job._take_up(checkpoint)
         return job
 
-    def inputs(self) -> LoadedInputs:
-        """Return the loaded inputs that this job uses, for a job with other tasks.
+    def changed(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> "Job":
+        """Return a job with another spec, which uses the inputs that this job has loaded.
 
-        Only the process that built the job can call it.
+        Only the process that built this job can call it.
+
+        Args:
+            checkpoint: the state to go on from, as for a new job.
+        Raises:
+            The errors of a new job.
         """
         keys = (table_key(task, split) for task in self.spec.tasks for split in SPLITS)
-        return LoadedInputs({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self.backbone})
+        loaded = LoadedInputs({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self.backbone})
+        return Job(spec, checkpoint, loaded)
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}
@@ -171,6 +180,7 @@ class Job:
         shard: Shard | None = None,
         others: OtherShards | None = None,
         on_record: Callable[[StepRecord], None] = lambda _: None,
+        clock: Clock = time,
     ) -> ParameterServer:
         """Build the parameter server.
 
@@ -178,12 +188,13 @@ class Job:
             shard: the shard in the server's own process; by default the first shard.
             others: the shards in other processes.
             on_record: called with the record of each push.
+            clock: the time of the server's process.
         """
         tasks = served_tasks(self.spec, self.served())
         schedule = make_schedule(self.spec)
         rules = make_rules(self.spec)
         shard = self.make_shard(0) if shard is None else shard
-        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record)
+        return ParameterServer(shard, tasks, self.workers, schedule, rules, self.progress, others, on_record, clock)
 
     def holds_private(self, worker: str) -> bool:
         """Return whether a worker keeps private tensors itself, because its task has no other worker."""
@@ -197,7 +208,12 @@ class Job:
         return progress.step, progress.position
 
     def make_worker(
-        self, name: str, batches: Iterator[Batch], start: tuple[int, int] | None = None, incarnation: int = 0
+        self,
+        name: str,
+        batches: Iterator[Batch],
+        start: tuple[int, int] | None = None,
+        incarnation: int = 0,
+        process: int | None = None,
     ) -> TaskWorker:
         """Build a worker with the values of this job's groups.
 
@@ -205,9 +221,22 @@ class Job:
             batches: the worker's training stream, from its start position on.
             start: the worker's first step and position; `start_of(name)` by default.
             incarnation: number of earlier processes that this worker has had.
+            process: id of the worker's process; this process by default.
+        """
+        step, position = start or self.start_of(name)
+        groups = self.groups_of(self.workers[name]).values()
+        private = {g.name: self._parameter_group(g) for g in groups if not g.on_server and g.layout.pushed}
+        process = os.getpid() if process is None else process
+        began = WorkerStart(step, position, incarnation, process)
+        return TaskWorker(name, self.workers[name], self.make_learner(name, batches), private, began)
+
+    def make_learner(self, name: str, batches: Iterator[Batch]) -> Learner:
+        """Build a worker's model with the values of this job's groups.
+
+        Args:
+            batches: the worker's training stream, from its start position on.
         """
         keep_freed_memory()
-        step, position = start or self.start_of(name)
         spec, task = self.spec, self.task(self.workers[name])
         # Only the structure: the values come from the groups, so no worker reads a weights file.
         backbone = load_backbone(spec, weights=None)
@@ -220,18 +249,15 @@ class Job:
             device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
             seed=spec.seed,
         )
-        return TaskWorker(
+        return NetworkLearner(
             name,
-            task.name,
             attach_task(backbone, task, spec),
             layouts={group.name: group.layout for group in groups.values()},
             initial={group.name: (group.values, group.counters) for group in groups.values()},
-            private={g.name: self._parameter_group(g) for g in groups.values() if not g.on_server and g.layout.pushed},
             batches=batches,
             settings=settings,
             validation=self._validation_batches(task) if rank_of(name) == 0 else None,
             cache=self.cache(task.name) if task.name in writers(self.caches) else None,
-            start=WorkerStart(step, position, incarnation),
         )
 
     def checkpoint(self, progress: Progress, states: Mapping[str, GroupValues]) -> Checkpoint:
@@ -289,7 +315,7 @@ class Job:
         return BatchView(task.resolution, task.mean, task.std)
 
     def make_batches(self, worker: str, position: int | None = None) -> Iterator[Batch]:
-        """Return a worker's batches from a stream of its own.
+        """Return a worker's batches from a stream of its own, which prepares them in the background.
 
         Args:
             position: the position at which the stream begins (see `Batch.position`); by default that of `start_of`.
@@ -297,7 +323,7 @@ class Job:
         stream = self.make_stream([worker])
         if position is not None:
             stream.seek(worker, position)
-        return self.view(worker).batches(partial(stream.next, worker))
+        return prefetch(self.view(worker).batches(partial(stream.next, worker)))
 
     def _validation_batches(self, task: TaskSpec) -> Callable[[], Iterator[Batch]]:
         table, threads = self._table(task, "validation"), self.spec.resources.decode_threads

@@ -13,8 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from multitask.cluster.interface import Cluster
 from multitask.cluster.logs import LOG, log_to
 from multitask.cluster.places import check_places
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
 from multitask.job import Job, LoadedInputs
@@ -93,7 +95,7 @@ def train(
     store.clear()
     directory.mkdir(parents=True)
     write_spec(directory / "spec.yaml", job.spec)
-    return _Training(directory, job, store, console, status=None, trial=trial).run()
+    return _training(directory, job, store, console, None, trial).run()
 
 
 def resume(directory: Path, *, console: Console | None = None, trial: Trial = ALONE) -> Run:
@@ -123,10 +125,37 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
     spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     job = Job(spec, store.latest(), trial.loaded)
-    return _Training(directory, job, store, console, status, trial).run()
+    return _training(directory, job, store, console, status, trial).run()
 
 
-class _Training:
+def _training(
+    directory: Path,
+    job: Job,
+    store: CheckpointStore,
+    console: Console | None,
+    status: Mapping[str, Any] | None,
+    trial: Trial,
+) -> "Training":
+    """Return the training of a job, which MLflow, progress bars and the status file follow.
+
+    Args:
+        status: content of the status file, if the run goes on from an earlier start.
+    """
+    spec = job.spec
+    tracker = Tracker(
+        spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
+        spec.tracking.experiment,
+        spec.name,
+        params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
+        tasks=_task_params(spec),
+        spec_text=dump_yaml(spec),
+        parent_run_id=trial.parent_run_id,
+        resume_run_id=None if status is None else status["mlflow_run_id"],
+    )
+    return Training(directory, job, store, tracker, RunMonitor(directory, tracker, console, status), trial)
+
+
+class Training:
     """The driver's work on a run, from its start or its latest checkpoint to its end."""
 
     def __init__(
@@ -134,28 +163,19 @@ class _Training:
         directory: Path,
         job: Job,
         store: CheckpointStore,
-        console: Console | None,
-        status: Mapping[str, Any] | None,
-        trial: Trial,
+        tracker: Tracker,
+        monitor: RunMonitor,
+        trial: Trial = ALONE,
+        cluster: Cluster | None = None,
     ) -> None:
         """Args:
         directory: the run directory.
         store: the run's checkpoints.
-        status: content of the status file, if the run goes on from an earlier start.
+        cluster: the cluster that the run uses; by default the Ray cluster that `multitask.cluster.session` finds.
         """
         self._directory, self._job, self._store, self._trial = directory, job, store, trial
-        spec = job.spec
-        self._tracker = Tracker(
-            spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
-            spec.tracking.experiment,
-            spec.name,
-            params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
-            tasks=_task_params(spec),
-            spec_text=dump_yaml(spec),
-            parent_run_id=trial.parent_run_id,
-            resume_run_id=None if status is None else status["mlflow_run_id"],
-        )
-        self._monitor = RunMonitor(directory, self._tracker, console, status)
+        self._tracker, self._monitor = tracker, monitor
+        self._cluster = RayCluster() if cluster is None else cluster
         self._interrupted = False
         self._request: tuple[Request, Job] | None = None
 
@@ -164,7 +184,7 @@ class _Training:
         start = time.perf_counter()
         with (
             self._tracker,
-            _first_interrupt(self._interrupt),
+            _first_interrupt(self.interrupt),
             self._monitor.showing(self._job),
             log_to(self._directory / LOG, self._job.spec.name),
         ):
@@ -204,7 +224,8 @@ class _Training:
         """Run the engine until the job ends or is interrupted. Each change of its tasks starts the engine again."""
         recoveries: list[float] = []
         while True:
-            outcome = ENGINES[self._job.spec.engine.name](self._job, Driver(self._take, self._store, self._wants_pause))
+            driver = Driver(self._take, self._store, self._wants_pause, self._cluster)
+            outcome = ENGINES[self._job.spec.engine.name](self._job, driver)
             recoveries += outcome.recoveries
             outcome.recoveries = recoveries
             if self._request is not None and not outcome.paused:
@@ -238,7 +259,8 @@ class _Training:
         about = {"version": version.version, "round": version.round, "tasks": version.metrics}
         write_version(self._directory / f"{name}.safetensors", *self._job.state(version.groups), about)
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
+        """Let all workers stop after their step, with a checkpoint; then `run` raises Stopped."""
         self._interrupted = True
         self._monitor.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
 
@@ -250,8 +272,8 @@ class _Training:
             try:
                 # The changed job is built before the pause: an error is answered while training goes on, and only this
                 # process reads and checks a new task's data.
-                job = Job(_changed(self._job.spec, request), loaded=self._job.inputs())
-                check_places(job.spec)
+                job = self._job.changed(_changed(self._job.spec, request))
+                check_places(self._cluster, job.spec)
             except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
                 request.answer(str(error) or repr(error))
             else:
@@ -270,7 +292,7 @@ class _Training:
             path.parent.mkdir(exist_ok=True)
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         spec = changed.spec
-        self._job = Job(spec, checkpoint, changed.inputs())
+        self._job = changed.changed(spec, checkpoint)
         write_spec(self._directory / "spec.yaml", spec)
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)

@@ -13,8 +13,6 @@ class Answer:
 
     step: int | None
     """Step of the push; None before the first push of a process."""
-    version: int
-    """The server's version after the push."""
     rate: float
     """Rate of the task's private tensors when the push was applied."""
     rejected: str | None = None

@@ -45,7 +45,7 @@ class Push:
     pid: int = 0
     """Process id of the worker, for people who look for the process."""
     problem: str | None = None
-    """What is wrong with the private gradients that stay with the worker; the server then rejects the push."""
+    """What the worker found wrong with its gradients, the private ones included; the server then rejects the push."""
 
     @property
     def key(self) -> "Key":
@@ -99,6 +99,8 @@ class SnapshotRequest:
     """Each task reports its validation metrics."""
     save: bool
     """Each worker reports its private tensors, with their optimiser."""
+    steps: int = 0
+    """Number of the worker's steps that the version contains."""
     server_incarnation: int = 0
     """Number of the server's process: a restored server reaches the same versions again, with other values."""
 
@@ -109,8 +111,6 @@ class Reply:
 
     version: int
     """Version of the values that travel beside the reply."""
-    applied_version: int
-    """The server's version right after the answered push; below `version` if others were applied since."""
     rate: float
     """The rate with which the worker applies its private gradients."""
     requests: tuple[SnapshotRequest, ...] = ()

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from multitask.server.clock import Clock
 from multitask.server.liveness import Liveness
 from multitask.server.members import Answer, Member
 from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest, StepRecord
@@ -51,6 +51,7 @@ class ParameterServer:
         progress: Progress,
         others: OtherShards | None = None,
         on_record: Callable[[StepRecord], None] = lambda _: None,
+        clock: Clock = time,
     ) -> None:
         """Args:
         shard: the range of every group that this process holds.
@@ -59,14 +60,16 @@ class ParameterServer:
         progress: the run's counters at the version of the shard's values; copied.
         others: the other shards, if there are any.
         on_record: called with the record of each push.
+        clock: the time of this process.
         """
         self.shard = shard
-        self.liveness = Liveness(workers, time.monotonic())
+        self._clock = clock
+        self.liveness = Liveness(workers, self._clock.monotonic())
         self._shards: list[Shard | OtherShards] = [shard] if others is None else [shard, others]
         self._rules = rules
-        self._progress = progress = deepcopy(progress)
+        self._progress = progress = progress.copy()
         self._updates = Updates(tasks, workers, schedule, rules, progress)
-        self._snapshots = Snapshots(tasks, workers, rules, progress, time.time_ns(), time.monotonic())
+        self._snapshots = Snapshots(tasks, workers, rules, progress, self._clock.time_ns(), self._clock.monotonic())
         self._records = Records(self._updates.private_rate, progress, on_record)
         self._members = {
             worker: Member(task, progress.workers[worker], rules.in_flight, self._answer(worker))
@@ -74,6 +77,9 @@ class ParameterServer:
         }
         self._active = set(workers)
         """Workers that have not made their last step."""
+        self._slowest: int | None = None
+        """The fewest steps of an active worker, or None where it has to be counted again. Counting it for each worker
+        that may have to wait would take the square of their number."""
         self._arrived: dict[str, Push] = {}
         """Worker -> its push of the open round, where the pushes of a round are applied together."""
         self._rejected: set[str] = set()
@@ -82,8 +88,10 @@ class ParameterServer:
 
     # What workers call.
 
-    def join(self, worker: str, incarnation: int, step: int | None, position: int = 0) -> None:
+    def join(self, worker: str, incarnation: int, step: int | None, position: int = 0) -> Reply:
         """Make a worker's process known, when it starts and when it comes back after the server was restored.
+
+        The reply never waits for other workers: a worker that is ahead of them has to start too, before any can train.
 
         Args:
             incarnation: number of the process among all processes that this worker has had.
@@ -96,9 +104,11 @@ class ParameterServer:
         member = self._check_sender(worker, incarnation)
         self.report_alive(worker)
         lost = member.join(incarnation, step, position)
+        self._slowest = None
         if lost:
             self._count_rounds(lost)
         member.forget_answers(self._answer(worker))
+        return self._reply(worker)
 
     def push(self, push: Push, gradients: Gradients, problems: Sequence[str | None] = ()) -> None:
         """Take in the gradients of one step and apply them exactly once, at once or together with those of the round.
@@ -116,7 +126,7 @@ class ParameterServer:
         worker = push.worker
         member = self._check_sender(worker, push.incarnation)
         self.report_alive(worker)
-        member.queue = len(self._arrived) + sum(map(self._is_ahead, self._active))
+        member.queue = len(self._arrived) + self._number_ahead()
         step = member.progress.step
         if push.step < step or (worker in self._arrived and push.step == step):
             self._answer_repeated(push, member)
@@ -137,39 +147,41 @@ class ParameterServer:
         member = self._members.get(push.worker)
         return member is not None and member.is_early(push)
 
+    def milestone(self) -> Fraction | int:
+        """Return a value that changes whenever a push lets workers go on that wait for others.
+
+        It is the number of rounds where the pushes of a round are applied together, the steps of the slowest worker
+        with a bound, and always 0 where no worker waits.
+        """
+        if self._rules.together:
+            return self._progress.rounds
+        return 0 if self._rules.bound is None else self._steps_of_slowest()
+
     def reply(self, worker: str, step: int | None = None) -> Reply | None:
         """Return the answer to a worker's push; None while the worker has to wait for others.
 
         Args:
             step: step of the push that is answered; the latest push by default.
         """
-        if self._waits(worker):
-            return None
-        member = self._members[worker]
-        answer = member.answer_to(step)
-        return Reply(
-            version=self._progress.version,
-            applied_version=answer.version,
-            rate=answer.rate,
-            requests=self.snapshot_requests(worker),
-            rejected=answer.rejected,
-            pause=self._pausing,
-            step=member.progress.step,
-            position=member.progress.position,
-        )
+        return None if self._waits(worker) else self._reply(worker, step)
 
     def groups_of(self, worker: str) -> tuple[str, ...]:
         """Return the groups on the server that the worker's task uses."""
         return self._updates.groups_of(worker)
 
-    def finish(self, worker: str) -> None:
+    def finish(self, worker: str, step: int) -> None:
         """Note that a worker has made its last step and no longer counts for rounds.
 
         When the last worker finishes, the final version is taken for an evaluation.
+
+        Args:
+            step: number of steps that the worker has made. A server that went back to a version with fewer of them does
+                nothing: the worker has yet to join, and might be replaced before by a process that makes the others.
         """
-        if worker not in self._active:
+        if worker not in self._active or self._members[worker].progress.step < step:
             return
         self._active.discard(worker)
+        self._slowest = None
         if self._active:
             self._apply_round_if_complete()
         else:
@@ -207,13 +219,13 @@ class ParameterServer:
 
     def report_alive(self, worker: str) -> None:
         """Note a sign of life of a worker, which may be busy without pushing."""
-        self.liveness.report(worker, time.monotonic())
+        self.liveness.report(worker, self._clock.monotonic())
 
     # What the driver calls.
 
     def drain(self) -> News:
         """Return what happened since the last call. The shards keep a snapshot's values until `drop_snapshot`."""
-        return News(self._records.drain(), self._snapshots.drain(), deepcopy(self._progress))
+        return News(self._records.drain(), self._snapshots.drain(), self._progress.copy())
 
     def drop_snapshot(self, version: int) -> None:
         """Let the shards forget the values of a version, unless the version is needed again."""
@@ -244,7 +256,7 @@ class ParameterServer:
             working: workers that were asked for something.
         """
         busy = [worker for worker in self._members if worker in working and not self._waits(worker)]
-        return self.liveness.silent(seconds, time.monotonic(), busy)
+        return self.liveness.silent(seconds, self._clock.monotonic(), busy)
 
     # How pushes are taken in.
 
@@ -279,9 +291,22 @@ class ParameterServer:
         member.answer(self._answer(push.worker, push.step, rejected=reason))
         self._records.note(push, member, rejected=reason)
 
+    def _reply(self, worker: str, step: int | None = None) -> Reply:
+        member = self._members[worker]
+        answer = member.answer_to(step)
+        return Reply(
+            version=self._progress.version,
+            rate=answer.rate,
+            requests=self._snapshots.requests(worker, None if step is None else step + 1),
+            rejected=answer.rejected,
+            pause=self._pausing,
+            step=member.progress.step,
+            position=member.progress.position,
+        )
+
     def _answer(self, worker: str, step: int | None = None, **about: Any) -> Answer:
-        """Return an answer with the present version and rate."""
-        return Answer(step, self._progress.version, self._updates.private_rate(worker), **about)
+        """Return an answer with the present rate."""
+        return Answer(step, self._updates.private_rate(worker), **about)
 
     # How pushes are applied.
 
@@ -304,6 +329,7 @@ class ParameterServer:
         for push in pushes:
             progress = self._members[push.worker].progress
             progress.step, progress.position = progress.step + 1, push.position
+        self._slowest = None
         for push in good:
             self._members[push.worker].answer(self._answer(push.worker, push.step))
         self._count_rounds(len(pushes))
@@ -327,8 +353,22 @@ class ParameterServer:
         bound, members = self._rules.bound, self._members
         if bound is None or self._pausing or worker not in self._active or members[worker].latest.redone:
             return False
-        slowest = min(members[name].progress.reached for name in self._active)
+        slowest = self._steps_of_slowest()
         return members[worker].progress.reached + self._rules.in_flight - slowest >= bound
+
+    def _number_ahead(self) -> int:
+        """Return the number of workers that have to wait for the slowest one."""
+        bound, members = self._rules.bound, self._members
+        if bound is None:
+            return 0
+        # Most workers are not that far, and need no closer look.
+        waits_from = self._steps_of_slowest() + bound - self._rules.in_flight
+        return sum(members[name].progress.reached >= waits_from and self._is_ahead(name) for name in self._active)
+
+    def _steps_of_slowest(self) -> int:
+        if self._slowest is None:
+            self._slowest = min((self._members[name].progress.reached for name in self._active), default=0)
+        return self._slowest
 
     def _count_rounds(self, steps: int) -> None:
         """Count steps as parts of a round, and take the snapshots that are due.
@@ -338,12 +378,12 @@ class ParameterServer:
         """
         before = self._progress.rounds
         self._progress.rounds += Fraction(steps, max(1, len(self._active)))
-        evaluate, save = self._snapshots.due(before, time.monotonic())
+        evaluate, save = self._snapshots.due(before, self._clock.monotonic())
         self._take_snapshot(evaluate=evaluate, save=save)
 
     def _take_snapshot(self, *, evaluate: bool, save: bool) -> None:
         """Ask for an evaluation or a checkpoint of the present version, and let the shards keep its values."""
-        request = self._snapshots.take(evaluate=evaluate, save=save, now=time.monotonic())
+        request = self._snapshots.take(evaluate=evaluate, save=save, now=self._clock.monotonic())
         if request is not None:
             for shard in self._shards:
                 shard.take_snapshot(request.version, request.save)

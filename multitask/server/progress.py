@@ -57,6 +57,11 @@ class Progress:
 
     They count as no worker's steps."""
 
+    def copy(self) -> "Progress":
+        """Return a copy that changes of this object leave alone."""
+        workers = {name: replace(counters) for name, counters in self.workers.items()}
+        return replace(self, workers=workers, first_round=dict(self.first_round))
+
     def to_json(self) -> dict[str, Any]:
         """Return the counters as JSON can hold them."""
         best = None if math.isinf(self.best_top1) else self.best_top1

@@ -29,7 +29,6 @@ new request, and the server ignores a report about a snapshot of the process bef
 
 import math
 from collections.abc import Collection, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -148,23 +147,33 @@ class Snapshots:
             self.evaluated_version = version
         if save:
             self.saved_version, self._saved_at = version, now
-        request = SnapshotRequest(version, evaluate, save, self._server_incarnation)
+        request = SnapshotRequest(version, evaluate, save, server_incarnation=self._server_incarnation)
         pending = self._pending.get(version)
         if pending is None:
-            self._pending[version] = PendingSnapshot(request, deepcopy(self._progress))
+            self._pending[version] = PendingSnapshot(request, self._progress.copy())
         else:
             earlier = pending.request
             pending.request = replace(earlier, evaluate=evaluate or earlier.evaluate, save=save or earlier.save)
         return request
 
-    def requests(self, worker: str) -> tuple[SnapshotRequest, ...]:
-        """Return the requests that wait for a report of this worker, oldest version first."""
+    def requests(self, worker: str, steps: int | None = None) -> tuple[SnapshotRequest, ...]:
+        """Return the requests that wait for a report of this worker, oldest version first.
+
+        Args:
+            steps: leave out the versions that contain more steps of this worker; None for all versions. The worker has
+                no answer to these steps yet, so its private tensors have not learned from them.
+        """
         task = self._workers[worker]
         return tuple(
-            pending.request
+            replace(pending.request, steps=contained)
             for _, pending in sorted(self._pending.items())
-            if (pending.request.evaluate and worker == self._evaluators[task] and task not in pending.metrics)
-            or (pending.request.save and worker not in pending.savers)
+            if (contained := pending.progress.workers[worker].step) <= (math.inf if steps is None else steps)
+            and self._lacks(pending, worker, task)
+        )
+
+    def _lacks(self, pending: PendingSnapshot, worker: str, task: str) -> bool:
+        return (pending.request.evaluate and worker == self._evaluators[task] and task not in pending.metrics) or (
+            pending.request.save and worker not in pending.savers
         )
 
     def report_evaluation(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from multitask.cluster.places import cluster_nodes
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.cluster.session import ray_session
 from multitask.job import Job, LoadedInputs
 from multitask.job.models import load_backbone
@@ -79,7 +79,7 @@ def run_sweep(
     loaded = _check_jobs(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
     with ray_session():
-        places = reserve([plan.spec for plan in plans], cluster_nodes(), spec.concurrent, trials)
+        places = reserve([plan.spec for plan in plans], list(RayCluster().nodes().values()), spec.concurrent, trials)
         tracker = _make_tracker(spec, plans[0].spec.tracking, trials)
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
 

@@ -34,14 +34,16 @@ class ModelBuffers:
             device: holds the buffers.
         """
         self._layouts = dict(layouts)
-        self._values = {group: initial[group][0].to(device, copy=True) for group in layouts}
-        self._counters = {group: initial[group][1].to(device, copy=True) for group in layouts}
+        self.values: Mapping[str, Tensor] = {group: initial[group][0].to(device, copy=True) for group in layouts}
+        """Group -> values: shape (layout.size,)."""
+        self.counters: Mapping[str, Tensor] = {group: initial[group][1].to(device, copy=True) for group in layouts}
+        """Group -> counters: shape (layout.counters,)."""
         self.gradients: Mapping[str, Tensor] = {
             group: torch.zeros(layout.pushed, device=device) for group, layout in layouts.items()
         }
-        """Group -> gradients, then batch statistics: shape (layout.pushed,). The buffers stay the same ones."""
+        """Group -> gradients, then batch statistics: shape (layout.pushed,). All buffers stay the same ones."""
         for group, layout in layouts.items():
-            bind(network, layout, self._values[group], self._counters[group], self.gradients[group])
+            bind(network, layout, self.values[group], self.counters[group], self.gradients[group])
         for norm in training_norms(network).values():
             norm.momentum = 1.0
 
@@ -55,7 +57,7 @@ class ModelBuffers:
         The forward pass left them in the value buffer, where the next forward pass overwrites them.
         """
         for group, layout in self._layouts.items():
-            statistics = layout.section(self._values[group], Role.STATISTIC)
+            statistics = layout.section(self.values[group], Role.STATISTIC)
             layout.section(self.gradients[group], Role.STATISTIC).add_(statistics, alpha=share)
 
     def load(self, values: Values) -> None:
@@ -63,15 +65,15 @@ class ModelBuffers:
         for name, parts in values.items():
             start = 0
             for part in parts:
-                self._values[name][start : start + part.values.size].copy_(as_tensor(part.values))
+                self.values[name][start : start + part.values.size].copy_(as_tensor(part.values))
                 start += part.values.size
-            self._counters[name].copy_(as_tensor(parts[0].counters))
+            self.counters[name].copy_(as_tensor(parts[0].counters))
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Restore the values and counters of this moment after the block."""
-        kept = {group: (self._values[group].clone(), self._counters[group].clone()) for group in self._layouts}
+        kept = {group: (self.values[group].clone(), self.counters[group].clone()) for group in self._layouts}
         yield
         for group, (values, counters) in kept.items():
-            self._values[group].copy_(values)
-            self._counters[group].copy_(counters)
+            self.values[group].copy_(values)
+            self.counters[group].copy_(counters)

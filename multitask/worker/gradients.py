@@ -19,6 +19,7 @@ from multitask.data.feature_cache import FeatureCache
 from multitask.errors import TrainingError
 from multitask.server.messages import is_finite
 from multitask.worker.buffers import ModelBuffers
+from multitask.worker.learner import StepResult
 from patches import PatchedModel
 
 ONE_AT_A_TIME = threading.Lock()
@@ -41,25 +42,6 @@ class StepSettings:
     """Holds the model and its gradients."""
     seed: int
     """With the worker's name and the step, it decides the random numbers of dropout and stochastic depth."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step found, beside the gradients themselves."""
-
-    loss: float
-    """Mean over the step's batches."""
-    images: int
-    seconds: float
-    """From the start of loading the first batch to the end of clipping."""
-    position: int
-    """Position of the data stream after the last batch."""
-    skipped: int
-    """Undecodable images that the batches passed over."""
-    bad_images: tuple[str, ...]
-    """Those undecodable images that were met for the first time."""
-    problem: str | None
-    """Why the gradients must not be applied, which only clipping finds out here; otherwise None."""
 
 
 class GradientComputer:

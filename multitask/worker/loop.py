@@ -40,4 +40,4 @@ def train_steps(worker: TaskWorker, server: Server, steps: int, in_flight: int) 
         pause = absorb_oldest()
     worker.keep_features()
     if worker.step == steps:
-        server.finish(worker.name)
+        server.finish(worker.name, worker.step)

@@ -44,5 +44,5 @@ class Server(Protocol):
     def report_alive(self, worker: str) -> None:
         """Tell the server that this worker is busy and has not died."""
 
-    def finish(self, worker: str) -> None:
-        """Tell the server that this worker has made its last step."""
+    def finish(self, worker: str, step: int) -> None:
+        """Tell the server that this worker has made its last step; see `ParameterServer.finish`."""

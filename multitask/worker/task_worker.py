@@ -1,29 +1,21 @@
 """What one worker of a task does in a step."""
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from multitask.data import Batch
-from multitask.data.feature_cache import FeatureCache
 from multitask.errors import TrainingError
-from multitask.evaluation import evaluate
 from multitask.server.group import ParameterGroup
-from multitask.server.layout import Layout
 from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest
-from multitask.worker.buffers import ModelBuffers
-from multitask.worker.gradients import GradientComputer, StepSettings, problem_of
+from multitask.worker.gradients import problem_of
+from multitask.worker.learner import Learner
 from multitask.worker.server import Server, Values
 from multitask.worker.snapshots import NewRequests, SnapshotPart
-from patches import PatchedModel
 
 REJECTED_IN_A_ROW = 5
 """The run ends when the server rejects this many pushes of one worker in a row."""
-ALIVE_S = 10.0
-"""Seconds between two signs of life while a worker evaluates."""
 
 
 @dataclass(frozen=True)
@@ -36,39 +28,28 @@ class WorkerStart:
     """Position of the data stream after these steps."""
     incarnation: int
     """Number of earlier processes that this worker has had in the run."""
+    process: int = field(default_factory=os.getpid)
+    """Id of the worker's process."""
 
 
 class TaskWorker:
-    """One worker's model, data and private tensors."""
+    """One worker: its steps, its private tensors and its answers to snapshot requests.
+
+    A `Learner` computes the gradients of the steps.
+    """
 
     def __init__(
-        self,
-        name: str,
-        task: str,
-        model: PatchedModel,
-        *,
-        layouts: Mapping[str, Layout],
-        initial: Mapping[str, tuple[Tensor, Tensor]],
-        private: Mapping[str, ParameterGroup],
-        batches: Iterator[Batch],
-        settings: StepSettings,
-        validation: Callable[[], Iterable[Batch]] | None,
-        cache: FeatureCache | None,
-        start: WorkerStart,
+        self, name: str, task: str, learner: Learner, private: Mapping[str, ParameterGroup], start: WorkerStart
     ) -> None:
         """Args:
         name: unique in the run, for example "fashion/0".
-        layouts: group -> its layout, for all groups that the model holds.
-        initial: group -> values (layout.size,) and counters (layout.counters,) at the start.
+        learner: its values are the start values of all groups, and its training stream begins at the position in
+            `start`.
         private: the groups that stay with this worker, kept on the CPU.
-        batches: the training stream, from the position in `start` on.
-        validation: makes an iterator over the validation images; None for a worker that does not evaluate.
-        cache: stores the features that the frozen backbone computes for images that have none yet.
         """
         self.name = name
         self.task = task
-        self.model = model.train()
-        self.validation = validation
+        self.learner = learner
         self.private = dict(private)
         """Group -> values and optimiser of the private tensors that this worker holds."""
         self.step, self.position = start.step, start.position
@@ -77,18 +58,15 @@ class TaskWorker:
         """Called in each step before the backward pass that completes its gradients; never where they are clipped."""
         self._learned_step, self._learned_position = start.step, start.position
         """Steps that the private tensors have learned from, and the position of the data stream after them."""
-        self._incarnation = start.incarnation
+        self._incarnation, self._process = start.incarnation, start.process
         self._version = 0
         self._rejected_in_a_row = 0
-        self._requests = NewRequests(evaluates=validation is not None)
-        self._device = settings.device
-        self._buffers = ModelBuffers(model.network, layouts, initial, settings.device)
-        self._computer = GradientComputer(name, self.model, self._buffers, batches, settings, cache)
+        self._requests = NewRequests(learner.evaluates)
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
         """Group -> the step's gradients, then its batch statistics: shape (layout.pushed,), always the same buffers."""
-        return self._buffers.gradients
+        return self.learner.gradients
 
     def compute(self) -> tuple[Push, Gradients, dict[str, Tensor]]:
         """Compute one step: loss, gradients and batch statistics are means over its batches.
@@ -99,9 +77,10 @@ class TaskWorker:
         Raises:
             TrainingError: the loss is not finite.
         """
-        found = self._computer.compute(self.step, self.before_last_backward)
-        # The server never sees the private gradients, so the worker checks them itself.
-        problem = found.problem or problem_of({group: self.gradients[group] for group in self.private})
+        found = self.learner.compute(self.step, self.before_last_backward)
+        # The server checks what it is sent. The worker checks everything, because the answer may get lost, and then the
+        # private tensors must not learn from a step that the server rejected.
+        problem = found.problem or problem_of(self.gradients)
         push = Push(
             worker=self.name,
             step=self.step,
@@ -113,7 +92,7 @@ class TaskWorker:
             incarnation=self._incarnation,
             skipped=found.skipped,
             bad_images=found.bad_images,
-            pid=os.getpid(),
+            pid=self._process,
             problem=problem,
         )
         self.step, self.position = self.step + 1, found.position
@@ -126,7 +105,7 @@ class TaskWorker:
 
     def keep_features(self) -> None:
         """Write computed features of the frozen backbone that still wait in memory to the cache."""
-        self._computer.keep_features()
+        self.learner.keep_features()
 
     def absorb(
         self, push: Push, private_pushes: Mapping[str, Tensor], reply: Reply, values: Values
@@ -139,7 +118,7 @@ class TaskWorker:
             TrainingError: the server rejected several pushes in a row.
         """
         # These snapshots were taken before the push was applied, so they need the private tensors from before it, too.
-        earlier = [request for request in reply.requests if request.version < reply.applied_version]
+        earlier = [request for request in reply.requests if request.steps <= push.step]
         parts = [self._part_of(request) for request in self._requests.take(earlier)]
         # The reply does not repeat the push's own problem when the step was redone or its first answer was lost.
         rejected = reply.rejected or push.problem
@@ -158,8 +137,8 @@ class TaskWorker:
     def receive(self, reply: Reply, values: Values) -> None:
         """Take over the newest values of all groups."""
         self._version = reply.version
-        self._buffers.load(values)
-        self._buffers.load({name: [group.view()] for name, group in self.private.items()})
+        self.learner.load(values)
+        self.learner.load({name: [group.view()] for name, group in self.private.items()})
 
     def report(self, server: Server, part: SnapshotPart) -> None:
         """Answer a snapshot request: first the private tensors, because evaluating takes long."""
@@ -168,26 +147,8 @@ class TaskWorker:
         values = server.snapshot(part.request.version, self.name) if part.request.evaluate else None
         if values is not None:
             private = {name: GroupValues(group.values, group.counters) for name, group in part.private.items()}
-            metrics = self.evaluate(values, private, lambda: server.report_alive(self.name))
+            metrics = self.learner.evaluate(values, private, lambda: server.report_alive(self.name))
             server.report_evaluation(part.request, self.task, metrics, private)
-
-    def evaluate(
-        self, values: Values, private: Mapping[str, GroupValues], alive: Callable[[], None]
-    ) -> dict[str, float]:
-        """Return the validation metrics (top1 and top5 in percent, loss) of one version; restore the worker's values.
-
-        Args:
-            values: the groups on the server.
-            private: the groups that this worker holds.
-            alive: called every few seconds.
-        """
-        assert self.validation is not None
-        with self._buffers.restored():
-            self._buffers.load(values)
-            self._buffers.load({name: [group] for name, group in private.items()})
-            metrics = evaluate(self.model, _with_signs_of_life(alive, self.validation()), self._device)
-            self.model.train()
-        return metrics
 
     def answer_requests(self, server: Server) -> None:
         """Answer the open snapshot requests after this worker's last step; other workers may still train."""
@@ -202,13 +163,3 @@ class TaskWorker:
     def _part_of(self, request: SnapshotRequest) -> SnapshotPart:
         private = {name: group.state(request.save) for name, group in self.private.items()}
         return SnapshotPart(request, self._learned_step, self._learned_position, private)
-
-
-def _with_signs_of_life(alive: Callable[[], None], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Pass batches on, and call `alive` between two of them every few seconds."""
-    called = time.monotonic()
-    for batch in batches:
-        if time.monotonic() - called > ALIVE_S:
-            called = time.monotonic()
-            alive()
-        yield batch

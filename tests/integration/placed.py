@@ -27,7 +27,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table, remove_placement_group
 
-from multitask.cluster.places import PlacementError, cluster_nodes, demands, reserve
+from multitask.cluster.places import PlacementError, demands, reserve
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines.crew import actors
 from multitask.job.checkpoint import Checkpoint
 from multitask.job.job import Job
@@ -137,7 +138,7 @@ def values_hash(checkpoint: Checkpoint) -> str:
 
 def held(job: Job, nodes: Nodes) -> dict[str, Any]:
     """Where the workers of a run start that waits for its third node, and where those start that take their places."""
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         nodes.add("data", resources={"data_pets": 1})
 
         def where() -> dict[str, str]:
@@ -150,9 +151,10 @@ def held(job: Job, nodes: Nodes) -> dict[str, Any]:
 
 
 def reserved(job: Job, nodes: Nodes) -> dict[str, str]:
-    wait_until(lambda: ray.available_resources().get("CPU") == len(nodes.names))  # nothing of the job before is left
-    group = reserve(job.spec, demands(job.spec, cluster_nodes()))
-    assert group is not None
+    # Nothing of the job before is left.
+    wait_until(lambda: ray.available_resources().get("CPU") == len(nodes.names))
+    cluster = RayCluster()
+    group = reserve(cluster, job.spec, demands(job.spec, list(cluster.nodes().values())))[0].places
     try:
         assert group.wait(60)
         where = placement_group_table(group)["bundles_to_node_id"]

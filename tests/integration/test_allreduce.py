@@ -11,6 +11,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 
 from benchmarks._processes import own_actors
 from multitask.cluster.places import PlacementError
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import allreduce, decisions
 from multitask.engines.allreduce import AllreduceRun, rank_group
 from multitask.engines.interface import Driver, Outcome
@@ -76,34 +77,6 @@ def test_workers_meet_all_others_for_shared_tensors_and_their_own_task_for_priva
 
 
 @pytest.mark.timeout(1200)
-def test_a_paused_run_goes_on_as_if_nothing_had_been_and_a_task_may_join(make_spec: MakeSpec) -> None:
-    """Two workers of one task, as under `local`. The task that joins has more steps to make: the others' ranks go on
-    applying what it changes."""
-    changes = {"steps": 6, "evaluate_every": 3, "schedule": {"name": "cosine"}}
-    whole = run_engine(Job(make_spec({"pets": {"workers": 2}}, engine=ROUNDS, **changes)))
-    job = Job(make_spec({"pets": {"workers": 2}}, engine=ALLREDUCE, **changes))
-    first = run_engine(job, wants_pause=lambda: True)
-    assert first.outcome.paused
-    assert 0 < first.progress.workers["pets/0"].step < 6
-    checkpoint = store_of(job).latest()
-
-    second = run_engine(Job(job.spec, checkpoint))
-
-    assert not second.outcome.paused
-    assert losses(first.records + second.records) == losses(whole.records)
-    assert last(second) == last(whole)
-    assert second.outcome.versions["last"].metrics == whole.outcome.versions["last"].metrics
-    more = {"pets": {}, "cars": {}}
-    joined = run_engine(Job(make_spec(more, engine=ALLREDUCE, **changes), checkpoint))
-    expected = run_engine(Job(make_spec(more, engine=ROUNDS, **changes), checkpoint))
-    assert {name: worker.step for name, worker in joined.progress.workers.items()} == {"pets/0": 6, "cars/0": 6}
-    assert max(record.round for record in joined.records) > 6 - 1
-    assert losses(joined.records) == losses(expected.records)
-    assert last(joined) == last(expected)
-    assert joined.outcome.versions["last"].metrics == expected.outcome.versions["last"].metrics
-
-
-@pytest.mark.timeout(1200)
 def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(make_spec: MakeSpec) -> None:
     """A rank, and once all are back, the ledger."""
     changes = {"steps": 300, "evaluate_every": 150, "checkpoints": {"every_rounds": 5}}
@@ -125,7 +98,7 @@ def test_who_is_killed_takes_all_back_to_the_last_checkpoint_and_no_bit_changes(
             return
         os.kill(killed[-1], signal.SIGKILL)
 
-    with rank_group(job, store) as crew:
+    with rank_group(RayCluster(), job, store) as crew:
         AllreduceRun(job, Driver(watch, store), outcome, crew).run()
 
     assert len(killed) == 2

@@ -1,9 +1,9 @@
 """Engines `async`, `bounded` and `sync` with real actors."""
 
-import asyncio
 import os
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +11,18 @@ import pytest
 import ray
 import torch
 
+from multitask.cluster.interface import Process
 from multitask.cluster.places import PlacementError
+from multitask.cluster.ray_cluster import RayCluster
 from multitask.data import write_table
 from multitask.engines.crew import actors
-from multitask.engines.decoding import decoders
-from multitask.engines.server_actors import Refs, ServerActor
+from multitask.engines.decoding import DecodeActor, batches_from, decoders
 from multitask.errors import TrainingError
 from multitask.job.job import Job
-from multitask.server.messages import Evaluation, Push, Reply, StepRecord
+from multitask.server.messages import Evaluation, StepRecord
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
-from tests.conftest import EngineRun, png, run_engine, store_of, wait_until
+from tests.conftest import EngineRun, png, run_engine, store_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 MakeSpec = Callable[..., JobSpec]
@@ -77,41 +78,6 @@ def test_three_tasks_train_in_processes_of_their_own(make_spec: MakeSpec) -> Non
     assert sorted(record.version for record in records) == list(range(1, 13))
     assert all(0 <= record.staleness < 12 for record in records)
     assert set(versions["last"].metrics) == {"pets", "cars", "food"}
-
-
-def test_pushes_that_wait_are_applied_before_values_are_published_once_for_all(make_spec: MakeSpec) -> None:
-    job = Job(make_spec({"pets": {}, "pets_too": {}}, engine={"name": "async"}))
-    server = ServerActor()
-    server.begin(job)
-
-    async def push_all() -> list[tuple[Reply, list[Refs]]]:
-        pushes = []
-        for worker, task in job.workers.items():
-            groups = [group for group in job.served() if task in group.tasks]
-            gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in groups}
-            pushes.append(server.push(Push(worker, 0, 0, loss=1.0, images=8, seconds=0.1), gradients))
-        return await asyncio.gather(*pushes)
-
-    (first, first_refs), (second, second_refs) = asyncio.run(push_all())
-
-    assert (first.applied_version, second.applied_version) == (1, 2)
-    assert (first.version, second.version) == (2, 2)
-    shared = first_refs[0].keys() & second_refs[0].keys()
-    assert shared
-    assert all(first_refs[0][name] == second_refs[0][name] for name in shared)
-
-
-def test_a_lost_answer_is_no_second_step(make_spec: MakeSpec) -> None:
-    job = Job(make_spec({"pets": {}}, engine={"name": "async"}))
-    push, gradients, _ = job.make_worker("pets/0", job.make_batches("pets/0")).compute()
-    server = ServerActor()
-    server.begin(job)
-
-    (reply, [parts]), (again, [parts_again]) = (asyncio.run(server.push(push, gradients)) for _ in range(2))
-
-    assert (reply.version, again.version) == (1, 1)
-    first, second = (ray.get(values["shared:pets"]).values for values in (parts, parts_again))
-    assert np.array_equal(first, second)
 
 
 def test_a_side_task_pushes_no_bytes(make_spec: MakeSpec) -> None:
@@ -179,11 +145,11 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
     tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12, "mean": (0.1, 0.2, 0.3)}}
     changes = {"train_shared": False, "task_defaults": {"augment": "crop_flip", "shuffle_window": 9}, "steps": 6}
     job = Job(make_spec(tasks, engine={"name": "async", "shards": 2}, **changes))
-    with actors(job, store_of(job)) as crew:
+    with actors(RayCluster(), job, store_of(job)) as crew:
         ray.get(crew.begin())
         workers = crew.workers
         nodes = {name: ray.get(worker.node.remote()) for name, worker in workers.items()}
-        with decoders(job, nodes) as decoder_of:
+        with decoders(RayCluster(), job, nodes) as decoder_of:
             assert len(set(decoder_of.values())) == 1
             ray.get([worker.prepare.remote(decoder_of[name]) for name, worker in workers.items()])
             ray.get([worker.train.remote() for worker in workers.values()])
@@ -201,47 +167,25 @@ def test_resolutions_of_one_data_set_share_one_decode_and_no_bit_changes(make_sp
         assert all(torch.equal(tensor, private[name][key]) for key, tensor in together[f"{name}/0"].items())
 
 
-# Fewer places than workers.
-
-
 @pytest.mark.slow
-def test_a_guest_goes_on_in_a_process_of_its_own_and_makes_every_step_once(make_spec: MakeSpec) -> None:
-    """Under `sync` the same is in test_placement.py, with the bits."""
-    tasks = {"pets": {"workers": 2, "min_workers": 1}}
-    engine = {"name": "async", "in_flight": 1, "shards": 2}
-    where: list[int] = []  # the guest was, step by step
+def test_a_worker_decodes_for_itself_when_its_decoder_is_lost(make_spec: MakeSpec) -> None:
+    """No image is left out or seen twice: it draws the batches that a stream of its own would have given."""
+    tasks = {"pets_8": {"resolution": 8}, "pets_12": {"resolution": 12}}
+    defaults = {"augment": "crop_flip", "shuffle_window": 9}
+    cluster = RayCluster()
+    job = Job(make_spec(tasks, engine={"name": "async"}, train_shared=False, task_defaults=defaults))
+    decoder = cluster.start(DecodeActor, [cluster, job, list(job.workers)], Process())
+    batches = batches_from(cluster, decoder, job, "pets_8/0")
 
-    def watch(records: list[StepRecord]) -> None:
-        where.extend(record.pid for record in records if record.worker == "pets/1")
+    found = list(islice(batches, 5))
+    cluster.kill(decoder)
+    found += islice(batches, 15)
 
-    ran = run_engine(
-        Job(make_spec(tasks, engine=engine, steps=100_000, evaluate_every=100_000)),
-        wants_pause=lambda: len(set(where)) == 2 and where[0] not in where[-20:],
-        watch=watch,
-    )
-
-    host = {record.pid for record in ran.records if record.worker == "pets/0"}
-    assert host == {where[0]}
-    assert len(set(where)) == 2
-    assert not ran.outcome.recoveries
-    for name, worker in ran.progress.workers.items():
-        assert [record.step for record in ran.records if record.worker == name] == list(range(worker.step))
-        assert (worker.position, worker.redone, worker.lost, worker.rejected) == (worker.step * 8, 0, 0, 0)
-
-
-@pytest.mark.slow
-def test_a_process_that_its_worker_can_be_without_makes_room_for_one_that_is_needed(make_spec: MakeSpec) -> None:
-    """Whichever task it is of: nodes may be too few now for both."""
-    job = Job(make_spec({"pets": {}, "cars": {"workers": 2, "min_workers": 1}}, engine={"name": "async"}))
-    with actors(job, store_of(job)) as crew:
-        wait_until(lambda: "cars/1" in crew.grow(["cars/1"]))
-        assert crew.sharing_process("cars/1") == ["cars/1"]
-
-        moved = crew.replace("pets/0")
-
-        assert moved == ["pets/0", "cars/1"]
-        assert crew.sharing_process("cars/1") == ["cars/0", "cars/1"]
-        assert crew.sharing_process("pets/0") == ["pets/0"]
+    stream = job.make_stream(["pets_8/0"])
+    for drawn, expected in zip(found, [stream.next("pets_8/0") for _ in found], strict=True):
+        assert drawn.position == expected.position
+        assert np.array_equal(drawn.labels, expected.labels)
+        assert np.array_equal(drawn.pixels[8], expected.pixels[8])
 
 
 # Engine `sync`, shards.

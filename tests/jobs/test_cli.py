@@ -196,10 +196,10 @@ def test_calls_that_the_server_rejected_are_shown(
 ) -> None:
     finish = ParameterServer.finish
 
-    def meet_a_stranger(server: ParameterServer, worker: str) -> None:
+    def meet_a_stranger(server: ParameterServer, worker: str, step: int) -> None:
         with pytest.raises(PushRejectedError):
             server.join("stranger/0", 0, None)
-        finish(server, worker)
+        finish(server, worker, step)
 
     monkeypatch.setattr(ParameterServer, "finish", meet_a_stranger)
     assert multitask("train", spec_file).returncode == 0

@@ -176,12 +176,12 @@ def test_bfloat16_learns_with_float32_weights_and_gradients(make_spec: MakeSpec)
     changes = {"steps": 40, "evaluate_every": 40}
     _, worker = worker_of(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
     outputs = []
-    worker.model.register_forward_hook(lambda _model, _inputs, logits: outputs.append(logits.dtype))
+    worker.learner.model.register_forward_hook(lambda _model, _inputs, logits: outputs.append(logits.dtype))
     found = gradients_of(*worker.compute())
 
     assert outputs == [torch.bfloat16]
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    assert {tensor.dtype for tensor in worker.model.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in worker.learner.model.parameters()} == {torch.float32}
 
     reduced, _, _ = train(make_spec({"pets": {"precision": "bfloat16"}}, **changes))
     full, _, _ = train(make_spec({"pets": {}}, **changes))

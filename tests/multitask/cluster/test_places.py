@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from multitask.cluster import places
 from multitask.cluster.arithmetic import Node
 from multitask.cluster.places import PlacementError, check_places, demands, equal_share
 from multitask.spec.schema import JobSpec
+from tests.multitask.engines.fakes import FakeCluster
 
 MakeSpec = Callable[..., JobSpec]
 ASYNC = {"name": "async"}
@@ -46,35 +46,23 @@ def test_each_task_asks_for_its_own_resources_and_all_for_the_jobs(make_spec: Ma
     assert found["cars"].labels == {}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
-    nodes: list[Node] = []
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(places, "cluster_nodes", lambda: nodes)
-    return nodes
-
-
-def test_what_no_node_could_hold_is_refused_with_the_arithmetic(make_spec: MakeSpec, cluster: list[Node]) -> None:
-    cluster += [Node({"CPU": 2.0}), Node({"CPU": 2.0, "data_pets": 1.0})]
+def test_what_no_node_could_hold_is_refused_with_the_arithmetic(make_spec: MakeSpec) -> None:
+    plain, data = Node({"CPU": 2.0}), Node({"CPU": 2.0, "data_pets": 1.0})
     spec = make_spec({"pets": {"workers": 2, "resources": {"data_pets": 1}}, "cars": {}}, engine=ASYNC)
     with pytest.raises(PlacementError) as caught:
-        check_places(spec)
+        check_places(FakeCluster([plain, data]), spec)
     assert "Task 'pets' needs 2 workers of 1 CPU, 1 data_pets. The cluster has room for 1 of 2" in str(caught.value)
-    cluster.append(cluster[-1])
-    check_places(spec)
+    check_places(FakeCluster([plain, data, data]), spec)
 
 
 def test_nodes_of_a_cluster_that_the_run_joins_are_waited_for(
-    make_spec: MakeSpec, cluster: list[Node], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_spec: MakeSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    cluster.append(Node({"CPU": 0.0}))
     spec = make_spec(engine=ASYNC, resources={"cpus_per_worker": 1.0, "start_timeout_s": 1800})
     with caplog.at_level(logging.WARNING):
-        check_places(spec)
+        check_places(FakeCluster([Node({"CPU": 0.0})], grows=True), spec)
     assert "room for 0 of 1: 1 node with 0 CPU for 0. Waiting up to 1800 s for nodes." in caplog.text
 
 
-def test_engine_local_asks_for_nothing(make_spec: MakeSpec, cluster: list[Node]) -> None:
-    assert cluster == []
-    check_places(make_spec({"pets": {"labels": {"zone": "moon"}}}, engine={"name": "local"}))
+def test_engine_local_asks_for_nothing(make_spec: MakeSpec) -> None:
+    check_places(FakeCluster([]), make_spec({"pets": {"labels": {"zone": "moon"}}}, engine={"name": "local"}))

@@ -1,13 +1,12 @@
 """How engine `allreduce` notices that a run has ended, without processes."""
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from multitask.cluster.interface import Process
 from multitask.engines import allreduce
 from multitask.engines.interface import Driver, Outcome
 from multitask.engines.ledger import LedgerActor
@@ -16,51 +15,56 @@ from multitask.job.job import Job
 from multitask.server.messages import Push
 from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeActor, FakeCluster
 
 MakeSpec = Callable[..., JobSpec]
 STEPS = 2
 
 
-class FakeRanks:
-    """Ranks that have done all their work as soon as they start, and a ledger that Ray has just started."""
+class Ended:
+    """Ranks that have ended their work."""
 
-    def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._job, self._ledger = job, LedgerActor()
+    def wait(self, timeout_s: float) -> bool:  # noqa: ARG002
+        return True
+
+    def result(self) -> None: ...
+
+    def cancel(self) -> None: ...
+
+
+class Ranks(FakeCluster):
+    """A cluster whose ranks have ended as soon as they start."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job = job
         self.starts = 0
-        self.trains = True
-        """False for ranks whose ledger is lost before the driver hears that they have ended."""
+        self.trains_from = 1
+        """The first start whose ranks do their work. To the driver, ranks that end without it look as if the ledger was
+        lost after they had done their work."""
         self.pause_at: int | None = None
         """Step before which a pause is asked for; None for no pause."""
-        self.fit = lambda: None
-        monkeypatch.setattr(allreduce.ray, "wait", lambda calls, **_: (calls, []))
-        monkeypatch.setattr(allreduce.ray, "get", lambda call, **_: call())
 
-    @property
-    def ledger(self) -> "FakeRanks":
-        return self
+    def start(self, kind: type, arguments: Sequence[Any], process: Process) -> FakeActor:
+        self.ledger = LedgerActor(self)
+        assert (kind, arguments, process.restarts) == (LedgerActor, [self], True)
+        return FakeActor(self.ledger)
 
-    def __getattr__(self, method: str) -> Any:
-        """Return a method of the ledger in the form in which Ray offers it."""
-        return SimpleNamespace(remote=lambda *arguments: partial(self.call, method, *arguments))
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return asyncio.run(getattr(self._ledger, method)(*arguments))
-
-    def begin(self) -> Callable[[], Any]:
-        return partial(self.call, "begin", self._job, store_of(self._job))
-
-    def start(self) -> None:
+    def run_ranks(self, ranks: object, work: object, leader: object) -> Ended:  # noqa: ARG002
         self.starts += 1
-        if self.trains:
-            asyncio.run(self.train())
+        if self.starts >= self.trains_from:
+            asyncio.run(self._train())
+        return Ended()
 
-    async def train(self) -> None:
-        group = await self._ledger.begin_group()
+    async def _train(self) -> None:
+        if self.starts == 1:  # the driver hands out the job while the first ranks start
+            await self.ledger.begin(self._job, store_of(self._job))
+        group = await self.ledger.begin_group()
         await asyncio.gather(*(self._rank(group, name) for name in self._job.workers))
 
     async def _rank(self, group: int, name: str) -> None:
         """Make the calls of the ledger that a rank makes."""
-        ledger = self._ledger
+        ledger = self.ledger
         reply, _ = await ledger.join(group, name, 0, None)
         step = reply.step
 
@@ -83,7 +87,7 @@ class FakeRanks:
             await answer_requests()
             await ask_for_a_pause()
         if step == STEPS:
-            await ledger.finish(group, name)
+            await ledger.finish(group, name, step)
         ended = False
         while not ended:
             _, ended = await ledger.rest(group, name)
@@ -98,30 +102,30 @@ def job(make_spec: MakeSpec) -> Job:
 
 
 @pytest.fixture
-def ranks(job: Job, monkeypatch: pytest.MonkeyPatch) -> FakeRanks:
-    return FakeRanks(job, monkeypatch)
+def ranks(job: Job) -> Ranks:
+    return Ranks(job)
 
 
-def run(job: Job, ranks: FakeRanks) -> Outcome:
-    outcome = Outcome()
-    allreduce.AllreduceRun(job, Driver(lambda *_: None, store_of(job)), outcome, ranks).run()  # type: ignore[arg-type]
-    return outcome
+def run(job: Job, ranks: Ranks) -> Outcome:
+    return allreduce.run(job, Driver(lambda *_: None, store_of(job), cluster=ranks))
 
 
 def test_when_the_ledger_is_lost_after_the_ranks_ended_all_go_on_from_the_checkpoint(
-    job: Job, ranks: FakeRanks, caplog: pytest.LogCaptureFixture
+    job: Job, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
+    ranks.trains_from = 2
+
     outcome = run(job, ranks)
 
-    assert ranks.starts == 1
+    assert ranks.starts == 2
     assert not outcome.paused
     assert outcome.versions["last"].version == STEPS
     lost = "The worker group was lost (the ledger, when all ranks had ended). All workers go back to the start."
     assert caplog.messages == [lost]
 
 
-def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_run(job: Job, ranks: FakeRanks) -> None:
-    ranks.trains = False
+def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_run(job: Job, ranks: Ranks) -> None:
+    ranks.trains_from = 100
     with pytest.raises(TrainingError, match="lost 4 times without a step made: the ledger"):
         run(job, ranks)
 
@@ -141,18 +145,16 @@ def test_a_ledger_that_is_lost_after_the_ranks_ended_again_and_again_ends_the_ru
     ],
 )
 def test_a_run_whose_ranks_have_handed_in_everything_has_ended(
-    job: Job, ranks: FakeRanks, made: tuple[int, int], pause_at: int | None, paused: bool
+    job: Job, ranks: Ranks, made: tuple[int, int], pause_at: int | None, paused: bool
 ) -> None:
     for worker, step in zip(job.progress.workers.values(), made, strict=True):
         worker.step = step
     job.progress.version = max(made)
     ranks.pause_at = pause_at
-    ranks.begin()()
-    asyncio.run(ranks.train())
 
     outcome = run(job, ranks)
 
-    assert ranks.starts == 0
+    assert ranks.starts == 1
     assert outcome.paused == paused
     assert paused or outcome.versions["last"].version == job.progress.version + STEPS - min(made)
     assert (store_of(job).latest() is not None) == (pause_at is not None)

@@ -11,6 +11,7 @@ from multitask.job.job import Job
 from multitask.server.messages import Push, PushRejectedError
 from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeCluster
 
 
 def test_a_report_that_is_asked_for_again_is_the_same_and_the_next_one_has_what_came_since(
@@ -19,7 +20,7 @@ def test_a_report_that_is_asked_for_again_is_the_same_and_the_next_one_has_what_
     job = Job(make_spec(engine={"name": "allreduce"}))
 
     async def ask() -> list[tuple[list[int], list[str]]]:
-        ledger = LedgerActor()
+        ledger = LedgerActor(FakeCluster())
         await ledger.begin(job, store_of(job))
         incarnation = await ledger.begin_group()
         found = []
@@ -39,7 +40,7 @@ def test_after_a_loss_all_ranks_are_missing_until_they_join_the_next_group(make_
     job = Job(make_spec(engine={"name": "allreduce"}))
 
     async def lose_a_group() -> list[tuple[set[str], bool, list[str]]]:
-        ledger, numbers = LedgerActor(), itertools.count(1)
+        ledger, numbers = LedgerActor(FakeCluster()), itertools.count(1)
         await ledger.begin(job, store_of(job))
         found = []
 
@@ -69,7 +70,7 @@ def test_ranks_of_an_earlier_group_are_rejected_also_while_they_wait(make_spec: 
     job = Job(make_spec(engine={"name": "allreduce"}))
 
     async def start_twice() -> None:
-        ledger = LedgerActor()
+        ledger = LedgerActor(FakeCluster())
         with pytest.raises(PushRejectedError):
             await ledger.report_alive(0, "pets/0")
         await ledger.begin(job, store_of(job))
@@ -83,7 +84,7 @@ def test_ranks_of_an_earlier_group_are_rejected_also_while_they_wait(make_spec: 
         with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
             await waits
         with pytest.raises(PushRejectedError, match="place was taken by a newer one"):
-            await ledger.finish(first, "pets/0")
-        await ledger.finish(second, "pets/0")
+            await ledger.finish(first, "pets/0", 0)
+        await ledger.finish(second, "pets/0", 0)
 
     asyncio.run(start_twice())

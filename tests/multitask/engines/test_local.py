@@ -127,7 +127,7 @@ def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec
     step(pets)
     step(cars)
     group = cars.private["private:cars"]
-    tensors = {name: tensor.clone() for name, tensor in cars.model.private_state().items()}
+    tensors = {name: tensor.clone() for name, tensor in cars.learner.private_state().items()}
     state, shared_before = pickle.dumps(group.state(slots=True)), shared()
 
     step(pets)
@@ -135,7 +135,7 @@ def test_a_step_of_one_task_leaves_the_other_tasks_private_state_alone(make_spec
 
     assert shared() != shared_before
     assert pickle.dumps(group.state(slots=True)) == state
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in cars.model.private_state().items())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in cars.learner.private_state().items())
     # The server never holds what is private to a task with one worker.
     assert set(direct.pull("pets/0")[1]) == {"shared:pets+cars"}
 
@@ -211,7 +211,7 @@ def test_a_task_with_its_own_head_leaves_the_head_of_others_alone(make_spec: Mak
 
     step(*workers)
     for name in ("pets/0", "pets_large/0"):
-        server.finish(name)  # from here on c pushes alone
+        server.finish(name, 0)  # from here on c pushes alone
     head, everything = state("shared:pets+pets_large"), state("shared:pets+pets_large+cars")
     step("cars/0")
     assert state("shared:pets+pets_large") == head

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from multitask.engines import local, rank_server, reduction
+from multitask.engines import local
 from multitask.engines.interface import Driver, Outcome, take
 from multitask.engines.ledger import LedgerActor
 from multitask.engines.rank_server import LedgerConnection, RankServer
 from multitask.engines.reduction import Reduction, plan_buckets
 from multitask.job.job import Job
-from multitask.server.layout import named_tensors
-from multitask.server.messages import Gradients, Push, StepRecord
+from multitask.server.messages import StepRecord
 from multitask.spec.schema import JobSpec
-from multitask.worker import TaskWorker, train_steps
+from multitask.worker import StepResult, TaskWorker, train_steps
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeCluster
 
 MakeSpec = Callable[..., JobSpec]
 Steps = Collection[tuple[str, int]]
@@ -28,13 +28,13 @@ TIMEOUT_S = 60.0
 
 
 class Meeting:
-    """Two threads that sum tensors, in place of a process group."""
+    """Two threads that sum tensors (`multitask.cluster.collectives.Members`)."""
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(2, timeout=TIMEOUT_S)
         self._started: dict[int, list[Tensor]] = {}
 
-    def all_reduce(self, piece: Tensor, async_op: bool) -> Any:
+    def start_sum(self, piece: Tensor) -> SimpleNamespace:
         pieces = self._started.setdefault(threading.get_ident(), [])
         pieces.append(piece)
         number = len(pieces) - 1
@@ -46,15 +46,11 @@ class Meeting:
             self._barrier.wait()
             piece.copy_(total)
 
-        return SimpleNamespace(wait=wait) if async_op else wait()
+        return SimpleNamespace(wait=wait)
 
 
 @pytest.fixture
-def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]:
-    monkeypatch.setattr(rank_server.ray, "get", lambda future: future.result(TIMEOUT_S))
-    monkeypatch.setattr(
-        reduction.dist, "all_reduce", lambda piece, group, async_op=False: group.all_reduce(piece, async_op)
-    )
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -67,25 +63,26 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.AbstractEventLoop]
 def spoil(workers: list[TaskWorker], steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let workers find a gradient that is not finite in some steps."""
 
-    def spoiled(worker: TaskWorker) -> Callable[[], tuple[Push, Gradients, dict[str, Tensor]]]:
-        compute = worker.compute
+    def spoiled(worker: TaskWorker) -> Callable[..., StepResult]:
+        compute = worker.learner.compute
 
-        def compute_and_spoil() -> tuple[Push, Gradients, dict[str, Tensor]]:
-            found = compute()
-            if (worker.name, found[0].step) in steps:
+        def compute_and_spoil(step: int, before_last_backward: Callable[[], None]) -> StepResult:
+            found = compute(step, before_last_backward)
+            if (worker.name, step) in steps:
                 next(iter(worker.gradients.values()))[5] = float("nan")
             return found
 
         return compute_and_spoil
 
     for worker in workers:
-        monkeypatch.setattr(worker, "compute", spoiled(worker))
+        monkeypatch.setattr(worker.learner, "compute", spoiled(worker))
 
 
 def train_ranks(
     job: Job, workers: list[TaskWorker], loop: asyncio.AbstractEventLoop
 ) -> tuple[Outcome, list[StepRecord]]:
-    actor = LedgerActor()
+    cluster = FakeCluster()
+    actor = LedgerActor(cluster)
 
     def call(coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(TIMEOUT_S)
@@ -96,7 +93,7 @@ def train_ranks(
         def send(self, method: str, *arguments: Any) -> "Future[Any]":
             return asyncio.run_coroutine_threadsafe(getattr(actor, method)(self.incarnation, *arguments), loop)
 
-    ledger = Connection(actor, call(actor.begin_group()))
+    ledger = Connection(cluster, actor, call(actor.begin_group()))
     users = {group.name: [name for name, task in job.workers.items() if task in group.tasks] for group in job.served()}
     meetings = {name: Meeting() for name in users if len(users[name]) > 1}
     plan = plan_buckets({group.name: group.layout for group in job.served()}, size_mb=0.001)
@@ -104,8 +101,8 @@ def train_ranks(
 
     def train(worker: TaskWorker) -> None:
         _, operations = ledger.ask("join", worker.name, 0, None)
-        sums = Reduction(plan, worker.gradients, meetings)  # type: ignore[arg-type]
-        sums.watch(named_tensors(worker.model.network))
+        sums = Reduction(plan, worker.gradients, meetings)
+        sums.watch(worker.learner.tensors())
         steps_left = dict.fromkeys(job.workers, job.spec.steps)
         server = RankServer(job, worker, ledger, sums, steps_left, operations)
         for _ in train_steps(worker, server, job.spec.steps, in_flight=0):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from multitask.cluster.collectives import TorchMembers
 from multitask.engines.reduction import Bucket, Reduction, plan_buckets
 from multitask.server.layout import Layout, Role, bind, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.shard import mean, shares
@@ -54,7 +55,7 @@ def rank(number: int, folder: str) -> None:
     assert world is not None
     plan = plan_buckets({"all": part.layout}, size_mb=0.0001)
     assert len(plan) > 3
-    reduction = Reduction(plan, {"all": part.gradients}, {"all": world})
+    reduction = Reduction(plan, {"all": part.gradients}, {"all": TorchMembers(world)})
     reduction.watch(named_tensors(part.net))
     factors, divisor = shares(WEIGHTS)
     for _ in range(STEPS):

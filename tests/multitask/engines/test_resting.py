@@ -2,13 +2,11 @@
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from multitask.engines import ledger
 from multitask.engines.ledger import LedgerActor, busy_workers
 from multitask.engines.operations import Apply, Operation, TakeSnapshot
 from multitask.engines.rank_server import LedgerConnection, RankServer, contribution
@@ -18,6 +16,7 @@ from multitask.server.messages import Push, SnapshotRequest
 from multitask.spec.schema import JobSpec
 from multitask.worker import TaskWorker
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeCluster
 
 NUMBERS = itertools.count(1)
 MakeSpec = Callable[..., JobSpec]
@@ -28,12 +27,17 @@ def job(make_spec: MakeSpec) -> Job:
     return Job(make_spec(engine={"name": "allreduce"}, evaluate_every=1))
 
 
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
+
+
 def server_of(job: Job, worker: TaskWorker, connection: LedgerConnection) -> RankServer:
     """Return the server of a rank after the last step of all workers."""
     return RankServer(job, worker, connection, Reduction([], {}, {}), dict.fromkeys(job.workers, 0), [])
 
 
-def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job) -> None:
+def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job, cluster: FakeCluster) -> None:
     asked: list[str] = []
     news = iter([([], False), ([TakeSnapshot(3, slots=True)], False), ([], True)])
     request = SnapshotRequest(3, evaluate=True, save=True)
@@ -47,7 +51,7 @@ def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job) -
 
     worker = job.make_worker("pets/0", iter(()))
 
-    server_of(job, worker, Connection(None, 0)).rest(worker)
+    server_of(job, worker, Connection(cluster, None, 0)).rest(worker)
 
     assert asked == [
         "rest",
@@ -61,16 +65,16 @@ def test_a_rank_that_rests_hands_in_what_is_asked_while_others_train(job: Job) -
     ]
 
 
-def test_a_rank_carries_out_what_was_written_down_before_it_joined(job: Job) -> None:
+def test_a_rank_carries_out_what_was_written_down_before_it_joined(job: Job, cluster: FakeCluster) -> None:
     worker = job.make_worker("pets/0", iter(()))
     operations: list[Operation] = [TakeSnapshot(3, slots=False)]
 
-    server = RankServer(job, worker, LedgerConnection(None, 0), Reduction([], {}, {}), {}, operations)
+    server = RankServer(job, worker, LedgerConnection(cluster, None, 0), Reduction([], {}, {}), {}, operations)
 
     assert server.snapshot(3, "pets/0").keys() == {"shared:pets+cars"}
 
 
-def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(job: Job) -> None:
+def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(job: Job, cluster: FakeCluster) -> None:
     """The last step of another worker comes between the news and the question what is asked."""
     handed_in: list[int] = []
 
@@ -85,10 +89,10 @@ def test_a_rank_that_rests_hands_in_what_is_put_aside_at_the_moment_it_asks(job:
             return answered.value.value
 
     async def story() -> None:
-        mine, incarnation = await resting(job, "pets/0")
+        mine, incarnation = await resting(cluster, job, "pets/0")
         worker = job.make_worker("pets/0", iter(()))
-        server = server_of(job, worker, Connection(mine, incarnation))
-        await mine.finish(incarnation, "cars/0")
+        server = server_of(job, worker, Connection(cluster, mine, incarnation))
+        await mine.finish(incarnation, "cars/0", 0)
         worker.answer_requests(server)
 
     asyncio.run(story())
@@ -128,30 +132,15 @@ def test_a_contribution_is_the_workers_factor_in_the_sum(contributors: list[str]
     assert contribution("a", contributors, {"a": 2.0, "b": 2.0, "c": 1.0}) == expected
 
 
-@pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    processes: list[str] = []
-    monkeypatch.setattr(ledger.ray, "kill", processes.append)
-    return processes
-
-
-@pytest.fixture
-def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Set the clock forward by a number of seconds."""
-    now, ahead_s = time.monotonic, [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now() + sum(ahead_s))
-    return ahead_s.append
-
-
-async def resting(job: Job, *names: str) -> tuple[LedgerActor, int]:
+async def resting(cluster: FakeCluster, job: Job, *names: str) -> tuple[LedgerActor, int]:
     """Return a ledger that all workers have joined, where the named ones rest, and the incarnation of the group."""
-    mine = LedgerActor()
+    mine = LedgerActor(cluster)
     await mine.begin(job, store_of(job))
     incarnation = await mine.begin_group()
     for name in job.workers:
         await mine.join(incarnation, name, 0, f"the process of {name}")
     for name in names:
-        await mine.finish(incarnation, name)
+        await mine.finish(incarnation, name, 0)
         await rest(mine, incarnation, name)
     return mine, incarnation
 
@@ -167,76 +156,65 @@ async def rest(mine: LedgerActor, incarnation: int, name: str) -> list[Operation
     return operations
 
 
-Silent = Callable[..., Any]
+async def silent(cluster: FakeCluster, mine: LedgerActor, incarnation: int, *alive: str) -> list[str]:
+    """Return the workers that count as hung when only those in `alive` have given a sign of life for long."""
+    cluster.clock.sleep(1000)
+    for worker in alive:
+        await mine.report_alive(incarnation, worker)
+    return (await mine.report(600, next(NUMBERS))).silent
 
 
-@pytest.fixture
-def silent(pass_time: Callable[[float], None]) -> Silent:
-    async def silent(mine: LedgerActor, incarnation: int, *alive: str) -> list[str]:
-        """Return the workers that count as hung when only those in `alive` have given a sign of life for long."""
-        pass_time(1000)
-        for worker in alive:
-            await mine.report_alive(incarnation, worker)
-        return (await mine.report(600, next(NUMBERS))).silent
-
-    return silent
-
-
-def test_a_rank_that_waits_for_others_to_start_does_not_hang(job: Job, killed: list[str], silent: Silent) -> None:
+def test_a_rank_that_waits_for_others_to_start_does_not_hang(job: Job, cluster: FakeCluster) -> None:
     async def story() -> None:
-        mine = LedgerActor()
+        mine = LedgerActor(cluster)
         await mine.begin(job, store_of(job))
         incarnation = await mine.begin_group()
         await mine.join(incarnation, "pets/0", 0, "the process of pets/0")
-        assert await silent(mine, incarnation) == []
+        assert await silent(cluster, mine, incarnation) == []
 
     asyncio.run(story())
-    assert killed == []
+    assert cluster.killed == []
 
 
-def test_a_rank_that_rests_does_not_hang(job: Job, killed: list[str], silent: Silent) -> None:
+def test_a_rank_that_rests_does_not_hang(job: Job, cluster: FakeCluster) -> None:
     async def story() -> None:
-        assert await silent(*await resting(job, "pets/0")) == ["cars/0"]
+        assert await silent(cluster, *await resting(cluster, job, "pets/0")) == ["cars/0"]
 
     asyncio.run(story())
-    assert killed == ["the process of cars/0"]
+    assert cluster.killed == ["the process of cars/0"]
 
 
-@pytest.mark.usefixtures("killed")
-def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job, silent: Silent) -> None:
+def test_while_a_rank_that_rests_owes_something_all_others_wait_for_it(job: Job, cluster: FakeCluster) -> None:
     async def story() -> None:
-        mine, incarnation = await resting(job, "pets/0")
+        mine, incarnation = await resting(cluster, job, "pets/0")
         mine.server.snapshot_for_checkpoint()
         assert mine.server.workers_with_requests() == list(job.workers)
-        assert await silent(mine, incarnation) == ["pets/0"]
+        assert await silent(cluster, mine, incarnation) == ["pets/0"]
 
     asyncio.run(story())
 
 
-def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(
-    job: Job, killed: list[str], silent: Silent
-) -> None:
+def test_a_rank_that_has_handed_in_everything_at_the_end_does_not_hang(job: Job, cluster: FakeCluster) -> None:
     async def story() -> None:
-        mine, incarnation = await resting(job, *job.workers)
+        mine, incarnation = await resting(cluster, job, *job.workers)
         [request], _ = await mine.snapshot_requests(incarnation, "pets/0")
         await mine.report_evaluation(incarnation, request, "pets", {"top1": 50.0}, {})
         assert mine.server.workers_with_requests() == ["cars/0"]
-        assert await silent(mine, incarnation) == ["cars/0"]
+        assert await silent(cluster, mine, incarnation) == ["cars/0"]
 
     asyncio.run(story())
-    assert killed == ["the process of cars/0"]
+    assert cluster.killed == ["the process of cars/0"]
 
 
-@pytest.mark.usefixtures("killed")
 def test_a_rank_that_rests_waits_for_one_that_has_still_to_read_of_its_round(
-    make_spec: MakeSpec, silent: Silent
+    make_spec: MakeSpec, cluster: FakeCluster
 ) -> None:
     """Cars evaluates round 1 while pets, which was quicker, is in the sums of round 2 already."""
     tasks: dict[str, dict[str, Any]] = {"pets": {}, "cars": {}, "food": {}}
     job = Job(make_spec(tasks, engine={"name": "allreduce"}, evaluate_every=1))
 
     async def story() -> None:
-        mine, incarnation = await resting(job, "pets/0", "cars/0")
+        mine, incarnation = await resting(cluster, job, "pets/0", "cars/0")
 
         async def make_step(step: int) -> None:
             await mine.push(incarnation, Push("food/0", step, version=step, loss=1.0, images=8, seconds=0.1))
@@ -258,10 +236,10 @@ def test_a_rank_that_rests_waits_for_one_that_has_still_to_read_of_its_round(
         assert mine.server.workers_with_requests() == list(job.workers)
         await mine.drop_snapshot([0])  # unread, and nothing to wait for
 
-        assert await silent(mine, incarnation, "cars/0") == []
+        assert await silent(cluster, mine, incarnation, "cars/0") == []
 
         await report_evaluation(1, "cars")
         await rest(mine, incarnation, "cars/0")
-        assert await silent(mine, incarnation, "cars/0") == ["pets/0"]
+        assert await silent(cluster, mine, incarnation, "cars/0") == ["pets/0"]
 
     asyncio.run(story())

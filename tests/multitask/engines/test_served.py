@@ -1,10 +1,7 @@
 """How a run with a parameter server goes on after losses, and what becomes of guests and hosts, without processes."""
 
-import asyncio
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import Mock
 
@@ -12,8 +9,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
-from multitask.cluster.session import ray_session
-from multitask.engines import caller, remote, served, workers
+from multitask.engines import served, workers
 from multitask.engines.crew import Crew
 from multitask.engines.decisions import RESTARTS_WITHOUT_A_STEP, Recovery
 from multitask.engines.interface import Driver, Outcome
@@ -26,9 +22,9 @@ from multitask.job.job import Job
 from multitask.server.messages import Push
 from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeActor, FakeCluster
 
 MakeSpec = Callable[..., JobSpec]
-METHODS = ("ping", "drain", "call", "snapshot")
 GROWING = {"pets": {"workers": 2, "min_workers": 1}}
 
 
@@ -61,39 +57,45 @@ class FakeServer:
         self.outcome.note_loss(what)
 
 
+class Calls(FakeCluster):
+    """A cluster on which a call of a worker is a pair of the worker and the method. It is answered at once, unless
+    `waits` holds it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Callable[[tuple[str, str]], bool] = lambda _: False
+        self.lost: dict[tuple[str, str], Exception] = {}
+        """Call -> the error that it meets once."""
+        self._looks = 0
+
+    def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        self._looks += 1
+        assert self._looks < 100, f"the run waits for {refs} for ever"
+        return [call for call in refs if not self.waits(call)], []
+
+    def get(self, ref: Any, timeout_s: float | None = None) -> Any:  # noqa: ARG002
+        if ref in self.lost:
+            raise self.lost.pop(ref)
+
+
 class FakeCrew:
-    """A crew whose calls are answered at once, except those that `waits` holds back."""
+    """A crew whose processes are on no cluster."""
 
     recovery = Recovery.REPLACE
     shards = ()
 
-    def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.job, self.store = job, store_of(job)
+    def __init__(self, cluster: FakeCluster, job: Job) -> None:
+        self.cluster, self.job, self.store = cluster, job, store_of(job)
         self.server: Any = None
         self.shares_process = True
         """Whether all workers are in one process, or each in a process of its own."""
         self.sent: list[tuple[str, str]] = []
-        self.lost: dict[tuple[str, str], Exception] = {}
-        """Call -> the error that it meets once."""
-        self.waits: Callable[[tuple[str, str]], bool] = lambda _: False
         self.replaced: list[str] = []
         self.killed: list[str] = []
-        self.looks = 0
-        monkeypatch.setattr(served.ray, "wait", self.wait)
-        monkeypatch.setattr(served.ray, "get", self.get)
 
     def call(self, name: str, method: str, *_: object) -> tuple[str, str]:
         self.sent.append((name, method))
         return name, method
-
-    def wait(self, calls: list[tuple[str, str]], **_: object) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        self.looks += 1
-        assert self.looks < 100, f"the run waits for {calls} for ever"
-        return [call for call in calls if not self.waits(call)], []
-
-    def get(self, call: tuple[str, str]) -> None:
-        if call in self.lost:
-            raise self.lost.pop(call)
 
     def process(self, name: str) -> str:
         return "the one" if self.shares_process else name
@@ -115,10 +117,11 @@ class FakeCrew:
 class Session:
     """A run with a fake server and a fake crew."""
 
-    def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.outcome = Outcome()
-        self.crew, self.server = FakeCrew(job, monkeypatch), FakeServer(job, self.outcome)
-        driver = Driver(lambda *_: None, self.crew.store)
+    def __init__(self, job: Job) -> None:
+        self.cluster = Calls()
+        self.outcome = Outcome(self.cluster.clock)
+        self.crew, self.server = FakeCrew(self.cluster, job), FakeServer(job, self.outcome)
+        driver = Driver(lambda *_: None, self.crew.store, cluster=self.cluster)
         self.run = served.ServedRun(self.crew, self.server, driver, self.outcome)  # type: ignore[arg-type]
 
 
@@ -128,9 +131,9 @@ def job(make_spec: MakeSpec) -> Job:
 
 
 @pytest.fixture
-def session(job: Job, monkeypatch: pytest.MonkeyPatch) -> Session:
+def session(job: Job) -> Session:
     """Both workers share a process."""
-    return Session(job, monkeypatch)
+    return Session(job)
 
 
 @pytest.fixture
@@ -167,8 +170,12 @@ def test_a_worker_that_waits_for_its_turn_does_not_hang(job: Job, session: Sessi
 
 def test_a_worker_that_has_made_its_last_step_answers_requests_while_others_train(job: Job, apart: Session) -> None:
     crew = apart.crew
-    crew.waits = lambda call: call == ("pets/1", "train") and crew.sent.count(("pets/0", "answer_requests")) < 3
-    apart.server.answers["workers_with_requests"] = lambda: list(job.workers) if crew.waits(("pets/1", "train")) else []
+    apart.cluster.waits = lambda call: (
+        call == ("pets/1", "train") and crew.sent.count(("pets/0", "answer_requests")) < 3
+    )
+    apart.server.answers["workers_with_requests"] = lambda: (
+        list(job.workers) if apart.cluster.waits(("pets/1", "train")) else []
+    )
 
     apart.run.run_phase("train")
 
@@ -181,8 +188,8 @@ def test_a_worker_that_is_lost_after_its_last_step_is_replaced_when_a_restored_s
     crew = apart.crew
     looks = iter([True])
     apart.server.restored = lambda: next(looks, False)
-    crew.waits = lambda call: call == ("pets/1", "train") and not crew.replaced
-    crew.lost["pets/0", "confirm_finished"] = RayActorError()
+    apart.cluster.waits = lambda call: call == ("pets/1", "train") and not crew.replaced
+    apart.cluster.lost["pets/0", "confirm_finished"] = RayActorError()
 
     apart.run.run_phase("train")
 
@@ -203,7 +210,7 @@ def test_a_worker_that_told_only_a_lost_server_of_its_last_step_tells_the_restor
         return looks == 1
 
     apart.server.restored = restored
-    crew.waits = lambda call: call == ("pets/1", "train") and looks == 0
+    apart.cluster.waits = lambda call: call == ("pets/1", "train") and looks == 0
 
     apart.run.run_phase("train")
 
@@ -220,37 +227,36 @@ def test_a_worker_that_was_replaced_after_its_last_step_tells_a_server_that_is_r
         return looks == 3
 
     apart.server.restored = restored
-    crew.lost["pets/0", "confirm_finished"] = RayActorError()
-    crew.waits = lambda call: call == ("pets/1", "confirm_finished") and looks < 4
+    apart.cluster.lost["pets/0", "confirm_finished"] = RayActorError()
+    apart.cluster.waits = lambda call: call == ("pets/1", "confirm_finished") and looks < 4
 
     apart.run.run_phase("confirm_finished")
 
     assert crew.sent[2:4] == [("pets/0", "run_phases"), ("pets/0", "confirm_finished")]
 
 
-def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(
-    job: Job, session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, told, outcome, crew = ServerActor(), [], Outcome(), session.crew
-    crew.server = Mock(**{f"{name}.remote": partial(partial, getattr(server, name)) for name in METHODS})
-    crew.begin = lambda: partial(server.begin, job)  # type: ignore[attr-defined]
+def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(job: Job) -> None:
+    lost = iter([ActorUnavailableError("gone", None)])
+
+    class LosesAnAnswer(ServerActor):
+        """The first answer to `drain` does not arrive."""
+
+        async def drain(self, number: int) -> Any:
+            answer = await super().drain(number)
+            for error in lost:
+                raise error
+            return answer
+
+    cluster, told = FakeCluster(), []
+    outcome, crew = Outcome(cluster.clock), FakeCrew(cluster, job)
+    crew.server = FakeActor(LosesAnAnswer(cluster))
+    crew.begin = lambda: crew.server.begin.remote(job)  # type: ignore[attr-defined]
     client = ServerClient(crew, outcome)  # type: ignore[arg-type]
-    driver = Driver(lambda records, *_: told.append(records), store_of(job))
+    driver = Driver(lambda records, *_: told.append(records), crew.store, cluster=cluster)
     run = served.ServedRun(crew, client, driver, outcome)  # type: ignore[arg-type]
-    lost = ["drain"]
-
-    def get(call: Any, **_: object) -> Any:
-        answer = call()
-        answer = asyncio.run(answer) if asyncio.iscoroutine(answer) else answer
-        if call.func.__name__ in lost:
-            raise ActorUnavailableError(lost.pop(), None)
-        return answer
-
-    monkeypatch.setattr(served.ray, "get", get)
-    monkeypatch.setattr(caller, "POLL_S", 0.0)
     client.begin()
     gradients = {group.name: np.zeros(group.layout.pushed, np.float32) for group in job.served()}
-    asyncio.run(server.call("push", Push("pets/0", 0, 0, loss=1.0, images=8, seconds=0.1), gradients))
+    client.call("push", Push("pets/0", 0, 0, loss=1.0, images=8, seconds=0.1), gradients)
 
     run.poll()
     assert outcome.lost_at.keys() == {"server"}
@@ -261,7 +267,7 @@ def test_what_the_server_gave_out_is_told_once_though_its_answer_was_lost(
 
 
 def test_a_worker_that_is_killed_for_its_nodes_memory_is_replaced(apart: Session) -> None:
-    apart.crew.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
+    apart.cluster.lost["pets/1", "train"] = OutOfMemoryError("the node's memory is full")
     apart.run.run_phase("train")
     assert apart.crew.replaced == ["pets/1"]
 
@@ -285,7 +291,7 @@ def test_a_lost_worker_is_back_with_a_step_of_another_process(session: Session) 
 def test_only_workers_that_were_asked_for_something_may_hang(job: Job, session: Session) -> None:
     asked: list[object] = []
     session.server.answers["silent_workers"] = lambda *arguments: asked.append(arguments) or []
-    session.crew.waits = lambda call: call == ("pets/1", "train") and not asked
+    session.cluster.waits = lambda call: call == ("pets/1", "train") and not asked
     session.run.run_phase("train")
     limit_s = 2 * job.spec.resources.step_timeout_s
     assert asked == [(limit_s, {"pets/1"}), (limit_s, set())]
@@ -300,8 +306,7 @@ def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypa
         return worker
 
     monkeypatch.setattr(workers, "ServedWorker", make)
-    monkeypatch.setattr(workers, "log_to_stderr", lambda _: None)
-    host = WorkerActor(job, "pets/0", 0, None)
+    host = WorkerActor(FakeCluster(), job, "pets/0", 0, None)
     for _ in range(2):
         host.host("pets/1", 0, "about")
     assert [guest() is None for guest in made] == [False]
@@ -310,7 +315,7 @@ def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypa
 
 
 def test_a_guest_that_was_let_go_makes_no_more_steps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    guest, made = ServedWorker(job, "pets/1", 0, None), 0
+    guest, made = ServedWorker(FakeCluster(), job, "pets/1", 0, None), 0
 
     def train_steps(*_: object) -> Iterator[None]:
         nonlocal made
@@ -325,87 +330,28 @@ def test_a_guest_that_was_let_go_makes_no_more_steps(job: Job, monkeypatch: pyte
     assert made == 3
 
 
-class Reference:
-    """A reference to an object in Ray's store."""
-
-
-def test_no_thread_receives_a_reference_while_another_lets_go_of_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    let_go: list[bool] = []
-    store: dict[int, Any] = {}
-
-    def reference(to: Any) -> Reference:
-        made = Reference()
-        weakref.finalize(made, lambda: let_go.append(remote.FETCHING.locked()))
-        store[id(made)] = to
-        return made
-
-    def get(what: Any) -> Any:
-        assert remote.FETCHING.locked()
-        return [store[id(one)] for one in what] if isinstance(what, list) else store.pop(id(what))
-
-    monkeypatch.setattr(remote.ray, "wait", lambda _: None)
-    monkeypatch.setattr(remote.ray, "get", get)
-    answer = [
-        reference(("the reply", [{"shared": reference("values of the first shard")}, {"shared": reference("second")}]))
-    ]
-
-    assert remote.fetch_values(answer) == ("the reply", {"shared": ["values of the first shard", "second"]})  # type: ignore[arg-type, comparison-overlap]
-    assert let_go == [True] * 3
-
-
-@pytest.mark.parametrize(("failing", "tries"), [(2, 3), (3, 3)])
-def test_a_ray_of_its_own_that_does_not_start_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, failing: int, tries: int
-) -> None:
-    tried: list[str] = []
-
-    def start(address: str, **_: Any) -> None:
-        tried.append(address)
-        if len(tried) <= failing:
-            raise Exception("The current node timed out during startup.")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(served.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(served.ray, "init", start)
-    monkeypatch.setattr(served.ray, "shutdown", lambda: None)
-
-    with pytest.raises(Exception, match="timed out") if failing == tries else contextlib.nullcontext(), ray_session():
-        pass
-
-    assert tried == ["local"] * tries
-
-
-def test_the_process_of_a_guest_that_hangs_is_its_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    crew, killed = object.__new__(Crew), []
-    crew.workers, crew.hosts = {"pets/0": "the one"}, {"pets/1": "pets/0"}
-    monkeypatch.setattr(served.ray, "kill", killed.append)
+def test_the_process_of_a_guest_that_hangs_is_its_hosts(job: Job) -> None:
+    cluster = FakeCluster()
+    crew = Crew(cluster, job, store_of(job))
 
     crew.kill_process("pets/1")
 
-    assert killed == ["the one"]
+    assert cluster.killed == [crew.workers["pets/0"]]
 
 
-@pytest.mark.parametrize(("made", "starts"), [([0] * 4, 4), ([0, 0, 5, 0, 0, 0], 6)])
+@pytest.mark.parametrize("made", [[0] * 4, [0, 0, 5, 0, 0, 0]])
 def test_a_run_whose_processes_are_lost_together_without_a_step_in_between_ends(
-    job: Job, monkeypatch: pytest.MonkeyPatch, made: list[int], starts: int
+    job: Job, monkeypatch: pytest.MonkeyPatch, made: list[int]
 ) -> None:
-    begun, left = [], list(made)
-
-    @contextlib.contextmanager
-    def crews(job: Job, _: object) -> Iterator[FakeCrew]:
-        begun.append(job)
-        yield FakeCrew(job, monkeypatch)
+    left = list(made)
 
     def lose(attempt: served.ServedRun) -> Outcome:
         attempt.records = left.pop(0)
         raise RestartAllError("A worker was lost.")
 
-    monkeypatch.setattr(served, "actors", crews)
-    monkeypatch.setattr(served, "ray_session", contextlib.nullcontext)
-    monkeypatch.setattr(served, "check_places", lambda _: None)
     monkeypatch.setattr(served.ServedRun, "run", lose)
 
     with pytest.raises(TrainingError, match=r"A worker was lost\. It was lost 4 times without a step made"):
-        served.run(job, Driver(lambda *_: None, store_of(job)))
+        served.run(job, Driver(lambda *_: None, store_of(job), cluster=FakeCluster()))
 
-    assert len(begun) == starts
+    assert not left

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from multitask.engines import server_client
 from multitask.engines.decisions import Recovery
 from multitask.engines.interface import WHOLE_RUN, Outcome
 from multitask.engines.loss import RestartAllError
@@ -14,29 +13,27 @@ from multitask.engines.server_client import SERVER, ServerClient
 from multitask.job.job import Job
 from multitask.spec.schema import JobSpec
 from tests.conftest import store_of
+from tests.multitask.engines.fakes import FakeActor, FakeCluster
 
 
 class FakeCrew:
-    """A server with one other shard, whose incarnations a test sets; calls are answered at once."""
+    """A server with one other shard, whose incarnations a test sets."""
 
-    def __init__(self, job: Job, monkeypatch: pytest.MonkeyPatch, recovery: Recovery = Recovery.REPLACE) -> None:
+    def __init__(self, job: Job, recovery: Recovery = Recovery.REPLACE) -> None:
         self.job, self.store, self.recovery = job, store_of(job), recovery
+        self.cluster = FakeCluster()
+        self.cluster.kill = self.kill  # type: ignore[method-assign]
         self.incarnations, self.shard_incarnation = [1, 2], 2
         self.called: list[str] = []
         self.killed: list[Any] = []
-        self.server = SimpleNamespace(
-            ping=SimpleNamespace(remote=lambda: list(self.incarnations)),
-            call=SimpleNamespace(remote=lambda method, *_: self.called.append(method)),
-        )
-        self.shards = [SimpleNamespace(ping=SimpleNamespace(remote=lambda: self.shard_incarnation))]
-        monkeypatch.setattr(server_client.ray, "get", lambda answer, **_: answer)
-        monkeypatch.setattr(server_client.ray, "kill", self.kill)
+        self.server = FakeActor(SimpleNamespace(ping=lambda: list(self.incarnations), call=self.called.append))
+        self.shards = [FakeActor(SimpleNamespace(ping=lambda: self.shard_incarnation))]
 
-    def begin(self) -> None:
-        pass
+    def begin(self) -> Any:
+        return self.cluster.put(None)
 
-    def kill(self, actor: Any, no_restart: bool) -> None:
-        assert not no_restart
+    def kill(self, actor: Any, *, restart: bool = False) -> None:
+        assert restart
         self.killed.append(actor)
         self.incarnations = [self.incarnations[0] + 10, self.shard_incarnation]
 
@@ -47,14 +44,14 @@ def job(make_spec: Callable[..., JobSpec]) -> Job:
 
 
 def client_of(crew: FakeCrew) -> tuple[ServerClient, Outcome]:
-    outcome = Outcome()
+    outcome = Outcome(crew.cluster.clock)
     client = ServerClient(crew, outcome)  # type: ignore[arg-type]
     client.begin()
     return client, outcome
 
 
-def test_a_server_that_was_started_again_is_noticed_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    crew = FakeCrew(job, monkeypatch)
+def test_a_server_that_was_started_again_is_noticed_once(job: Job) -> None:
+    crew = FakeCrew(job)
     client, outcome = client_of(crew)
     assert not client.watch()
     crew.incarnations = [3, 2]
@@ -65,10 +62,8 @@ def test_a_server_that_was_started_again_is_noticed_once(job: Job, monkeypatch: 
     assert not crew.killed
 
 
-def test_a_shard_that_was_started_again_takes_the_server_back_with_it(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crew = FakeCrew(job, monkeypatch)
+def test_a_shard_that_was_started_again_takes_the_server_back_with_it(job: Job) -> None:
+    crew = FakeCrew(job)
     client, outcome = client_of(crew)
     crew.shard_incarnation = 5
     assert client.watch()
@@ -77,8 +72,8 @@ def test_a_shard_that_was_started_again_takes_the_server_back_with_it(
     assert not client.watch()
 
 
-def test_a_restored_server_is_told_of_the_pause(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    crew = FakeCrew(job, monkeypatch)
+def test_a_restored_server_is_told_of_the_pause(job: Job) -> None:
+    crew = FakeCrew(job)
     client, _ = client_of(crew)
     client.pause()
     assert client.pausing
@@ -87,8 +82,8 @@ def test_a_restored_server_is_told_of_the_pause(job: Job, monkeypatch: pytest.Mo
     assert crew.called == ["pause", "pause"]
 
 
-def test_under_sync_a_lost_server_takes_all_processes_back(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    crew = FakeCrew(job, monkeypatch, Recovery.RESTART_ALL)
+def test_under_sync_a_lost_server_takes_all_processes_back(job: Job) -> None:
+    crew = FakeCrew(job, Recovery.RESTART_ALL)
     client, outcome = client_of(crew)
     crew.incarnations = [3, 2]
     with pytest.raises(RestartAllError, match=r"^The parameter server was lost\.$"):
@@ -96,10 +91,8 @@ def test_under_sync_a_lost_server_takes_all_processes_back(job: Job, monkeypatch
     assert outcome.lost_at.keys() == {WHOLE_RUN}
 
 
-def test_a_server_that_could_not_be_reached_for_a_while_counts_as_back(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client, outcome = client_of(FakeCrew(job, monkeypatch))
+def test_a_server_that_could_not_be_reached_for_a_while_counts_as_back(job: Job) -> None:
+    client, outcome = client_of(FakeCrew(job))
     client.note_loss(SERVER, "The parameter server was lost.")
     assert outcome.lost_at.keys() == {SERVER}
     assert not client.watch()

@@ -11,6 +11,7 @@ from multitask.engines.server_actors import RemoteShards, ShardActor
 from multitask.job.job import Job
 from multitask.server.shard import GroupUpdate
 from multitask.spec.schema import JobSpec
+from tests.multitask.engines.fakes import FakeCluster
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def told(shard: ShardActor, lost: int | None) -> RemoteShards:
 
 @pytest.mark.parametrize("lost", [None, 2])
 def test_a_shard_that_misses_a_change_is_as_one_that_was_started_again(job: Job, lost: int | None) -> None:
-    shard = ShardActor()
+    shard = ShardActor(FakeCluster())
     incarnation = shard.begin(job, 1)
     others = told(shard, lost)
     others.take_snapshot(0, slots=False)
@@ -53,7 +54,7 @@ def test_a_shard_that_misses_a_change_is_as_one_that_was_started_again(job: Job,
 
 
 def test_a_shard_that_cannot_make_a_change_lets_its_values_go(job: Job) -> None:
-    shard = ShardActor()
+    shard = ShardActor(FakeCluster())
     incarnation = shard.begin(job, 1)
     update = {job.served()[0].name: GroupUpdate((("pets/0", 0, 0),), (1.0,), 0.1)}
 

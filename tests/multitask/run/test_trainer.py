@@ -106,7 +106,7 @@ def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
         evaluations = [told(job, 300, 90.0), told(job, 252, 85.0)]
         for evaluation in evaluations:
             driver.watch([], [evaluation], job.progress)
-        return Outcome({"last": evaluations[-1]})
+        return Outcome(versions={"last": evaluations[-1]})
 
     monkeypatch.setitem(ENGINES, "local", engine)
     run = multitask.train(make_spec())
@@ -131,7 +131,7 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
             assert driver.wants_pause()
             driver.store.save(job.checkpoint(job.progress, evaluation.groups))
             return Outcome(paused=True)
-        return Outcome({"last": evaluation})
+        return Outcome(versions={"last": evaluation})
 
     monkeypatch.setitem(ENGINES, "local", engine)
     run = multitask.train(spec)

@@ -1,0 +1,109 @@
+"""Simulated runs from the command line.
+
+python -m tests.simulation --schedules 10000             many schedules over all engines, as `make simulate`
+python -m tests.simulation --seed 17 --engine sync        one schedule, with its trace; a failure is shrunk
+python -m tests.simulation --case NAME                    a schedule that once failed
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice, product
+
+import torch
+
+from tests.simulation import cases
+from tests.simulation.check import Result, check, check_seed
+from tests.simulation.schedule import ENGINES, Schedule, make_schedule
+from tests.simulation.shrink import shrink
+from tests.simulation.trace import lines
+
+TEST_SEEDS = {"async": 90, "bounded": 90, "sync": 90, "allreduce": 90, "local": 30}
+"""Engine -> number of seeds that `make test` runs."""
+SIMULATE_SCHEDULES = 10_000
+SHOWN = 10
+"""Failures that are printed in full."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, help="replay the schedule of this seed")
+    parser.add_argument("--engine", choices=ENGINES, default="async", help="engine of --seed")
+    parser.add_argument("--case", choices=cases.names(), help="replay a schedule that once failed")
+    parser.add_argument("--save", nargs=2, metavar=("NAME", "ABOUT"), help="keep a failing schedule as a case")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--seeds", choices=("test", "simulate"), help="the seeds of `make test` or of `make simulate`")
+    parser.add_argument("--schedules", type=int, help="number of schedules, spread over the engines")
+    parser.add_argument("--until-failure", action="store_true", help="stop at the first failure")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if given.case is not None:
+        return replay(cases.load(given.case), None)
+    if given.seed is not None:
+        return replay(make_schedule(given.seed, given.engine), given.save)
+    if given.seeds == "test":
+        pairs = [(seed, engine) for engine in given.engines for seed in range(TEST_SEEDS[engine])]
+    else:
+        total = given.schedules or SIMULATE_SCHEDULES
+        # Each engine gets the same seeds, whichever engines are chosen.
+        seeds = -(-total // len(ENGINES))
+        pairs = list(islice(product(range(seeds), given.engines), total))
+    return run_all(pairs, given.processes, given.until_failure)
+
+
+def replay(schedule: Schedule, save_as: Sequence[str] | None) -> int:
+    """Run one schedule, and print what happens; return 1 if something is wrong with it."""
+    story, wrong = check(schedule)
+    if not wrong:
+        print(*schedule.lines(), *(lines(story.trace) if story else ()), "Everything holds.", sep="\n")
+        return 0
+    kind = wrong[0][:40]
+    smallest = shrink(schedule, lambda simpler: any(text[:40] == kind for text in check(simpler)[1]))
+    story, wrong = check(smallest)
+    print(*smallest.lines(), *(lines(story.trace) if story else ()), "", *wrong, sep="\n")
+    if save_as is not None:
+        print(f"Saved as {cases.save(*save_as, smallest)}.")
+    return 1
+
+
+def run_all(pairs: Sequence[tuple[int, str]], processes: int, until_failure: bool) -> int:
+    """Run many schedules, print the failures and a summary, and return 1 if there was a failure."""
+    start, results = time.monotonic(), []
+    for result in _results(pairs, processes):
+        results.append(result)
+        if result.wrong:
+            print(f"FAILED  python -m tests.simulation --seed {result.seed} --engine {result.engine}", flush=True)
+            if sum(bool(other.wrong) for other in results) <= SHOWN:
+                print(*(f"    {text}" for text in result.wrong[:SHOWN]), sep="\n", flush=True)
+            if until_failure:
+                break
+    minutes = (time.monotonic() - start) / 60
+    failures = sum(bool(result.wrong) for result in results)
+    print(
+        f"{len(results)} schedules, {failures} failures; {sum(result.kills for result in results)} processes killed, "
+        f"{sum(result.messages for result in results)} messages, "
+        f"{sum(result.seconds for result in results) / 3600:.1f} virtual hours; {minutes:.1f} minutes, "
+        f"{len(results) / minutes / processes:.0f} schedules a minute and core"
+    )
+    return int(failures > 0)
+
+
+def _results(pairs: Sequence[tuple[int, str]], processes: int) -> Iterator[Result]:
+    if processes == 1:
+        yield from (check_seed(*pair) for pair in pairs)
+        return
+    with multiprocessing.get_context("fork").Pool(processes, partial(torch.set_num_threads, 1)) as pool:
+        yield from pool.imap_unordered(_check_pair, pairs, chunksize=4)
+
+
+def _check_pair(pair: tuple[int, str]) -> Result:
+    return check_seed(*pair)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
