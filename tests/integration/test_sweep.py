@@ -130,40 +130,40 @@ def test_a_searcher_is_told_what_its_trials_found_and_goes_on_as_if_never_stoppe
         tmp_path,
         {"steps": 4, "evaluate_every": 2},
         space={"optimizer.rate": {"log_uniform": [1e-5, 0.1]}, "tasks.method": {"choice": ["full", "last_layer"]}},
-        searcher={"name": "optuna", "startup_trials": 3},
-        samples=6,
+        searcher={"name": "optuna", "startup_trials": 2},
+        samples=4,
         concurrent=1,
     )
 
     result = run_sweep(spec, console=Console(quiet=True))
 
-    assert [outcome.state for outcome in result.outcomes] == ["finished"] * 6
+    assert [outcome.state for outcome in result.outcomes] == ["finished"] * 4
     told = {outcome.plan.number: outcome.top1 or 0.0 for outcome in result.outcomes}
     found = [dict(outcome.plan.values) for outcome in result.outcomes]
     assert found == suggestions(told)
-    assert found[3:] != suggestions({number: -top1 for number, top1 in told.items()})[3:]
+    assert found[2:] != suggestions({number: -top1 for number, top1 in told.items()})[2:]
     assert result.choice is not None
     assert result.choice.top1 == max(told.values())
     _, sweep, trials, _ = runs(result)
-    assert sweep.data.params["trials"] == "6"
-    assert trials["rates_0005"].data.params["setting.tasks.method"] == found[5]["tasks.method"]
+    assert sweep.data.params["trials"] == "4"
+    assert trials["rates_0003"].data.params["setting.tasks.method"] == found[3]["tasks.method"]
 
-    # As if it had been killed in its fifth trial.
+    # As if it had been killed in its third trial.
     settings = tmp_path / "rates" / "settings.json"
-    settings.write_text(json.dumps(found[:5]))
-    for number in (4, 5):
+    settings.write_text(json.dumps(found[:3]))
+    for number in (2, 3):
         shutil.rmtree(tmp_path / "rates" / "trials" / f"{number:04d}")
-    written = [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in result.outcomes[:4]]
+    written = [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in result.outcomes[:2]]
     resumed = run_sweep(spec, go_on=True, console=Console(quiet=True))
     assert [dict(outcome.plan.values) for outcome in resumed.outcomes] == found
     assert [outcome.curve for outcome in resumed.outcomes] == [outcome.curve for outcome in result.outcomes]
-    assert [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in resumed.outcomes[:4]] == written
+    assert [(outcome.plan.directory / "result.json").stat().st_mtime_ns for outcome in resumed.outcomes[:2]] == written
 
 
 def suggestions(told: Mapping[int, float]) -> list[dict[str, Any]]:
     """What Optuna alone suggests for as many trials as were told of, each told before the next is asked for."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=NumberedSampler(0, 3))
+    study = optuna.create_study(direction="maximize", sampler=NumberedSampler(0, 2))
     found = []
     for top1 in told.values():
         trial = study.ask()
