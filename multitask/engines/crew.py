@@ -167,7 +167,7 @@ class Crew:
             del self._starting[name]
             with contextlib.suppress(*ENDED):  # lost while it started; the next call starts another process
                 handed_over[name] = self._grown[name] = self.cluster.get(process.node)
-                self.process(name).dismiss.remote(name)
+                self.process(name).dismiss.remote(name, self.incarnations[name])
                 self.workers[name] = process.actor
                 self.incarnations[name] += 1
         return handed_over

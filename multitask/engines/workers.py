@@ -29,7 +29,7 @@ class ServedWorker:
         shards: Sequence[Actor] = (),
     ) -> None:
         self._cluster = cluster
-        self._job, self._name, self._incarnation = job, name, incarnation
+        self._job, self._name, self.incarnation = job, name, incarnation
         self._in_flight = job.spec.engine.in_flight
         self._server = RemoteServer(cluster, job, name, incarnation, server, shards)
         about: dict[str, object] = {"run": job.spec.name, "task": job.workers[name], "worker": name}
@@ -62,7 +62,7 @@ class ServedWorker:
             batches = self._job.view(self._name).batches(partial(next, drawn))
         with ONE_AT_A_TIME:  # building a network draws random numbers
             process = self._cluster.process_id()
-            self.worker = self._job.make_worker(self._name, batches, start, self._incarnation, process)
+            self.worker = self._job.make_worker(self._name, batches, start, self.incarnation, process)
         about, worker = self.about(), self.worker
         self.about = lambda: {**about, "step": worker.step}
 
@@ -134,11 +134,21 @@ class WorkerActor(ServedWorker):
         cluster.log_to_stderr(lambda: about_task if self._guests else self.about())
 
     def host(self, name: str, incarnation: int, method: str, *arguments: Any) -> Any:
-        """Call a method of a guest; the first call creates the guest."""
-        if name not in self._guests:
-            self._guests[name] = ServedWorker(self._cluster, self._job, name, incarnation, *self._server_and_shards)
-        return getattr(self._guests[name], method)(*arguments)
+        """Call a method of a guest; the first call of an incarnation creates the guest.
 
-    def dismiss(self, name: str) -> None:
+        A worker may become a guest again before its dismissal has arrived, because calls of a process with several
+        threads may overtake each other. A call of an earlier incarnation does nothing.
+        """
+        guest = self._guests.get(name)
+        if guest is None or guest.incarnation < incarnation:
+            if guest is not None:
+                self.dismiss(name, guest.incarnation)
+            guest = ServedWorker(self._cluster, self._job, name, incarnation, *self._server_and_shards)
+            self._guests[name] = guest
+        return getattr(guest, method)(*arguments) if guest.incarnation == incarnation else None
+
+    def dismiss(self, name: str, incarnation: int) -> None:
         """Drop a guest whose steps another process makes now, and with it the memory of its model."""
-        self._guests.pop(name).dismissed = True
+        guest = self._guests.get(name)
+        if guest is not None and guest.incarnation == incarnation:
+            self._guests.pop(name).dismissed = True

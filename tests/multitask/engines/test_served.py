@@ -310,7 +310,7 @@ def test_a_host_lets_a_guest_go_that_has_a_process_of_its_own(job: Job, monkeypa
     for _ in range(2):
         host.host("pets/1", 0, "about")
     assert [guest() is None for guest in made] == [False]
-    host.dismiss("pets/1")
+    host.dismiss("pets/1", 0)
     assert made[0]() is None
 
 
