@@ -1,11 +1,13 @@
 """Groups of ranks as worker groups of Ray Train."""
 
 import importlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.util
+from ray.exceptions import RayActorError
 
 from multitask.cluster.collectives import WAIT
 from multitask.cluster.interface import Actor, Cluster, GroupStartError, Ranks
@@ -14,6 +16,9 @@ from multitask.startup import RUN_PROCESS
 
 HEALTH_CHECK_S = 0.5
 """Seconds between two looks of Train at its workers, and so the time that a loss may go unnoticed."""
+
+HOLD_TRIES, HOLD_RETRY_S = 60, 0.5
+"""Tries to tell the leader of the group's places, and seconds between two of them."""
 
 
 class TrainRun:
@@ -114,5 +119,11 @@ def run_rank(setting: dict[str, Any]) -> None:
     Train lets a process of its own give the places back when its controller is lost, but this process needs Ray's
     dashboard, which a Ray of the run's own does not start.
     """
-    setting["leader"].hold.remote(ray.util.get_current_placement_group())
+    places = ray.util.get_current_placement_group()
+    for _ in range(HOLD_TRIES):
+        try:
+            ray.get(setting["leader"].hold.remote(places))
+            break
+        except RayActorError:  # the leader is starting again
+            time.sleep(HOLD_RETRY_S)
     setting["work"](setting["cluster"], setting["leader"])

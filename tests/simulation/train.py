@@ -10,7 +10,7 @@ next group.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from multitask.cluster.interface import GroupStartError, OnNode, Ranks, Reserved, Search
 from multitask.cluster.interface import Process as Wanted
@@ -64,7 +64,7 @@ class TrainController:
             self.is_starting = True
             self._start_ranks()
             group = RankGroup(self._cluster, self._ranks.number)
-            leader.hold.remote(self._places)
+            self._tell_places(leader)
             calls = [actor.handle.run.remote(group, rank, work, leader) for rank, actor in enumerate(self._actors)]
             self.is_starting = False
             has_ended = self._watch(calls, leader)
@@ -76,6 +76,15 @@ class TrainController:
             self._cluster.losses.kill(actor, False)
         if self._places is not None:
             self._cluster.losses.release(self._places)
+
+    def _tell_places(self, leader: Handle) -> None:
+        """Tell the leader of the group's places, again and again while it starts."""
+        for _ in range(60):
+            try:
+                self._cluster.get(leader.hold.remote(self._places))
+                return
+            except RayActorError:
+                self._world.sleep(0.5)
 
     def _release_starting_places(self) -> None:
         """Give back the places of a group that was starting when the controller died.
