@@ -42,19 +42,15 @@ class LedgerConnection:
         Raises:
             PeerLostError: as from `answer_of`.
         """
-        return self.answer_of(self.send(method, *arguments))
-
-    def answer_of(self, call: Ref[Any]) -> Any:
-        """Wait for the answer to a call.
-
-        Raises:
-            PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
-        """
-        return answer_of(self.cluster, call)
+        return answer_of(self.cluster, self.send(method, *arguments))
 
 
 def answer_of(cluster: Cluster, call: Ref[Any]) -> Any:
-    """Wait for an answer of the ledger; see `LedgerConnection.answer_of`."""
+    """Wait for an answer of the ledger.
+
+    Raises:
+        PeerLostError: the ledger is gone, or it serves a newer incarnation of the group.
+    """
     try:
         return cluster.get(call)
     except (*LOST, PushRejectedError) as error:
@@ -133,7 +129,7 @@ class RankServer:
 
     def wait(self, handle: Ref[Any]) -> tuple[Reply, Values]:
         sums = self._reduction.finish()
-        reply, operations = self._ledger.answer_of(handle)
+        reply, operations = answer_of(self._ledger.cluster, handle)
         self._follow(operations, sums)
         return reply, self._values()
 

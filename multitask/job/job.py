@@ -35,6 +35,7 @@ from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.shard import Shard
 from multitask.spec.schema import JobSpec, TaskSpec
 from multitask.worker import Learner, NetworkLearner, StepSettings, TaskWorker, WorkerStart, task_loss
+from patches import PatchedModel
 
 
 class Job:
@@ -70,10 +71,14 @@ class Job:
         """Task -> the plan of its feature cache, for the tasks that have one."""
         self._with_images = {task for task, model in models.items() if model.reads_images}
         self._opened: dict[Path, FeatureCache] = {}
+        self._plan(models, checkpoint)
+
+    def _plan(self, models: Mapping[str, PatchedModel], checkpoint: Checkpoint | None) -> None:
+        """Divide the models' tensors into groups, and take up the state of a checkpoint if there is one."""
         steps = {} if checkpoint is None else checkpoint.shared_steps()
-        groups = plan_groups(models, {task.name: task.workers for task in spec.tasks}, steps)
+        groups = plan_groups(models, {task.name: task.workers for task in self.spec.tasks}, steps)
         self.groups = {group.name: group for group in groups}
-        self.workers = {f"{task.name}/{rank}": task.name for task in spec.tasks for rank in range(task.workers)}
+        self.workers = {f"{task.name}/{rank}": task.name for task in self.spec.tasks for rank in range(task.workers)}
         self.progress = Progress(workers={name: WorkerProgress() for name in self.workers})
         if checkpoint is not None:
             self._take_up(checkpoint)

@@ -14,11 +14,13 @@ def shrink(schedule: Schedule, fails: Callable[[Schedule], bool]) -> Schedule:
         schedule: fails.
         fails: runs a schedule.
     """
-    for simpler in (
-        replace(schedule, timing=Timing()),
-        replace(schedule, behaviour=replace(schedule.behaviour, speeds={})),
-        replace(schedule, behaviour=replace(schedule.behaviour, faults=schedule.step_faults)),
-    ):
+    simplifications: tuple[Callable[[Schedule], Schedule], ...] = (
+        lambda found: replace(found, timing=Timing()),
+        lambda found: replace(found, behaviour=replace(found.behaviour, speeds={})),
+        lambda found: replace(found, behaviour=replace(found.behaviour, faults=found.step_faults)),
+    )
+    for simplify in simplifications:
+        simpler = simplify(schedule)
         if simpler != schedule and fails(simpler):
             schedule = simpler
     number = 0

@@ -8,6 +8,7 @@ import pytest
 from tests.simulation import cases
 from tests.simulation.__main__ import TEST_SEEDS
 from tests.simulation.check import check, check_seed
+from tests.simulation.nodes import Timing
 from tests.simulation.schedule import ENGINES, make_schedule
 from tests.simulation.shrink import shrink
 
@@ -44,3 +45,4 @@ def test_what_a_failure_does_not_need_is_left_out() -> None:
 
     assert smallest.faults == (needed,)
     assert smallest.disturbances == 1
+    assert (smallest.timing, smallest.behaviour.speeds, smallest.behaviour.faults) == (Timing(), {}, {})

@@ -29,9 +29,7 @@ from multitask.data.shared import SharedStream
 from multitask.job import Job
 from multitask.job.assignment import rank_of
 from multitask.job.checkpoint import Checkpoint
-from multitask.job.groups import plan_groups
 from multitask.server.messages import GroupValues
-from multitask.server.progress import Progress, WorkerProgress
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
 from tests.simulation.behaviour import Behaviour, StillClock
@@ -155,13 +153,7 @@ class ToyJob(Job):
         self.spec, self.world = spec, world
         self.caches = {}
         models = {task.name: self._model(task.name) for task in spec.tasks}
-        steps = {} if checkpoint is None else checkpoint.shared_steps()
-        groups = plan_groups(models, {task.name: task.workers for task in spec.tasks}, steps)
-        self.groups = {group.name: group for group in groups}
-        self.workers = {f"{task.name}/{rank}": task.name for task in spec.tasks for rank in range(task.workers)}
-        self.progress = Progress(workers={name: WorkerProgress() for name in self.workers})
-        if checkpoint is not None:
-            self._take_up(checkpoint)
+        self._plan(models, checkpoint)
 
     def changed(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> "ToyJob":
         return ToyJob(spec, self.world, checkpoint)
