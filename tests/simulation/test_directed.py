@@ -103,3 +103,15 @@ def test_after_a_task_has_joined_allreduce_goes_on_with_the_bits_of_local(tmp_pa
     found, wanted = (view_of_evaluation(*one).tensors for one in ((job, last), (local, outcome.versions["last"])))
     assert found.keys() == wanted.keys()
     assert all(tensor.equal(wanted[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("engine", ["async", "bounded", "sync", "allreduce", "local"])
+def test_ctrl_c_stops_a_run_long_before_its_end(engine: str) -> None:
+    settings = {"bounded": {"staleness": 2}, "local": {"schedule": "rounds"}}.get(engine, {})
+    chosen = schedule(engine, engine={"name": engine, **settings})
+    story = run(replace(chosen, requests=(Request(3.0, "interrupt"),)))
+
+    assert story.lives == ["stopped", "finished"]
+    checkpoint = story.paused[0]
+    assert checkpoint is not None
+    assert max(counters.step for counters in checkpoint.progress.workers.values()) < chosen.job.steps
