@@ -109,7 +109,7 @@ def test_after_a_task_has_joined_allreduce_goes_on_with_the_bits_of_local(tmp_pa
 def test_ctrl_c_stops_a_run_long_before_its_end(engine: str) -> None:
     settings = {"bounded": {"staleness": 2}, "local": {"schedule": "rounds"}}.get(engine, {})
     chosen = schedule(engine, engine={"name": engine, **settings})
-    story = run(replace(chosen, requests=(Request(3.0, "interrupt"),)))
+    story = run(replace(chosen, requests=(Request(1.5, "interrupt"),)))
 
     assert story.lives == ["stopped", "finished"]
     checkpoint = story.paused[0]
