@@ -135,6 +135,12 @@ class GroupRun(Protocol):
     def kill(self) -> None:
         """End the process that leads the group at once, and the ranks with it. For a group that no cancel reaches."""
 
+    def release(self) -> None:
+        """Give back the places of a group that no process leads any more, because it was lost or killed.
+
+        It waits some seconds, because ranks that lose their places while their process ends are started again.
+        """
+
 
 class GroupStartError(RuntimeError):
     """The cluster could not start a group of ranks."""
@@ -239,8 +245,7 @@ class Cluster(Protocol):
 
         Args:
             leader: an actor. Its method `lose` is called with a text whenever the cluster has noticed that a rank is
-                lost. Its method `hold` is called with the places of each group that has started: where the process that
-                leads the group is lost or killed, they have to be released.
+                lost.
         """
 
     def collectives(self) -> Collectives:

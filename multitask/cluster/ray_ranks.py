@@ -2,12 +2,15 @@
 
 import importlib
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.cloudpickle as pickle
 import ray.util
-from ray.exceptions import RayActorError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import remove_placement_group
 
 from multitask.cluster.collectives import WAIT
 from multitask.cluster.interface import Actor, Cluster, GroupStartError, Ranks
@@ -17,18 +20,20 @@ from multitask.startup import RUN_PROCESS
 HEALTH_CHECK_S = 0.5
 """Seconds between two looks of Train at its workers, and so the time that a loss may go unnoticed."""
 
-HOLD_TRIES, HOLD_RETRY_S = 60, 0.5
-"""Tries to tell the leader of the group's places, and seconds between two of them."""
+CONTROLLER_END_S = 5.0
+"""Seconds within which Train's controller ends when the process that has started it was lost. A controller that loses
+its places before it ends would start another group."""
 
 
 class TrainRun:
     """A worker group of Ray Train at work."""
 
-    def __init__(self, fit: Any) -> None:
+    def __init__(self, fit: Any, places_key: str) -> None:
         """Args:
         fit: reference to the result of `fit`, which Train's work ends with.
+        places_key: key under which the cluster keeps the places of the group that has started last.
         """
-        self._fit = fit
+        self._fit, self._places_key = fit, places_key
 
     def wait(self, timeout_s: float) -> bool:
         done, _ = ray.wait([self._fit], timeout=timeout_s)
@@ -48,6 +53,13 @@ class TrainRun:
     def kill(self) -> None:
         ray.cancel(self._fit, force=True, recursive=False)
 
+    def release(self) -> None:
+        time.sleep(CONTROLLER_END_S)
+        places = _internal_kv_get(self._places_key)
+        if places is not None:
+            remove_placement_group(pickle.loads(places))
+            _internal_kv_del(self._places_key)
+
 
 def start_ranks(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor) -> TrainRun:
     """Let Train start a group of ranks; see `Cluster.run_ranks`."""
@@ -61,12 +73,15 @@ def start_ranks(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leade
         **FOR_ALL_THREADS,
     }
     task = ray.remote(fit).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": variables})
-    return TrainRun(task.remote(cluster, ranks, work, leader))
+    places_key = f"multitask/places/{uuid.uuid4().hex}"
+    return TrainRun(task.remote(cluster, ranks, work, leader, places_key), places_key)
 
 
-def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor) -> None:
+def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor, places_key: str) -> None:
     """Let Ray Train run a group of ranks, and another one whenever a rank is lost, until a group has ended its work.
 
+    Args:
+        places_key: key under which the ranks keep their places in the cluster.
     Raises:
         GroupStartError: the ranks found no places in time, or were lost while they started.
     """
@@ -87,7 +102,7 @@ def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor
     shares_device = 0 < demand.resources.get("GPU", 0) < 1
     trainer = train_torch.TorchTrainer(
         run_rank,
-        train_loop_config={"work": work, "cluster": cluster, "leader": leader},
+        train_loop_config={"work": work, "cluster": cluster, "leader": leader, "places_key": places_key},
         torch_config=train_torch.TorchConfig(
             backend="gloo" if shares_device else None, timeout_s=int(WAIT.total_seconds())
         ),
@@ -111,19 +126,16 @@ def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor
         trainer.fit()
     except train.ControllerError as error:
         raise GroupStartError(str(error)) from None
+    finally:
+        _internal_kv_del(places_key)
 
 
 def run_rank(setting: dict[str, Any]) -> None:
     """Do the work of one rank; Ray Train calls this in every process of a worker group.
 
     Train lets a process of its own give the places back when its controller is lost, but this process needs Ray's
-    dashboard, which a Ray of the run's own does not start.
+    dashboard, which a Ray of the run's own does not start. So the ranks write their places down, in the store of the
+    cluster's head: it outlives every process of the run.
     """
-    places = ray.util.get_current_placement_group()
-    for _ in range(HOLD_TRIES):
-        try:
-            ray.get(setting["leader"].hold.remote(places))
-            break
-        except RayActorError:  # the leader is starting again
-            time.sleep(HOLD_RETRY_S)
+    _internal_kv_put(setting["places_key"], pickle.dumps(ray.util.get_current_placement_group()), overwrite=True)
     setting["work"](setting["cluster"], setting["leader"])

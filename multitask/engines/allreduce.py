@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, NodeDiedError, RayTaskError, WorkerCrashedError
 
-from multitask.cluster.interface import Cluster, GroupStartError, Places, Process, Ranks, Ref, Search
+from multitask.cluster.interface import Cluster, GroupStartError, Process, Ranks, Ref, Search
 from multitask.cluster.places import check_places, demands
 from multitask.engines.caller import POLL_S, PatientCaller
 from multitask.engines.decisions import AfterTrain, LossCounter, MissingRanks, TrainResult, after_train, is_paused
@@ -31,9 +31,6 @@ END_S = 60.0
 """When a run ends: seconds to wait for Train to finish a start that is under way, and then as many again for Train to
 end."""
 
-CONTROLLER_END_S = 5.0
-"""Seconds within which Train's controller ends when the process that has started it was lost. A controller that loses
-its places before it ends would start another group."""
 CANCELS = 3
 """Number of times that Train is asked to end."""
 
@@ -64,8 +61,6 @@ class RankGroup:
 
     def __init__(self, cluster: Cluster, job: Job, store: CheckpointStore) -> None:
         self._cluster, self._job, self._store = cluster, job, store
-        self.places: Places | None = None
-        """The places of the group that has started last."""
         self.ledger = cluster.start(LedgerActor, [cluster], Process(place=Search.PARENT, restarts=True))
         self.start()
 
@@ -103,15 +98,8 @@ class RankGroup:
             log.warning("Ray Train did not end within %g s, so its process is killed.", END_S)
             self.work.kill()
             self.work.wait(END_S)
-            clock.sleep(CONTROLLER_END_S)
-            self.release()
+            self.work.release()
         self._cluster.kill(self.ledger)
-
-    def release(self) -> None:
-        """Give back the places of a group whose leading process is gone, if a group had started."""
-        if self.places is not None:
-            self._cluster.release(self.places)
-            self.places = None
 
     def _is_starting(self) -> bool:
         try:
@@ -180,9 +168,7 @@ class AllreduceRun:
         # The next report has this loss, as it has the losses of ranks.
         self._call("lose", "the ledger, when all ranks had ended" if error is None else lost)
         if result is TrainResult.LOST:
-            self._cluster.clock.sleep(CONTROLLER_END_S)
-            self._poll()  # the controller may have started a group in the meantime
-            self._ranks.release()
+            self._ranks.work.release()
         self._ranks.start()
         return False
 
@@ -200,7 +186,6 @@ class AllreduceRun:
     def _poll(self) -> GroupStatus:
         """Tell the driver what happened, and count the losses."""
         report: GroupStatus = self._call("report", self._job.spec.resources.step_timeout_s, next(self._reports))
-        self._ranks.places = report.places or self._ranks.places
         records, completed, progress = report.news
         # The ranks report all values of a snapshot, so there are none to fetch from the ledger.
         take(self._job, self._driver, self._outcome, report.news, lambda _: {})

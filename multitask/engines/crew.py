@@ -131,7 +131,7 @@ class Crew:
         lost = self.sharing_process(name)
         needed = [other for other in lost if other not in self.hosts]
         moved = lost + (self._make_room(lost) if needed else [])
-        for process in {self.process(other) for other in moved}:
+        for process in dict.fromkeys(self.process(other) for other in moved):
             self.cluster.kill(process)
         for other in moved:
             self.incarnations[other] += 1
@@ -154,7 +154,7 @@ class Crew:
         Returns:
             Worker that was handed over by this call -> the cluster's name of the node of its process.
         """
-        for name in self._starting.keys() - set(names):
+        for name in [name for name in self._starting if name not in names]:
             self.cluster.kill(self._starting.pop(name).actor)
         handed_over: dict[str, str] = {}
         for name in [name for name in self.hosts if name in names and name not in self.workers]:

@@ -43,7 +43,7 @@ def decoders(cluster: Cluster, job: Job, nodes: Mapping[str, str]) -> Iterator[d
     """
     shared_job = cluster.put(job)
     decoder_of: dict[str, Actor] = {}
-    for node in set(nodes.values()):
+    for node in dict.fromkeys(nodes.values()):
         for readers in job.sharing(name for name in job.workers if nodes[name] == node):
             if len(readers) > 1:
                 decoder = cluster.start(DecodeActor, [cluster, shared_job, readers], Process(place=OnNode(node)))
@@ -51,7 +51,7 @@ def decoders(cluster: Cluster, job: Job, nodes: Mapping[str, str]) -> Iterator[d
     try:
         yield decoder_of
     finally:
-        for decoder in set(decoder_of.values()):
+        for decoder in dict.fromkeys(decoder_of.values()):
             cluster.kill(decoder)
 
 

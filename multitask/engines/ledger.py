@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from multitask.cluster.interface import Actor, Cluster, Places
+from multitask.cluster.interface import Actor, Cluster
 from multitask.engines.loss import LastAnswer, require_begun
 from multitask.engines.metrics import ServerMetrics
 from multitask.engines.operations import Ledger, Operation
@@ -91,8 +91,6 @@ class GroupStatus:
     """Messages about losses since the last status."""
     failure: tuple[str, str] | None
     """The worker that raised an exception, and its text: the run cannot go on."""
-    places: Places | None
-    """The places of the group that has started last; None where this process of the ledger knows of none."""
     ended: bool
     """All ranks have done all their work, and `news` is the last."""
 
@@ -113,7 +111,6 @@ class LedgerActor:
         """Workers that have joined the present start of the group and were not found silent."""
         self._processes: dict[str, int] = {}
         """Worker -> process id, for all workers that have joined."""
-        self._places: Places | None = None
         self._pause_wanted = False
         self._lost: list[str] = []
         self._failure: tuple[str, str] | None = None
@@ -261,7 +258,7 @@ class LedgerActor:
             self._cluster.kill(self._actors.pop(worker))
         lost, self._lost = self._lost, []
         news, ended = group.server.drain(), group.server.has_ended()
-        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, self._places, ended)
+        return GroupStatus(news, dict(self._processes), silent, lost, self._failure, ended)
 
     async def drop_snapshot(self, versions: Sequence[int]) -> None:
         for version in versions:
@@ -276,10 +273,6 @@ class LedgerActor:
         self._lost.append(message)
         self._starting = True
         self._actors, self._processes = {}, {}
-
-    async def hold(self, places: Places) -> None:
-        """Note the places of the group that has started."""
-        self._places = places
 
     async def starting(self) -> bool:
         """Return whether a group is starting: not all of its ranks have joined."""

@@ -1,5 +1,6 @@
 """The messages between workers, server and driver, and the errors that cross process borders."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -182,6 +183,15 @@ def is_finite(tensor: Tensor) -> bool:
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """Return the array as a tensor, without a copy. Never write to it: arrays from Ray's object store are read-only."""
+    _let_torch_warn()
+    return torch.from_numpy(array)
+
+
+@functools.cache
+def _let_torch_warn() -> None:
+    """Let torch warn here of arrays that are read-only, which it has no tensors for: it does so once in a process."""
+    array = np.zeros(1)
+    array.flags.writeable = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors and warns
-        return torch.from_numpy(array)
+        warnings.simplefilter("ignore", UserWarning)
+        torch.from_numpy(array)

@@ -6,12 +6,12 @@ python -m tests.simulation --case NAME                    a schedule that once f
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice, product
 
 import torch
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--until-failure", action="store_true", help="stop at the first failure")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    prepare_process()
     if given.case is not None:
         return replay(cases.load(given.case), None)
     if given.seed is not None:
@@ -93,11 +93,17 @@ def run_all(pairs: Sequence[tuple[int, str]], processes: int, until_failure: boo
     return int(failures > 0)
 
 
+def prepare_process() -> None:
+    """Let this process use one core, and look for unreachable objects less often: that took a fourth of its time."""
+    torch.set_num_threads(1)
+    gc.set_threshold(50_000, 20, 50)
+
+
 def _results(pairs: Sequence[tuple[int, str]], processes: int) -> Iterator[Result]:
     if processes == 1:
         yield from (check_seed(*pair) for pair in pairs)
         return
-    with multiprocessing.get_context("fork").Pool(processes, partial(torch.set_num_threads, 1)) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, prepare_process) as pool:
         yield from pool.imap_unordered(_check_pair, pairs, chunksize=4)
 
 

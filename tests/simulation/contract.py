@@ -97,19 +97,15 @@ class Leader:
         self._losses: list[str] = []
         self._results: dict[int, Any] = {}
         self._starts = 0
-        self._places: Any = None
 
     async def lose(self, text: str) -> None:
         self._losses.append(text)
 
-    async def hold(self, places: Any) -> None:
-        self._places = places
-
-    async def held(self) -> Any:
-        return self._places
-
     async def count_start(self) -> int:
         self._starts += 1
+        return self._starts
+
+    async def starts(self) -> int:
         return self._starts
 
     async def report(self, rank: int, result: Any) -> None:
@@ -137,7 +133,8 @@ def rank_work(cluster: Cluster, leader: Actor) -> None:
     cluster.get(leader.report.remote(together.rank, (start, found, tensor.tolist(), first.item(), second.item())))
 
 
-def rank_without_an_end(cluster: Cluster, leader: Actor) -> None:  # noqa: ARG001
+def rank_without_an_end(cluster: Cluster, leader: Actor) -> None:
     """Work for ever."""
+    cluster.get(leader.count_start.remote())
     while True:
         cluster.clock.sleep(1.0)

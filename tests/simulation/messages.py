@@ -8,7 +8,7 @@ unpickling would copy them, in a quarter of the time. Everything else is pickled
 import enum
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from pathlib import PurePath
 from types import FunctionType
@@ -59,20 +59,22 @@ def holds_arrays(value: Any) -> bool:
     )
 
 
-def _copy_list(values: list[Any]) -> list[Any]:
-    return [copied(value) for value in values]
+def _copy_list(values: Iterable[Any]) -> list[Any]:
+    known = _copiers.get  # asked here too, because most values of most messages never change
+    return [value if known(type(value), _MISSING) is None else copied(value) for value in values]
 
 
 def _copy_tuple(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple([copied(value) for value in values]) if values else values
+    return tuple(_copy_list(values)) if values else values
 
 
 def _copy_named_tuple(values: Any) -> Any:
-    return type(values)(*[copied(value) for value in values])
+    return type(values)(*_copy_list(values))
 
 
 def _copy_dict(values: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: copied(value) for key, value in values.items()}
+    known = _copiers.get
+    return {key: value if known(type(value), _MISSING) is None else copied(value) for key, value in values.items()}
 
 
 def _copy_set(values: set[Any]) -> set[Any]:

@@ -240,15 +240,18 @@ def test_reserved_places(drive: Drive) -> None:
     drive(body)
 
 
-def kill_ranks(cluster: Cluster, run: GroupRun, leader: Actor) -> None:
-    """Kill the process that leads a group of ranks; the group's places are free when they are released."""
-    before = cluster.get(leader.held.remote(), TIMEOUT_S)
-    until(cluster, lambda: cluster.get(leader.held.remote(), TIMEOUT_S) != before)
+def kill_ranks(cluster: Cluster, run: GroupRun, leader: Actor, before: int) -> None:
+    """Kill the process that leads a group of ranks; the group's places are free when they are released.
+
+    Args:
+        before: number of starts before those of this group.
+    """
+    until(cluster, lambda: cluster.get(leader.starts.remote(), TIMEOUT_S) > before)
     run.kill()
     assert run.wait(TIMEOUT_S)
     with pytest.raises((WorkerCrashedError, NodeDiedError, TaskCancelledError)):
         run.result()
-    cluster.release(cluster.get(leader.held.remote(), TIMEOUT_S))
+    run.release()
     until(cluster, lambda: cluster.free_resources().get("CPU") == 2.0)
 
 
@@ -268,7 +271,8 @@ def test_ranks(drive: Drive, tmp_path: Path) -> None:
         assert "rank 1" in losses[0]
         result: Any = (2, ["rank 0", "rank 1"], [3.0, 6.0], 1.0, 20.0)
         assert results == {0: result, 1: result}
-        kill_ranks(cluster, cluster.run_ranks(ranks, rank_without_an_end, leader), leader)
+        before = cluster.get(leader.starts.remote(), TIMEOUT_S)
+        kill_ranks(cluster, cluster.run_ranks(ranks, rank_without_an_end, leader), leader, before)
         cluster.kill(leader)
 
     started = time.monotonic()

@@ -337,7 +337,7 @@ def test_the_controller_of_ranks_is_lost(fault: Fault, expected: type[Exception]
             cluster.actors[-1].wanted = Process(place=OnNode("node 1"))
         with pytest.raises(expected):
             run.result()
-        cluster.release(cluster.get(leader.held.remote()))
+        run.release()
         cluster.kill(leader)
 
     drive(cluster, body)

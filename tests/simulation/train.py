@@ -10,12 +10,14 @@ next group.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from multitask.cluster.interface import GroupStartError, OnNode, Ranks, Reserved, Search
 from multitask.cluster.interface import Process as Wanted
+from multitask.cluster.ray_ranks import CONTROLLER_END_S
 from tests.simulation.actors import Actor, Handle
 from tests.simulation.collectives import RankGroup
+from tests.simulation.messages import share
 from tests.simulation.nodes import PlacementGroup
 from tests.simulation.refs import Ref, Waiter
 
@@ -43,11 +45,21 @@ class RankActor:
         work(self._cluster, leader)
 
 
+class WrittenDown:
+    """The places of the group that has started last, as the ranks write them down in the store of the head."""
+
+    def __init__(self) -> None:
+        self.places: PlacementGroup | None = None
+
+
+share(WrittenDown)
+
+
 class TrainController:
     """Starts groups of ranks until one has ended its work."""
 
-    def __init__(self, cluster: "SimulatedCluster", ranks: Ranks) -> None:
-        self._cluster, self._world, self._ranks = cluster, cluster.world, ranks
+    def __init__(self, cluster: "SimulatedCluster", ranks: Ranks, written: WrittenDown) -> None:
+        self._cluster, self._world, self._ranks, self._written = cluster, cluster.world, ranks, written
         self._actors: list[Actor] = []
         self._places: PlacementGroup | None = None
         self.is_starting = True
@@ -64,8 +76,8 @@ class TrainController:
             self.is_starting = True
             self._start_ranks()
             group = RankGroup(self._cluster, self._ranks.number)
-            self._tell_places(leader)
             calls = [actor.handle.run.remote(group, rank, work, leader) for rank, actor in enumerate(self._actors)]
+            self._written.places = self._places
             self.is_starting = False
             has_ended = self._watch(calls, leader)
             self._end_ranks()
@@ -76,15 +88,6 @@ class TrainController:
             self._cluster.losses.kill(actor, False)
         if self._places is not None:
             self._cluster.losses.release(self._places)
-
-    def _tell_places(self, leader: Handle) -> None:
-        """Tell the leader of the group's places, again and again while it starts."""
-        for _ in range(60):
-            try:
-                self._cluster.get(leader.hold.remote(self._places))
-                return
-            except RayActorError:
-                self._world.sleep(0.5)
 
     def _release_starting_places(self) -> None:
         """Give back the places of a group that was starting when the controller died.
@@ -167,10 +170,10 @@ class TrainTask:
         self._cluster = cluster
         self.controller: Actor | None = None
 
-    def fit(self, ranks: Ranks, work: Callable[..., None], leader: Handle) -> None:
+    def fit(self, ranks: Ranks, work: Callable[..., None], leader: Handle, written: WrittenDown) -> None:
         """Run groups of ranks until one has ended its work."""
         wanted = Wanted(place=OnNode(self._cluster.this_node()))
-        arguments = self._cluster, ranks
+        arguments = self._cluster, ranks, written
         self.controller = self._cluster.start_actor("train controller", TrainController, arguments, wanted)
         self._cluster.get(self.controller.handle.run.remote(work, leader))
 
@@ -182,7 +185,8 @@ class SimulatedGroupRun:
         self._cluster = cluster
         wanted = Wanted(place=Search.ANYWHERE)
         self._task = cluster.start_actor("train", TrainTask, (cluster,), wanted, is_task=True)
-        self._fit: Ref = self._task.handle.fit.remote(ranks, work, leader)
+        self._written = WrittenDown()
+        self._fit: Ref = self._task.handle.fit.remote(ranks, work, leader, self._written)
         self._fit.waiters.append(self)
 
     def arrive(self) -> None:
@@ -203,6 +207,11 @@ class SimulatedGroupRun:
     def kill(self) -> None:
         node = self._cluster.world.here().node
         self._cluster.world.later(node.delay_from(node), self._cluster.losses.kill, self._task, False)
+
+    def release(self) -> None:
+        self._cluster.world.sleep(CONTROLLER_END_S)
+        if self._written.places is not None:
+            self._cluster.release(self._written.places)
 
     def _cancel(self) -> None:
         task = self._task.instance
