@@ -3,15 +3,17 @@
 `python -m tests.simulation --seed N --engine E` replays a schedule; `make simulate` runs ten thousand.
 """
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.simulation import cases
-from tests.simulation.__main__ import TEST_SEEDS
+from tests.simulation.__main__ import TEST_SEEDS, prepare_process
 from tests.simulation.check import check, check_seed
 from tests.simulation.nodes import Timing
 from tests.simulation.schedule import ENGINES, make_schedule
@@ -22,6 +24,14 @@ CHUNK = 30
 CHUNKS = [(engine, first) for engine in ENGINES for first in range(0, TEST_SEEDS[engine], CHUNK)]
 ORDERED = [(111, "bounded"), (119, "bounded"), (141, "sync"), (199, "sync")]
 """Schedules that once went another way in another process, because a set of texts has another order there."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prepared_process() -> Iterator[None]:
+    before = gc.get_threshold()
+    prepare_process()
+    yield
+    gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize(("engine", "first"), CHUNKS)
