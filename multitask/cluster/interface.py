@@ -136,9 +136,10 @@ class GroupRun(Protocol):
         """End the process that leads the group at once, and the ranks with it. For a group that no cancel reaches."""
 
     def release(self) -> None:
-        """Give back the places of a group that no process leads any more, because it was lost or killed.
+        """Give back the places of a group whose work has ended because the process that leads it was lost or killed.
 
-        It waits some seconds, because ranks that lose their places while their process ends are started again.
+        It waits some seconds, because ranks that lose their places while this process ends are started again. It has no
+        effect where the work has ended otherwise.
         """
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import ray
 import ray.cloudpickle as pickle
 import ray.util
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_exists,
+    _internal_kv_get,
+    _internal_kv_put,
+)
+from ray.exceptions import RayActorError
 from ray.util.placement_group import remove_placement_group
 
 from multitask.cluster.collectives import WAIT
@@ -54,11 +60,11 @@ class TrainRun:
         ray.cancel(self._fit, force=True, recursive=False)
 
     def release(self) -> None:
+        if not _internal_kv_exists(self._places_key):
+            return
         time.sleep(CONTROLLER_END_S)
-        places = _internal_kv_get(self._places_key)
-        if places is not None:
-            remove_placement_group(pickle.loads(places))
-            _internal_kv_del(self._places_key)
+        remove_placement_group(pickle.loads(_internal_kv_get(self._places_key)))
+        _internal_kv_del(self._places_key)
 
 
 def start_ranks(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor) -> TrainRun:
@@ -81,9 +87,11 @@ def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor
     """Let Ray Train run a group of ranks, and another one whenever a rank is lost, until a group has ended its work.
 
     Args:
-        places_key: key under which the ranks keep their places in the cluster.
+        places_key: key under which the ranks write down their places in the cluster. It is deleted when Train gives
+            them back itself.
     Raises:
         GroupStartError: the ranks found no places in time, or were lost while they started.
+        RayActorError: Train's controller was lost, and the places of its group are left.
     """
     # Train is imported here, because the import takes a second and no other engine needs it. It is typed as Any,
     # because Train's type annotations describe its version 1.
@@ -122,12 +130,17 @@ def fit(cluster: Cluster, ranks: Ranks, work: Callable[..., None], leader: Actor
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    lost = False
     try:
         trainer.fit()
     except train.ControllerError as error:
         raise GroupStartError(str(error)) from None
+    except RayActorError:
+        lost = True
+        raise
     finally:
-        _internal_kv_del(places_key)
+        if not lost:
+            _internal_kv_del(places_key)
 
 
 def run_rank(setting: dict[str, Any]) -> None:

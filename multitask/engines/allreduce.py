@@ -98,7 +98,7 @@ class RankGroup:
             log.warning("Ray Train did not end within %g s, so its process is killed.", END_S)
             self.work.kill()
             self.work.wait(END_S)
-            self.work.release()
+        self.work.release()
         self._cluster.kill(self.ledger)
 
     def _is_starting(self) -> bool:

@@ -17,14 +17,16 @@ from itertools import islice, product
 import torch
 
 from tests.simulation import cases
-from tests.simulation.check import Result, check, check_seed
+from tests.simulation.check import Result, check, check_case, check_seed
 from tests.simulation.schedule import ENGINES, Schedule, make_schedule
 from tests.simulation.shrink import shrink
 from tests.simulation.trace import lines
 
 TEST_SEEDS = {"async": 90, "bounded": 90, "sync": 90, "allreduce": 90, "local": 30}
-"""Engine -> number of seeds that `make test` runs."""
+"""Engine -> number of seeds that `make test` runs, beside the cases."""
 SIMULATE_SCHEDULES = 10_000
+Run = tuple[int, str] | str
+"""A seed and an engine, or the name of a case."""
 SHOWN = 10
 """Failures that are printed in full."""
 
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", choices=cases.names(), help="replay a schedule that once failed")
     parser.add_argument("--save", nargs=2, metavar=("NAME", "ABOUT"), help="keep a failing schedule as a case")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--seeds", choices=("test", "simulate"), help="the seeds of `make test` or of `make simulate`")
+    parser.add_argument("--seeds", choices=("test", "simulate"), help="what `make test` or `make simulate` runs")
     parser.add_argument("--schedules", type=int, help="number of schedules, spread over the engines")
     parser.add_argument("--until-failure", action="store_true", help="stop at the first failure")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -47,13 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.seed is not None:
         return replay(make_schedule(given.seed, given.engine), given.save)
     if given.seeds == "test":
-        pairs = [(seed, engine) for engine in given.engines for seed in range(TEST_SEEDS[engine])]
+        runs: list[Run] = [name for name in cases.names() if cases.load(name).engine in given.engines]
+        runs += [(seed, engine) for engine in given.engines for seed in range(TEST_SEEDS[engine])]
     else:
         total = given.schedules or SIMULATE_SCHEDULES
         # Each engine gets the same seeds, whichever engines are chosen.
         seeds = -(-total // len(ENGINES))
-        pairs = list(islice(product(range(seeds), given.engines), total))
-    return run_all(pairs, given.processes, given.until_failure)
+        runs = list(islice(product(range(seeds), given.engines), total))
+    return run_all(runs, given.processes, given.until_failure)
 
 
 def replay(schedule: Schedule, save_as: Sequence[str] | None) -> int:
@@ -71,13 +74,13 @@ def replay(schedule: Schedule, save_as: Sequence[str] | None) -> int:
     return 1
 
 
-def run_all(pairs: Sequence[tuple[int, str]], processes: int, until_failure: bool) -> int:
+def run_all(runs: Sequence[Run], processes: int, until_failure: bool) -> int:
     """Run many schedules, print the failures and a summary, and return 1 if there was a failure."""
     start, results = time.monotonic(), []
-    for result in _results(pairs, processes):
+    for result in _results(runs, processes):
         results.append(result)
         if result.wrong:
-            print(f"FAILED  python -m tests.simulation --seed {result.seed} --engine {result.engine}", flush=True)
+            print(f"FAILED  python -m tests.simulation {result.replay}", flush=True)
             if sum(bool(other.wrong) for other in results) <= SHOWN:
                 print(*(f"    {text}" for text in result.wrong[:SHOWN]), sep="\n", flush=True)
             if until_failure:
@@ -99,16 +102,16 @@ def prepare_process() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def _results(pairs: Sequence[tuple[int, str]], processes: int) -> Iterator[Result]:
+def _results(runs: Sequence[Run], processes: int) -> Iterator[Result]:
     if processes == 1:
-        yield from (check_seed(*pair) for pair in pairs)
+        yield from map(_check_run, runs)
         return
     with multiprocessing.get_context("fork").Pool(processes, prepare_process) as pool:
-        yield from pool.imap_unordered(_check_pair, pairs, chunksize=4)
+        yield from pool.imap_unordered(_check_run, runs, chunksize=4)
 
 
-def _check_pair(pair: tuple[int, str]) -> Result:
-    return check_seed(*pair)
+def _check_run(run: Run) -> Result:
+    return check_case(run) if isinstance(run, str) else check_seed(*run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from tests.simulation import cases
 from tests.simulation.invariants import complaints
 from tests.simulation.run import Story, simulate
 from tests.simulation.schedule import Schedule, make_schedule
@@ -20,8 +21,8 @@ WATCHDOG_S = 60
 class Result:
     """What a schedule's run showed."""
 
-    seed: int
-    engine: str
+    replay: str
+    """Arguments of `python -m tests.simulation` that run the schedule again."""
     wrong: tuple[str, ...]
     seconds: float
     """Virtual seconds."""
@@ -35,10 +36,19 @@ class TooSlowError(Exception):
 
 def check_seed(seed: int, engine: str) -> Result:
     """Run the schedule of a seed under an engine."""
-    story, wrong = check(make_schedule(seed, engine))
+    return _result(f"--seed {seed} --engine {engine}", make_schedule(seed, engine))
+
+
+def check_case(name: str) -> Result:
+    """Run a schedule that once failed."""
+    return _result(f"--case {name}", cases.load(name))
+
+
+def _result(replay: str, schedule: Schedule) -> Result:
+    story, wrong = check(schedule)
     if story is None:
-        return Result(seed, engine, tuple(wrong), 0.0, 0, 0)
-    return Result(seed, engine, tuple(wrong), story.seconds, story.messages, story.kills)
+        return Result(replay, tuple(wrong), 0.0, 0, 0)
+    return Result(replay, tuple(wrong), story.seconds, story.messages, story.kills)
 
 
 def check(schedule: Schedule) -> tuple[Story | None, list[str]]:

@@ -175,7 +175,12 @@ class TrainTask:
         wanted = Wanted(place=OnNode(self._cluster.this_node()))
         arguments = self._cluster, ranks, written
         self.controller = self._cluster.start_actor("train controller", TrainController, arguments, wanted)
-        self._cluster.get(self.controller.handle.run.remote(work, leader))
+        try:
+            self._cluster.get(self.controller.handle.run.remote(work, leader))
+        except GroupStartError:
+            written.places = None
+            raise
+        written.places = None
 
 
 class SimulatedGroupRun:
@@ -209,8 +214,8 @@ class SimulatedGroupRun:
         self._cluster.world.later(node.delay_from(node), self._cluster.losses.kill, self._task, False)
 
     def release(self) -> None:
-        self._cluster.world.sleep(CONTROLLER_END_S)
         if self._written.places is not None:
+            self._cluster.world.sleep(CONTROLLER_END_S)
             self._cluster.release(self._written.places)
 
     def _cancel(self) -> None:
@@ -222,5 +227,6 @@ class SimulatedGroupRun:
                 return
             controller.abort()
             self._cluster.losses.kill(task.controller, False)
+            self._written.places = None
         self._cluster.world.note("cancel", "ends all ranks")
         self._cluster.losses.kill(self._task, False)

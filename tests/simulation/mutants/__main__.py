@@ -2,8 +2,8 @@
 
     python -m tests.simulation.mutants [--seeds test|simulate] [--markdown] [NAME...]
 
-The seeds of `make test` come first. A fault that they do not find gets the schedules of `make simulate`, unless
-`--seeds test` is given.
+The seeds and cases of `make test` come first. A fault that they do not find gets the schedules of `make simulate`,
+unless `--seeds test` is given.
 """
 
 import argparse
@@ -23,9 +23,9 @@ STAGES = ("test", "simulate")
 """Names of the sets of seeds, in the order in which they are tried: those of `make test`, and of `make simulate`."""
 TIMEOUT_S = 3600.0
 """Seconds after which a simulation that does not end counts as one that finds nothing."""
-REPLAY = re.compile(r"--seed (?P<seed>\d+) --engine (?P<engine>\w+)")
-"""What the simulation prints of a failure: the arguments that replay it."""
-COLUMNS = ("number", "fault", "commit", "found by", "engine", "seed", "seconds")
+REPLAY = re.compile(r"tests\.simulation --(?P<what>seed \d+ --engine \w+|case \w+)")
+"""What the simulation prints of a failure: what replays it."""
+COLUMNS = ("number", "fault", "commit", "found by", "with", "seconds")
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Found:
     """How the simulation found a fault."""
 
     stage: str
-    engine: str
-    seed: str
+    replay: str
+    """What the failure was found with: a seed and an engine, or a case."""
     seconds: float
 
 
-def simulate(folder: Path, stage: str, engines: Sequence[str]) -> re.Match[str] | None:
+def simulate(folder: Path, stage: str, engines: Sequence[str]) -> str | None:
     """Run the simulation in a folder up to its first failure; only this function knows its command line.
 
     Args:
@@ -46,7 +46,7 @@ def simulate(folder: Path, stage: str, engines: Sequence[str]) -> re.Match[str] 
         stage: the set of seeds.
         engines: the engines that are simulated.
     Returns:
-        The failure's `engine` and `seed`; None if there was no failure.
+        What replays the failure; None if there was no failure.
     Raises:
         RuntimeError: the simulation itself could not run.
     """
@@ -60,7 +60,7 @@ def simulate(folder: Path, stage: str, engines: Sequence[str]) -> re.Match[str] 
     failure = REPLAY.search(ran.stdout)
     if failure is None:
         raise RuntimeError(f"{' '.join(command)} ended with status {ran.returncode}:\n{ran.stdout}\n{ran.stderr}")
-    return failure
+    return failure["what"].replace(" --engine", "")
 
 
 def find(mutant: Mutant, stages: Sequence[str]) -> Found | None:
@@ -71,7 +71,7 @@ def find(mutant: Mutant, stages: Sequence[str]) -> Found | None:
             start = time.monotonic()
             failure = simulate(Path(folder), stage, mutant.engines)
             if failure is not None:
-                return Found(stage, failure["engine"], failure["seed"], time.monotonic() - start)
+                return Found(stage, failure, time.monotonic() - start)
     return None
 
 
@@ -79,8 +79,8 @@ def cells(mutant: Mutant, found: Found | None) -> tuple[str, ...]:
     """Return a mutant's row of the table."""
     about = f"{mutant.number:02d}", mutant.title, mutant.commit or ""
     if found is None:
-        return (*about, "NOT FOUND", "", "", "")
-    return (*about, f"make {found.stage}", found.engine, found.seed, f"{found.seconds:.1f}")
+        return (*about, "NOT FOUND", "", "")
+    return (*about, f"make {found.stage}", found.replay, f"{found.seconds:.1f}")
 
 
 def totals(results: Sequence[tuple[Mutant, Found | None]]) -> str:
