@@ -9,13 +9,13 @@ from typing import Any
 import ray
 import ray.cloudpickle as pickle
 import ray.util
+from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_exists,
     _internal_kv_get,
     _internal_kv_put,
 )
-from ray.exceptions import RayActorError
 from ray.util.placement_group import remove_placement_group
 
 from multitask.cluster.collectives import WAIT
