@@ -151,7 +151,7 @@ class ToyJob(Job):
         checkpoint: the state to go on from.
         """
         self.spec, self.world = spec, world
-        self.caches = {}
+        self.caches, self.classes = {}, {}
         models = {task.name: self._model(task.name) for task in spec.tasks}
         self._plan(models, checkpoint)
 
