@@ -175,11 +175,14 @@ def run(
 
     from multitask.cascade import CascadeModel
     from multitask.data import open_table
+    from multitask.data.format import CLASSES_KEY
     from patches.files import atomic_file
 
     model = CascadeModel.load(cascade, device)
     point = model.cascade.point(max_cost, max_latency_ms)
     opened = open_table(table)
+    assert model.classes is not None, "bundles have class names"
+    opened = opened.in_classes(model.classes)
     parts, seconds = [], 0.0
     for images in _pictures(opened, batch_size):
         start = time.perf_counter()
@@ -191,8 +194,9 @@ def run(
     truth = opened.labels()
     if to is not None:
         columns = {"row": np.arange(len(labels)), "label": truth, "answer": labels, "stage": stages, "cost": costs}
+        names = {CLASSES_KEY: json.dumps(list(model.classes))}
         with atomic_file(to) as file:
-            pq.write_table(pa.table(columns), file)
+            pq.write_table(pa.table(columns, metadata=names), file)
     found: dict[str, Any] = {
         "images": len(labels),
         "accuracy": float((labels == truth).mean()),

@@ -1,4 +1,4 @@
-"""The errors that end a training run."""
+"""The errors of a training run and of its directory."""
 
 from collections.abc import Mapping
 
@@ -12,6 +12,10 @@ class TrainingError(RuntimeError):
         """
         super().__init__(message)
         self.about = dict(about or {})
+
+
+class RunError(ValueError):
+    """A directory does not have the run that was expected. The message says what is missing and how to make it."""
 
 
 def failure(worker: str, task: str, steps: int, why: object) -> TrainingError:

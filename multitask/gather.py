@@ -8,7 +8,7 @@ import torch
 
 from multitask.data import ImageTable
 from multitask.job.models import load_backbone
-from multitask.job.tables import open_split, table_batches
+from multitask.job.tables import open_split, preprocessing, table_batches
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.edge import MAPS
@@ -34,6 +34,7 @@ def gather(
         Split -> its file.
     Raises:
         SpecError: the spec has no such task.
+        DataError: a table cannot be read, or the validation table has a class that the training table lacks.
         PatchError: the backbone is not a ViT, or it has no map k.
     """
     found = [one for one in spec.tasks if one.name == task]
@@ -45,18 +46,15 @@ def gather(
     about: dict[str, Any] = {
         "backbone": backbone.identity(),
         "k": k,
-        "preprocessing": {
-            "resolution": found[0].resolution,
-            "interpolation": "bilinear",
-            "mean": list(found[0].mean),
-            "std": list(found[0].std),
-        },
+        "preprocessing": preprocessing(found[0]),
     }
     written = {}
-    for split in ("train", "validation"):
-        table = open_split(found[0], split)
+    tables = {split: open_split(found[0], split) for split in ("train", "validation")}
+    classes = tables["train"].classes
+    tables = {split: table.in_classes(classes) for split, table in tables.items()}
+    for split, table in tables.items():
         path = folder / f"{split}.arrow"
-        write_features(path, about | {"classes": list(table.classes)}, _maps(server, table, found[0], k, dtype))
+        write_features(path, about | {"classes": list(classes)}, _maps(server, table, found[0], k, dtype))
         written[split] = FeatureFile(path)
     return written
 

@@ -202,6 +202,7 @@ def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedMode
             "The seed draws other values here: use the torch version that wrote the bundle, or export with a private "
             "head ('+last_layer').",
         )
+    model.classes = tuple(info.classes)
     return model
 
 

@@ -6,7 +6,7 @@
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,23 @@ def predict(edge: Edge, maps: FeatureFile, chunk: int = CHUNK) -> Tensor:
     return torch.cat([edge(x) for x, _ in _chunks(maps, torch.arange(len(maps)), chunk)])
 
 
+def labels_in(maps: FeatureFile, classes: Sequence[str]) -> Tensor:
+    """Return the labels of a file as positions in another class list, shape (images,). Classes are matched by name.
+
+    Raises:
+        FeatureError: the file has a class that is not in the list.
+    """
+    place = {name: number for number, name in enumerate(classes)}
+    names = maps.about["classes"]
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        raise FeatureError(
+            f"'{maps.path}': found class {unknown[0]!r:.60} ({len(unknown)} such of {len(names)}), which is not among "
+            f"the {len(classes)} classes of the training maps. Gather both files from tables with the same classes."
+        )
+    return torch.tensor([place[name] for name in names])[torch.from_numpy(maps.labels)]
+
+
 def _chunks(maps: FeatureFile, places: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the maps (n, 1 + patches, d) and labels (n,) of the images at `places`, up to `chunk` images at a time."""
     for part in places.split(chunk):
@@ -121,6 +138,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     maps = FeatureFile(arguments.maps)
+    if arguments.validation is not None:
+        validation = FeatureFile(arguments.validation)
+        labels = labels_in(validation, maps.about["classes"])
     edge = make_edge(maps, seed=arguments.seed, layers=arguments.layers, rank=arguments.rank)
     losses = train_edge(
         edge,
@@ -132,8 +152,7 @@ def main() -> None:
     )
     metrics = {"train_loss": losses[-1]}
     if arguments.validation is not None:
-        validation = FeatureFile(arguments.validation)
-        right = predict(edge, validation).argmax(1) == torch.from_numpy(validation.labels)
+        right = predict(edge, validation).argmax(1) == labels
         metrics["validation_top1"] = 100 * right.double().mean().item()
     save_bundle(
         edge,

@@ -43,6 +43,7 @@ class PatchedModel(nn.Module):
         head: who holds the head: "shared" (the backbone), "private" (the patch) or "fixed" (random values that are
             drawn from `seed` and never trained).
         seed: the seed of a fresh or fixed head.
+        classes: name of each output, in order, or None if they are unknown. `load_bundle` sets it.
         private_names, shared_names: state-dict names in `network`. Every name is in exactly one of the two.
         reads: indices of the steps whose outputs `condense` needs. It is empty if the task needs the images only.
         first_private_block: index of the first step that differs from the backbone's: the first step that uses a
@@ -74,6 +75,7 @@ class PatchedModel(nn.Module):
         self.num_classes = num_classes
         self.head = head
         self.seed = seed
+        self.classes: tuple[str, ...] | None = None
         names = list(network.state_dict())
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)

@@ -168,6 +168,8 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
     files = [folder / "backbone.safetensors"]
     for task in run.spec.tasks:
         model = patches.attach(backbone, "norm_statistics+last_layer", task.num_classes)
+        model.classes = baseline[task.name].classes
+        assert model.classes is not None, "the run has just been trained"
         model.load_private_state({**model.private_state(), **baseline[task.name].private_state()})
         table = open_table(f"{task.data}/train")
         batches = TrainBatches(
@@ -183,9 +185,7 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
             reestimate_statistics(model, islice(batches, REESTIMATION_BATCHES))
         models[task.name] = model
         files.append(folder / f"{task.name}.patch")
-        patches.save_bundle(
-            model, files[-1], classes=list(table.classes), preprocessing={"resolution": task.resolution}
-        )
+        patches.save_bundle(model, files[-1], classes=model.classes, preprocessing={"resolution": task.resolution})
     return {
         "title": "private last layer, statistics re-estimated per task",
         "parameters": run.result["parameters"],

@@ -46,7 +46,7 @@ def time_deployment(
 ) -> Deployment:
     """Time a few steps of a job on this machine, and describe the job on a cluster of such machines.
 
-    As many workers compute at once as a node would have.
+    As many workers compute at once as a node would have. The tables may stand in for others with more classes.
 
     Args:
         nodes, cores, network_gbit: as for `Cluster`.
@@ -56,7 +56,8 @@ def time_deployment(
     """
     _check(spec)
     # Feature caches are left out: every step then computes everything, as in the first epoch, and writes no file.
-    job = Job(replace(spec, tasks=tuple(replace(task, cache_features=None) for task in spec.tasks)))
+    uncached = replace(spec, tasks=tuple(replace(task, cache_features=None) for task in spec.tasks))
+    job = Job(uncached, stand_ins=True)
     a_node = ceil(len(job.workers) / nodes)
     at_once = 1 if spec.resources.gpus_per_worker else min(a_node, cores_here() // spec.resources.threads_per_worker)
     kinds = time_kinds(job, max(1, at_once))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from multitask.cascade.cascade import Cascade, OperatingPoint
+from multitask.cascade.classes import common_classes
 from multitask.cascade.costs import Costs, View
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.greedy import Stage
@@ -44,7 +45,7 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
         path: the package to write.
         export: folder with backbone.safetensors and a .patch file for each model of the cascade.
     Raises:
-        CascadeError: a file is missing in the folder.
+        CascadeError: a file is missing in the folder, or the bundles have different classes.
         patches.BundleError: a bundle is damaged.
     """
     folder = Path(export)
@@ -53,6 +54,7 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
         if not needed.is_file():
             raise CascadeError(f"The package needs '{needed}', which does not exist. Run `multitask export RUN`.")
     infos = {model: inspect_bundle(bundle) for model, bundle in bundles.items()}
+    common_classes({model: info.classes for model, info in infos.items()})
     manifest = _described(cascade) | {
         "backbone": next(iter(infos.values())).backbone,
         "bundles": {model: info.payload_sha256 for model, info in infos.items()},

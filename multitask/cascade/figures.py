@@ -137,6 +137,8 @@ def stage_sheet(table: ImageTable, predictions: Predictions, point: OperatingPoi
         point: operating point of the cascade.
     """
     answers = answers_of(point, predictions)
+    if predictions.names is not None:
+        table = table.in_classes(predictions.names)
     cells: list[tuple[torch.Tensor, str] | None] = []
     for number in range(len(point.stages)):
         chosen = np.flatnonzero(answers.stages == number)[:SHEET_IMAGES]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multitask.cascade.artifact import open_package
 from multitask.cascade.cascade import Answers, Cascade, OperatingPoint
+from multitask.cascade.classes import common_classes
 from multitask.cascade.costs import View
 from multitask.cascade.errors import CascadeError
 from multitask.data.transforms import normalise, resize_images
@@ -31,7 +32,8 @@ class CascadeModel:
         models: at least the models of the cascade, all on one backbone. They are put into eval mode.
         views: view of each model.
         Raises:
-            CascadeError: a model of the cascade is missing, or the models are on several backbones.
+            CascadeError: a model of the cascade is missing, or the models are on several backbones or have different
+                classes.
         """
         missing = [name for name in cascade.models if name not in models or name not in views]
         if missing:
@@ -47,6 +49,8 @@ class CascadeModel:
         """The backbone that runs the steps that models share. It uses the storage of the models' backbone."""
         self._device = next(self.trunk.network.parameters()).device
         self.num_classes = next(iter(self.models.values())).num_classes
+        self.classes, self._columns = common_classes({name: model.classes for name, model in self.models.items()})
+        """Class names in the order of the answers' labels and logits, or None if no model knows them."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -83,7 +87,8 @@ class CascadeModel:
             still_asked = {stage.model for stage in point.stages[number:]}
             undecided.keep(places, still_asked, {self._views[name] for name in still_asked})
             model = point.stages[number].model
-            return undecided.ask(model, self.models[model], self._views[model])
+            logits = undecided.ask(model, self.models[model], self._views[model])
+            return logits[:, self._columns[model]] if model in self._columns else logits
 
         return point.answer(len(images), self.num_classes, ask)
 

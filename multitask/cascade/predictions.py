@@ -2,13 +2,15 @@
 
 A folder contains one Parquet file for each model, named after the model, with the columns of
 `multitask/data/predictions.py`. `multitask evaluate --save-predictions` writes these files. Files of other programs are
-read too, and their `row` may be an integer or a string, as long as it identifies the image.
+read too, and their `row` may be an integer or a string, as long as it identifies the image. Where files have class
+names, the classes of the models are matched by name.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from multitask.cascade.classes import common_classes
 from multitask.cascade.errors import CascadeError
+from multitask.data.format import CLASSES_KEY
 from multitask.data.predictions import LABEL, LOGITS, ROW
 from patches.names import unknown_name_message
 
@@ -35,6 +39,8 @@ class Predictions:
     """Right class of each image, shape (n,)."""
     logits: Mapping[str, NDArray[np.float32]]
     """Model -> its logits, shape (n, classes)."""
+    names: tuple[str, ...] | None = None
+    """Class names in the order of the labels and the logits, or None if they are unknown."""
 
     def __post_init__(self) -> None:
         if not self.logits or not len(self.labels):
@@ -78,7 +84,7 @@ class Predictions:
     def take(self, places: NDArray[np.int64]) -> "Predictions":
         """Return the predictions for the images at these positions."""
         logits = {model: logits[places] for model, logits in self.logits.items()}
-        return Predictions(self.rows[places], self.labels[places], logits)
+        return replace(self, rows=self.rows[places], labels=self.labels[places], logits=logits)
 
     def only(self, models: Sequence[str]) -> "Predictions":
         """Return the predictions of some of the models.
@@ -89,7 +95,7 @@ class Predictions:
         for model in models:
             if model not in self.logits:
                 raise CascadeError(unknown_name_message("model of these predictions", model, self.logits))
-        return Predictions(self.rows, self.labels, {model: self.logits[model] for model in models})
+        return replace(self, logits={model: self.logits[model] for model in models})
 
     def halves(self, seed: int) -> tuple["Predictions", "Predictions"]:
         """Divide the images at random into two halves: one to fit on, and one to check on."""
@@ -114,7 +120,7 @@ def read_predictions(folder: str | os.PathLike[str], models: Sequence[str] | Non
         models: models to read. None means all of them.
     Raises:
         CascadeError: a file is missing, a column is missing or has another type, or the files are about different
-            images.
+            images or different classes.
     """
     files = {path.stem: path for path in sorted(Path(folder).glob("*.parquet"))}
     if not files:
@@ -126,10 +132,13 @@ def read_predictions(folder: str | os.PathLike[str], models: Sequence[str] | Non
         if model not in files:
             raise CascadeError(unknown_name_message(f"model in '{folder}'", model, files))
     tables = {model: _read(path) for model, path in files.items() if models is None or model in models}
+    names, columns = common_classes({model: table.names for model, table in tables.items()})
+    for model, order in columns.items():
+        tables[model] = tables[model].reordered(order)
     first_model, first = next(iter(tables.items()))
     for model, table in tables.items():
         _check_same_images(table, first, f"'{files[model]}' and '{files[first_model]}'")
-    return Predictions(first.rows, first.labels, {model: table.logits for model, table in tables.items()})
+    return Predictions(first.rows, first.labels, {model: table.logits for model, table in tables.items()}, names)
 
 
 class _Table(NamedTuple):
@@ -138,6 +147,14 @@ class _Table(NamedTuple):
     rows: NDArray[Any]
     labels: NDArray[np.int64]
     logits: NDArray[np.float32]
+    names: tuple[str, ...] | None
+    """Class names of the file, in the order of its logits."""
+
+    def reordered(self, columns: NDArray[np.int64]) -> "_Table":
+        """Return the content with its classes in another order: the old places of the classes, shape (classes,)."""
+        labels, known = self.labels.copy(), (self.labels >= 0) & (self.labels < len(columns))
+        labels[known] = np.argsort(columns)[labels[known]]
+        return self._replace(labels=labels, logits=self.logits[:, columns])
 
 
 def _check_same_images(one: _Table, other: _Table, where: str) -> None:
@@ -191,7 +208,34 @@ def _read(path: Path) -> _Table:
             "Evaluate the model again."
         )
     in_order = bool((np.diff(order) == 1).all())  # then the logits need no second copy in memory
-    return _Table(names, labels.to_numpy().astype(np.int64)[order], logits if in_order else logits[order])
+    labels_in_order = labels.to_numpy().astype(np.int64)[order]
+    return _Table(names, labels_in_order, logits if in_order else logits[order], _class_names(table, path, logits))
+
+
+def _class_names(table: pa.Table, path: Path, logits: NDArray[np.float32]) -> tuple[str, ...] | None:
+    """Return the class names in a file's metadata, or None if it has none.
+
+    Raises:
+        CascadeError: the metadata is not a list with a distinct name for each of the logits.
+    """
+    text = (table.schema.metadata or {}).get(CLASSES_KEY)
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    classes = logits.shape[1]
+    if not (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len({*names}) == len(names) == classes
+    ):
+        raise CascadeError(
+            f"'{path}': expected {classes} distinct class names in the metadata of its schema, found "
+            f"{text[:80]!r}. Evaluate the model again."
+        )
+    return tuple(names)
 
 
 def _column(table: pa.Table, path: Path, name: str, fits: Callable[[pa.DataType], bool], expected: str) -> pa.Array:

@@ -24,6 +24,8 @@ class TableShard:
     """SHA-256 of the file, as hexadecimal digits."""
     groups: tuple[int, ...]
     """Number of rows of each row group."""
+    classes: tuple[str, ...]
+    """Class names of the table that the file was written for. A label in the file is a position in this list."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ def read_index(location: Location) -> TableIndex:
     problem = _problem(content)
     if problem:
         raise DataError(f"{name}: {problem}. {REMAKE}")
+    classes = check_classes(content["classes"], name)
+    shards = (entry | {"groups": tuple(entry["groups"]), "classes": classes} for entry in content["shards"])
     return TableIndex(
-        classes=check_classes(content["classes"], name),
+        classes=classes,
         rows=content["rows"],
         rows_of_class=content["rows_of_class"],
-        shards=tuple(TableShard(**(entry | {"groups": tuple(entry["groups"])})) for entry in content["shards"]),
+        shards=tuple(TableShard(**shard) for shard in shards),
     )
 
 

@@ -1,5 +1,7 @@
 """Reading an image table. It is checked when it is opened; row groups are fetched when they are needed."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from multitask.data.checks import check_counts, check_schema, check_shard, checked_labels, parquet_errors
+from multitask.data.classes import positions
 from multitask.data.format import ID, IMAGE, LABEL, Row
 from multitask.data.index import TableIndex, TableShard, read_index
 from multitask.data.storage import DataError, Location, locate
@@ -71,6 +74,24 @@ class ImageTable:
         """Number of rows of the table."""
         return int(self._starts[-1])
 
+    @property
+    def identity(self) -> str:
+        """A hash (hex) of the table's images, their order, their labels and the class list."""
+        shards = [(shard.sha256, shard.rows) for shard in self.shards]
+        return hashlib.sha256(json.dumps([list(self.classes), shards]).encode()).hexdigest()
+
+    def in_classes(self, classes: Sequence[str]) -> "ImageTable":
+        """Return the same rows with labels that are positions in another class list. Classes are matched by name.
+
+        Args:
+            classes: the class list. It may have another order than the table's own, and names that the table lacks.
+        Raises:
+            DataError: the table has a class that is not in the list.
+        """
+        for names in dict.fromkeys(shard.classes for shard in self.shards):
+            positions(names, classes, self.uri)
+        return ImageTable(self._location, classes, self.shards)
+
     def read_group(self, number: int) -> RowGroup:
         """Fetch one row group.
 
@@ -82,10 +103,10 @@ class ImageTable:
         with self._location.open(shard.file) as stream, parquet_errors(file):
             reader = pq.ParquetFile(stream, pre_buffer=True)
             wanted = [name for name in (IMAGE, LABEL, ID) if name in reader.schema_arrow.names]
-            check_schema(reader.schema_arrow, self.classes, file)
+            check_schema(reader.schema_arrow, shard.classes, file)
             table = reader.read_row_group(group, columns=wanted, use_threads=False)
         first_row = sum(shard.groups[:group])
-        labels = checked_labels(table, self.classes, file, first_row)
+        labels = self._labels(table, shard, first_row)
         ids = table[ID].to_pylist() if ID in wanted else [None] * len(labels)
         return RowGroup(table[IMAGE], labels, ids)
 
@@ -97,9 +118,8 @@ class ImageTable:
         """Read the labels of all rows, shape (num_rows,), without reading any image."""
         labels = []
         for shard in self.shards:
-            file = f"{self.uri}/{shard.file}"
-            with self._location.open(shard.file) as stream, parquet_errors(file):
-                labels.append(checked_labels(pq.read_table(stream, columns=[LABEL]), self.classes, file))
+            with self._location.open(shard.file) as stream, parquet_errors(f"{self.uri}/{shard.file}"):
+                labels.append(self._labels(pq.read_table(stream, columns=[LABEL]), shard))
         return np.concatenate(labels)
 
     def first_row(self, group: int) -> int:
@@ -121,6 +141,12 @@ class ImageTable:
         group = self._group_of(index)
         shard, number = self._places[group]
         return f"{self.uri}/{shard.file}, row {index - self.first_row(group) + sum(shard.groups[:number])}"
+
+    def _labels(self, rows: pa.Table, shard: TableShard, first_row: int = 0) -> NDArray[np.int64]:
+        """Return the checked labels of rows of a shard as positions in the class list, shape (rows,)."""
+        file = f"{self.uri}/{shard.file}"
+        labels = checked_labels(rows, shard.classes, file, first_row)
+        return labels if shard.classes == self.classes else positions(shard.classes, self.classes, file)[labels]
 
     def _group_of(self, index: int) -> int:
         """Return the number of the row group that contains a row."""
@@ -187,16 +213,16 @@ def open_tables(folder: str, names: Sequence[str], *, verify: bool = True, damag
         folder: local path or URI of the folder that contains the tables.
         names: names of the tables in the folder.
         verify, damaged: as in `open_table`.
+    Returns:
+        One table with the class list of the first. The classes of the others are matched by name.
     Raises:
-        DataError: a table cannot be opened, or the class lists differ.
+        DataError: a table cannot be opened, or has a class that the first one lacks.
     """
     tables = {name: open_table(f"{folder}/{name}", verify=verify, damaged=damaged) for name in names}
     classes = tables[names[0]].classes
-    for table in tables.values():
-        if table.classes != classes:
-            raise DataError(
-                f"{table.uri}: found {len(table.classes)} classes that differ from the {len(classes)} of table "
-                f"'{names[0]}' beside it, expected the same list. Import both with one class list."
-            )
-    shards = [replace(shard, file=f"{name}/{shard.file}") for name in names for shard in tables[name].shards]
+    shards = [
+        replace(shard, file=f"{name}/{shard.file}")
+        for name, table in tables.items()
+        for shard in table.in_classes(classes).shards
+    ]
     return ImageTable(locate(folder), classes, shards)

@@ -1,6 +1,5 @@
 """Plans of the feature caches of a job: which tasks have one, in which folder, under which key, and of which size."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ def plan_caches(
             "backbone": backbone.architecture() | {"content_hash": content_hash},
             "steps": {"read": list(model.reads), "kept": list(shapes)},
             "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
-            "table": _identity(tables[task.name]),
+            "table": tables[task.name].identity,
             # The last bits of the features depend on these values too: a kernel may add numbers in another order if
             # the batch size changes, and torch's attention uses another kernel in eval mode.
             "computation": {
@@ -114,9 +113,3 @@ def _check_room(plans: Mapping[str, CachePlan]) -> None:
                 f"{free / GB:.3g} GB are free. Make room, name a folder on another disk in cache_features, or leave "
                 "cache_features out."
             )
-
-
-def _identity(table: ImageTable) -> str:
-    """Return a hash (hex) of a table's images, their order and their labels."""
-    shards = [(shard.sha256, shard.rows) for shard in table.shards]
-    return hashlib.sha256(json.dumps([list(table.classes), shards]).encode()).hexdigest()

@@ -21,7 +21,8 @@ from multitask.job.assignment import rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint
 from multitask.job.groups import Group, plan_groups
-from multitask.job.inputs import SPLITS, LoadedInputs, check_data
+from multitask.job.heads import Classes, attach_tasks
+from multitask.job.inputs import SPLITS, LoadedInputs
 from multitask.job.models import attach_task, backbone_key, check_training, load_backbone
 from multitask.job.rules import make_rules, make_schedule
 from multitask.job.serving import parameter_group, served_tasks
@@ -44,13 +45,23 @@ class Job:
     A job is picklable.
     """
 
-    def __init__(self, spec: JobSpec, checkpoint: Checkpoint | None = None, loaded: LoadedInputs | None = None) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        checkpoint: Checkpoint | None = None,
+        loaded: LoadedInputs | None = None,
+        kept: Mapping[str, Classes] | None = None,
+        stand_ins: bool = False,
+    ) -> None:
         """Build the backbone and every task's model, and open every table, so that errors appear before Ray starts.
 
         Args:
             checkpoint: the state to go on from. The spec may have other tasks than the checkpoint. A new task gets the
                 checkpoint's shared tensors; its private tensors start as in a new run.
             loaded: inputs that are loaded already. The job adds those that it lacks and changes none of the others.
+            kept: task -> the class list that its model has, for tasks that go on. A new task gets that of its training
+                table.
+            stand_ins: the tables only stand in for others, and may have fewer classes than the heads have outputs.
         Raises:
             SpecError, patches' errors, DataError: the spec does not fit the backbone, a patch method or the data.
         """
@@ -58,14 +69,18 @@ class Job:
         loaded = LoadedInputs() if loaded is None else loaded
         loaded.add(spec)
         self._tables = loaded.tables
-        self.spec = spec = self._with_workers(spec)
-        """The job spec, in which every task has its number of workers."""
-        for task in spec.tasks:
-            check_data(spec, task, self._table(task, "train"), self._table(task, "validation"))
+        spec = self._with_workers(spec)
         self.backbone = loaded.backbones[backbone_key(spec)]
         """The backbone with its starting values. Only the process that built the job has it."""
-        models = {task.name: attach_task(self.backbone, task, spec) for task in spec.tasks}
+        found = {task.name: self._tables[table_key(task, "train")].classes for task in spec.tasks}
+        spec, models, classes = attach_tasks(self.backbone, spec, found, kept or {}, stand_ins)
+        self.spec = spec
+        """The job spec, in which every task has its number of workers and of its head's outputs."""
+        self.classes = classes
+        """Task -> the names of its model's outputs. Labels of all its tables are positions in this list."""
         check_training(spec, models)
+        for task in spec.tasks:
+            self._table(task, "validation")
         tables = {task.name: self._table(task, "train") for task in spec.tasks}
         self.caches = plan_caches(spec, self.backbone, models, tables)
         """Task -> the plan of its feature cache, for the tasks that have one."""
@@ -87,7 +102,8 @@ class Job:
         """Divide the job's workers among its tasks, where the spec gives one number for all of them."""
         if spec.workers is None:
             return spec
-        workers = share_out(spec.workers, {task.name: self._table(task, "train").num_rows for task in spec.tasks})
+        rows = {task.name: self._tables[table_key(task, "train")].num_rows for task in spec.tasks}
+        workers = share_out(spec.workers, rows)
         return replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
 
     def restored(self, checkpoint: Checkpoint | None) -> "Job":
@@ -110,7 +126,7 @@ class Job:
         """
         keys = (table_key(task, split) for task in self.spec.tasks for split in SPLITS)
         loaded = LoadedInputs({key: self._tables[key] for key in keys}, {backbone_key(self.spec): self.backbone})
-        return Job(spec, checkpoint, loaded)
+        return Job(spec, checkpoint, loaded, self.classes)
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         self.groups = {name: group.restored(checkpoint.tensors) for name, group in self.groups.items()}
@@ -300,7 +316,7 @@ class Job:
         a feature cache has a stream of its own, because the images that it needs depend on the stored features.
         """
         tasks = {name: self.task(task) for name, task in self.workers.items()}
-        return group_by_rows(workers, tasks, self.caches)
+        return group_by_rows(workers, tasks, self.classes, self.caches)
 
     def make_stream(self, workers: Sequence[str]) -> SharedStream:
         """Return the training stream of workers that `sharing` put into one list."""
@@ -335,4 +351,9 @@ class Job:
         return lambda: table_batches(table, task, task.validation_images, threads)
 
     def _table(self, task: TaskSpec, split: str) -> ImageTable:
-        return self._tables[table_key(task, split)]
+        """Return a task's table with labels that are positions in the task's class list."""
+        return self._tables[table_key(task, split)].in_classes(self.classes[task.name])
+
+    def table_identities(self, task: str) -> dict[str, str]:
+        """Return split -> `ImageTable.identity` of the task's table as it is on disk."""
+        return {split: self._tables[table_key(self.task(task), split)].identity for split in SPLITS}

@@ -12,7 +12,12 @@ from multitask.job.tables import table_key
 from multitask.spec.schema import JobSpec, TaskSpec
 
 
-def group_by_rows(workers: Iterable[str], tasks: Mapping[str, TaskSpec], cached: Container[str]) -> list[list[str]]:
+def group_by_rows(
+    workers: Iterable[str],
+    tasks: Mapping[str, TaskSpec],
+    classes: Mapping[str, tuple[str, ...]],
+    cached: Container[str],
+) -> list[list[str]]:
     """Put workers that read the same rows in the same order into one list; their resolutions may differ.
 
     A worker with a feature cache gets a list of its own, because the images that it needs depend on the stored
@@ -20,13 +25,15 @@ def group_by_rows(workers: Iterable[str], tasks: Mapping[str, TaskSpec], cached:
 
     Args:
         tasks: worker -> its task.
+        classes: task -> its class list, which gives its labels.
         cached: names of the tasks that have a feature cache.
     """
     groups: dict[Any, list[str]] = {}
     for name in workers:
         task = tasks[name]
         rows = table_key(task, "train")
-        alike = (rows, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
+        labels = classes[task.name]
+        alike = (rows, labels, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
         alone = name if task.name in cached else None
         groups.setdefault((*alike, rank_of(name), alone), []).append(name)
     return list(groups.values())

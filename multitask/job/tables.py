@@ -1,6 +1,7 @@
 """The tables that a job's tasks read."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tables
 from multitask.spec.schema import TaskSpec
@@ -22,6 +23,16 @@ def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable
 def table_key(task: TaskSpec, split: str) -> str:
     """Return a key that is equal for tasks whose split is the same table."""
     return f"{task.data}/{task.train_on if split == 'train' else split}"
+
+
+def preprocessing(task: TaskSpec) -> dict[str, Any]:
+    """Return how an image becomes the input of the task's model, in the form in which a bundle says it."""
+    return {
+        "resolution": task.resolution,
+        "interpolation": "bilinear",
+        "mean": list(task.mean),
+        "std": list(task.std),
+    }
 
 
 def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, threads: int = 1) -> Iterator[Batch]:

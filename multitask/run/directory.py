@@ -13,18 +13,16 @@ from torch import Tensor
 import patches
 from multitask.data import Batch
 from multitask.data.predictions import predictions_writer
+from multitask.errors import RunError
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, table_batches
+from multitask.run.tasks import read_tasks, record_of
 from multitask.spec.reading import dump_yaml, load_spec
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import write_atomic
 
 Version = Literal["best", "last"]
-
-
-class RunError(ValueError):
-    """A directory does not have the run that was expected. The message says what is missing and how to make it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Export:
 class Run:
     """The directory of a finished run.
 
-    It holds spec.yaml, best.safetensors, last.safetensors and result.json, and export/ after an export.
+    It holds spec.yaml, tasks.json, best.safetensors, last.safetensors and result.json, and export/ after an export.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -54,12 +52,13 @@ class Run:
             )
         self.spec = load_spec(directory / "spec.yaml")
         self.result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+        self._tasks = read_tasks(directory)
 
     def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
         """Load the backbone of one version of the run, and every task's model on it.
 
         Returns:
-            The backbone, and task -> its model in eval mode.
+            The backbone, and task -> its model in eval mode, with the class list that the task began with.
         """
         tensors = load_file(self.directory / f"{version}.safetensors")
         backbone = load_backbone(self.spec, weights=None)
@@ -68,10 +67,15 @@ class Run:
         for task in self.spec.tasks:
             models[task.name] = attach_task(backbone, task, self.spec).eval()
             models[task.name].load_private_state(_below(f"tasks/{task.name}/", tensors))
+            if task.name in self._tasks:
+                models[task.name].classes = self._tasks[task.name].classes
         return backbone, models
 
     def export(self, version: Version = "best", to: Path | None = None) -> Export:
         """Write backbone.safetensors and one bundle per task, all from one version.
+
+        No table is read: the class lists are those that the tasks began with. Only for a run of version 0.1 are they
+        read from the training tables.
 
         Args:
             version: "best" (by validation) or "last".
@@ -83,16 +87,12 @@ class Run:
         export = Export(folder / "backbone.safetensors", {name: folder / f"{name}.patch" for name in models})
         backbone.save(export.backbone)
         for task in self.spec.tasks:
+            record = record_of(task, self._tasks)
             patches.save_bundle(
                 models[task.name],
                 export.bundles[task.name],
-                classes=list(open_split(task, "train", verify=False).classes),
-                preprocessing={
-                    "resolution": task.resolution,
-                    "interpolation": "bilinear",
-                    "mean": list(task.mean),
-                    "std": list(task.std),
-                },
+                classes=record.classes,
+                preprocessing=record.preprocessing,
                 metrics={f"validation_{key}": value for key, value in self.result[version]["tasks"][task.name].items()},
             )
         return export
@@ -119,6 +119,8 @@ def evaluate_models(
 ) -> dict[str, dict[str, float]]:
     """Evaluate models on a whole table of their tasks' data.
 
+    Classes are matched by name: a table may have them in another order than the model, and may lack some of them.
+
     Args:
         models: task -> its model. Tasks of the job without a model are left out.
         split: "train", "validation" or "test".
@@ -126,6 +128,8 @@ def evaluate_models(
             an image is its number in the table.
     Returns:
         Task -> top1 and top5 (percent) and loss.
+    Raises:
+        DataError: a table cannot be read, or has a class that the model does not know.
     """
     with torch_threads(spec.resources.threads_per_worker):
         return {
@@ -136,10 +140,12 @@ def evaluate_models(
 
 
 def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:
-    batches = table_batches(open_split(task, split), task)
+    # A model of a run of version 0.1 does not know its classes. They are those of its training table.
+    classes = model.classes or open_split(task, "train", verify=False).classes
+    batches = table_batches(open_split(task, split).in_classes(classes), task)
     if save_to is None:
         return evaluate(model, batches)
-    with predictions_writer(save_to / f"{task.name}.parquet", model.num_classes) as add:
+    with predictions_writer(save_to / f"{task.name}.parquet", model.num_classes, classes) as add:
 
         def keep(batch: Batch, logits: Tensor) -> None:
             assert batch.rows is not None

@@ -25,6 +25,7 @@ from multitask.job.checkpoint import CheckpointStore
 from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.run.live import STATUS, Request, read_status, requests
 from multitask.run.monitor import RunMonitor
+from multitask.run.tasks import read_tasks, record_of, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec.errors import SpecError
@@ -95,6 +96,7 @@ def train(
     store.clear()
     directory.mkdir(parents=True)
     write_spec(directory / "spec.yaml", job.spec)
+    write_tasks(directory, job)
     return _training(directory, job, store, console, None, trial).run()
 
 
@@ -124,7 +126,11 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
     # The directory may have moved, or the spec may name it relative to another working directory.
     spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
-    job = Job(spec, store.latest(), trial.loaded)
+    records = read_tasks(directory)
+    kept = {task.name: record_of(task, records).classes for task in spec.tasks}
+    job = Job(spec, store.latest(), trial.loaded, kept)
+    warn_of_other_tables(job, records)
+    write_tasks(directory, job)
     return _training(directory, job, store, console, status, trial).run()
 
 
@@ -293,6 +299,7 @@ class Training:
             write_version(path, backbone, {request.remove: private[request.remove]}, {})
         spec = changed.spec
         self._job = changed.changed(spec, checkpoint)
+        write_tasks(self._directory, self._job)
         write_spec(self._directory / "spec.yaml", spec)
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)

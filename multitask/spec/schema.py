@@ -34,7 +34,8 @@ class BackboneSpec:
     weights: str | None = None
     """A torchvision weight name, or a .safetensors or .pth file. Without it the weights are random."""
     num_classes: Count = 1000
-    """Number of outputs of the backbone's own head. Tasks without `num_classes` share this head."""
+    """Number of outputs of the backbone's own head. Tasks whose method does not own the head share it, unless they have
+    `num_classes`; it needs exactly as many outputs as these tasks have classes."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the backbone's constructor, for example `width_mult`."""
 
@@ -50,7 +51,9 @@ class TaskSpec:
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the patch method."""
     num_classes: Count | None = None
-    """Number of outputs of the task's own head. Without it the task uses the backbone's head."""
+    """Number of outputs of the task's own head: the number of classes of its training table. It may be left out. Then a
+    method that owns the head has as many outputs as the table has classes: a copy of the backbone's head if that has as
+    many, and a new head otherwise. Any other method uses the backbone's head itself."""
     resolution: Annotated[int, Field(ge=8)]
     """Side of the square images, in pixels. A list in a file stands for one task per entry: NAME@96, NAME@128, ..."""
     batch_size: Count = 64

@@ -167,17 +167,17 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
             "the job has `workers`, which are divided among its tasks when it starts, but a sweep counts the places of "
             "each trial before that; leave the job's `workers` out, and give each task its own"
         )
-    if spec.test:
-        for task in {task.data: task for task in tasks}.values():
-            open_split(task, "test", verify=False)
     loaded = LoadedInputs()
-    kinds = {_kind(plan.spec): plan.spec for plan in plans}
+    kinds = {_kind(plan.spec): plan.spec for plan in plans}.values()
+    if spec.source is not None:
+        kinds = [replace(kind, backbone=replace(kind.backbone, weights=None)) for kind in kinds]
+    jobs = [Job(kind, loaded=loaded) for kind in kinds]
+    if spec.test:
+        read = {(task.data, job.classes[task.name]): task for job in jobs for task in job.spec.tasks}
+        for (_, classes), task in read.items():
+            open_split(task, "test", verify=False).in_classes(classes)
     if spec.source is None:
-        for job in kinds.values():
-            Job(job, loaded=loaded)
         return loaded
-    for job in kinds.values():
-        Job(replace(job, backbone=replace(job.backbone, weights=None)), loaded=loaded)
     _check_source(load_spec(spec.source), loaded.backbones.values())
     return LoadedInputs(tables=loaded.tables)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from multitask.gather import gather
 from multitask.job.models import load_backbone
 from multitask.job.tables import open_split, table_batches
 from multitask.run.directory import write_spec
 from multitask.spec.schema import JobSpec
 from patches.features import FeatureFile
 from patches.methods.mist import Gather
+from tests.conftest import CLASSES, write_named
 from tests.jobs.command import multitask
 
 MakeSpec = Callable[..., JobSpec]
@@ -43,6 +45,17 @@ def test_the_maps_are_the_backbones_sums_in_the_tables_order(make_spec: MakeSpec
         assert maps.about["k"] == 2
         row_bytes = 5 * 8 * found.element_size()
         assert f"{split}: {len(maps)} images of {row_bytes} bytes each" in done.stdout
+
+
+def test_labels_of_both_files_are_positions_in_the_training_tables_classes(make_spec: MakeSpec, tmp_path: Path) -> None:
+    write_named(tmp_path / "data" / "train", CLASSES)
+    write_named(tmp_path / "data" / "validation", CLASSES[::-1])
+    spec = make_spec({"pets": {**TASK["pets"], "data": str(tmp_path / "data")}}, backbone=VIT, train_shared=False)
+
+    files = gather(spec, "pets", tmp_path / "maps")
+
+    assert files["train"].labels.tolist() == files["validation"].labels.tolist()
+    assert files["validation"].about["classes"] == CLASSES
 
 
 def test_a_task_that_is_not_there_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:

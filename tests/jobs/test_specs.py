@@ -14,9 +14,10 @@ SPECS = Path(__file__).parents[2] / "jobs" / "specs"
 @pytest.mark.parametrize("name", ["imagenet_places", "imagenet_resolutions", "transfer"])
 def test_two_steps_of_the_papers_settings(name: str, make_data: Callable[..., str], tmp_path: Path) -> None:
     """Everything is from the spec except data, batch size, engine, and weights that cannot be downloaded."""
-    data = make_data(classes=5, rows=6, size=96)
     raw = dump_spec(load_spec(SPECS / f"{name}.yaml"))
-    raw["tasks"] = [task | {"data": data, "batch_size": 2} for task in raw["tasks"]]
+    classes = {task["name"]: task["num_classes"] or raw["backbone"]["num_classes"] for task in raw["tasks"]}
+    data = {count: make_data(classes=count, rows=5, size=96) for count in set(classes.values())}
+    raw["tasks"] = [task | {"data": data[classes[task["name"]]], "batch_size": 2} for task in raw["tasks"]]
     raw["backbone"]["weights"] = None
     raw |= {"steps": 2, "evaluate_every": 2, "engine": {"name": "local"}, "directory": str(tmp_path / "run")}
 

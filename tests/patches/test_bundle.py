@@ -53,6 +53,7 @@ def test_a_round_trip_is_bit_exact(tmp_path: Path, method: str, options: dict) -
     data = save(model, tmp_path / "task.patch")
     again = patches.load_bundle(tmp_path / "task.patch", small_backbone())
     assert bits(again.private_state()) == bits(model.private_state())
+    assert again.classes == ("a", "b", "c")
     assert (again.method, again.options, again.head) == (model.method, model.options, model.head)
     assert again.fixed_head == model.fixed_head
     with torch.no_grad():

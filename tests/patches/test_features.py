@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import patches.edge
-from patches.edge import make_edge, predict, train_edge
+from patches.edge import labels_in, make_edge, predict, train_edge
 from patches.errors import FeatureError
 from patches.features import FeatureFile, Rows, write_features
 from patches.methods.mist import Edge, Gather
@@ -185,6 +185,15 @@ def test_an_edge_process_without_a_backbone_makes_a_bundle_for_the_full_model(
         assert torch.equal(predict(edge, maps, chunk=20), logits)
     else:
         torch.testing.assert_close(predict(edge, maps), logits, rtol=1e-2, atol=1e-2)
+
+
+def test_labels_of_validation_maps_are_matched_by_class_name(tmp_path: Path) -> None:
+    maps, _ = maps_file(tmp_path, count=14)
+    assert maps.labels[:4].tolist() == [0, 1, 2, 0]
+
+    assert labels_in(maps, ["cat", "dog", "bee", "ant"])[:4].tolist() == [3, 2, 0, 3]
+    with pytest.raises(FeatureError, match=r"maps\.arrow': found class 'bee' \(1 such of 3\)"):
+        labels_in(maps, ["ant", "cat"])
 
 
 def test_an_edge_network_takes_the_k_of_its_file(tmp_path: Path) -> None:

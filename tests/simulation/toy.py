@@ -152,11 +152,15 @@ class ToyJob(Job):
         """
         self.spec, self.world = spec, world
         self.caches = {}
+        self.classes = {task.name: ("toy",) for task in spec.tasks}
         models = {task.name: self._model(task.name) for task in spec.tasks}
         self._plan(models, checkpoint)
 
     def changed(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> "ToyJob":
         return ToyJob(spec, self.world, checkpoint)
+
+    def table_identities(self, task: str) -> dict[str, str]:
+        return {}
 
     def state(self, states: Mapping[str, GroupValues]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         backbone: dict[str, Tensor] = {}

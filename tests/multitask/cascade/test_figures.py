@@ -92,3 +92,10 @@ def test_a_line_of_the_sheet_has_the_first_images_that_a_stage_answers(
     assert second[4:] == 4 * [None]
     shown = [image.numpy().tobytes() for image, _ in [*first, *second[:4]]]
     assert shown == [table.row(row).image for row in (*range(8), *range(20, 24))]
+
+    order = ("class 3", "class 1", "class 0", "class 2")
+    columns_of = [table.classes.index(name) for name in order]
+    renamed = {model: values[:, columns_of] for model, values in logits.items()}
+    reordered = Predictions(np.arange(24), np.argsort(columns_of)[labels], renamed, order)
+    again: Any = stage_sheet(table, reordered, point)
+    assert [cell and cell[1] for cell in again[0]] == [cell and cell[1] for cell in cells]

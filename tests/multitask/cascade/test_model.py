@@ -24,6 +24,7 @@ from multitask.cascade import (
     save_cascade,
     save_package,
 )
+from multitask.cascade.artifact import open_package
 from multitask.cascade.greedy import MIN_GAP
 from multitask.cascade.model import pixels
 from multitask.cascade.rules import features
@@ -263,6 +264,41 @@ def test_what_is_no_cascade_is_refused(tmp_path: Path) -> None:
     for name in ("text", "none"):
         with pytest.raises(CascadeError, match="found neither"):
             load_cascade(tmp_path / name)
+
+
+def test_models_of_one_cascade_are_matched_by_the_names_of_their_classes(package: Path, images: list[Tensor]) -> None:
+    expected = CascadeModel.load(package)(images)
+    cascade, models, views = open_package(package)
+    assert {model.classes for model in models.values()} == {tuple("abcde")}
+    order = [3, 0, 4, 1, 2]
+    model = models[cascade.models[1]]
+    model.classes = tuple("abcde"[place] for place in order)
+    state = {name: tensor[order] if "classifier" in name else tensor for name, tensor in model.private_state().items()}
+    model.load_private_state(state)
+
+    reordered = CascadeModel(cascade, models, views)
+    found = reordered(images)
+
+    for name in ("labels", "stages", "costs"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert len(set(found.stages)) > 1
+    assert reordered.classes == tuple("abcde")
+    model.classes = ("another", *model.classes[1:])
+    with pytest.raises(CascadeError, match=r"have different classes: .*'another'"):
+        CascadeModel(cascade, models, views)
+
+
+def test_bundles_of_different_classes_make_no_package(
+    cascade: Cascade, models: dict[str, PatchedModel], package: Path, tmp_path: Path
+) -> None:
+    name, export = cascade.models[0], package.parent / "export"
+    info = patches.inspect_bundle(export / f"{name}.patch")
+    classes = ["another", *info.classes[1:]]
+    patches.save_bundle(models[name], export / f"{name}.patch", classes=classes, preprocessing=info.preprocessing)
+
+    with pytest.raises(CascadeError, match=r"have different classes: .*'another'"):
+        save_package(cascade, tmp_path / "new.cascade", export)
+    assert not (tmp_path / "new.cascade").exists()
 
 
 def test_models_must_be_there_and_on_one_backbone(

@@ -83,6 +83,35 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, columns: dict[str, 
         read_predictions(tmp_path)
 
 
+def write_names(folder: Path, model: str, names: list[str], labels: list[int], logits: Any) -> None:
+    with predictions_writer(folder / f"{model}.parquet", len(names), names) as add:
+        add(np.arange(len(labels)), np.array(labels), np.array(logits, dtype=np.float32))
+
+
+def test_models_with_other_class_orders_are_matched_by_name(tmp_path: Path) -> None:
+    write_names(tmp_path, "a", ["x", "y", "z"], [0, 1, 2], [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    write_names(tmp_path, "b", ["z", "x", "y"], [1, 2, 0], [[2, 0, 1], [5, 3, 4], [8, 6, 7]])
+
+    found = read_predictions(tmp_path)
+
+    assert (found.names, found.labels.tolist()) == (("x", "y", "z"), [0, 1, 2])
+    assert np.array_equal(found.logits["a"], found.logits["b"])
+    assert found.take(np.array([1])).names == found.only(["b"]).names == found.halves(0)[0].names == found.names
+    write_names(tmp_path, "c", ["x", "y", "w"], [0, 1, 2], [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    with pytest.raises(CascadeError, match="'a' and 'c' have different classes: 'x', 'y', 'z', and 'x', 'y', 'w'"):
+        read_predictions(tmp_path)
+
+
+@pytest.mark.parametrize("names", [b"[", b"7", b'["x"]', b'["x", "x"]', b'["x", 2]', b"[" * 100_000])
+def test_damaged_class_names_are_named(tmp_path: Path, names: bytes) -> None:
+    table = pq.read_table(write(tmp_path) / "a.parquet").replace_schema_metadata({"multitask.classes": names})
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    with pytest.raises(CascadeError, match="expected 2 distinct class names") as error:
+        read_predictions(tmp_path)
+    assert len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

@@ -75,12 +75,40 @@ def test_tables_of_one_folder_open_as_a_single_one(tmp_path: Path) -> None:
     assert encoded(pickle.loads(pickle.dumps(table))) == encoded(table)
 
 
-def test_tables_of_other_classes_are_not_joined(tmp_path: Path) -> None:
-    write_table(tmp_path / "a", [(b"x", 0)], CLASSES)
-    write_table(tmp_path / "b", [(b"x", 0)], CLASSES[::-1])
+def test_tables_of_one_folder_are_joined_by_the_names_of_their_classes(tmp_path: Path) -> None:
+    write_table(tmp_path / "a", [(b"x", 0), (b"y", 2)], CLASSES)
+    write_table(tmp_path / "b", [(b"z", 0), (b"w", 1)], [CLASSES[2], CLASSES[0]])
 
-    with pytest.raises(DataError, match=r"b: found 3 classes that differ from the 3 of table 'a'"):
-        open_tables(str(tmp_path), ("a", "b"))
+    table = open_tables(str(tmp_path), ("a", "b"))
+
+    assert (table.classes, table.labels().tolist()) == (tuple(CLASSES), [0, 2, 2, 0])
+    write_table(tmp_path / "c", [(b"x", 0)], ["unheard"])
+    with pytest.raises(DataError, match=r"c: found 'unheard', which the model does not know"):
+        open_tables(str(tmp_path), ("a", "b", "c"))
+
+
+def test_a_table_is_read_in_another_class_list_by_name(tmp_path: Path) -> None:
+    write_table(tmp_path / "a", [(b"x", 0), (b"y", 1), (b"z", 2)], CLASSES, rows_per_shard=2)
+    wider = ["first", *CLASSES[::-1]]
+
+    table = pickle.loads(pickle.dumps(open_table(tmp_path / "a").in_classes(wider)))
+
+    assert (table.classes, table.labels().tolist()) == (tuple(wider), [3, 2, 1])
+    assert [table.row(row)[:2] for row in range(3)] == [(b"x", 3), (b"y", 2), (b"z", 1)]
+    assert table.in_classes([*CLASSES, "last"]).labels().tolist() == [0, 1, 2]
+
+
+def test_a_class_that_a_list_lacks_is_an_error_that_shows_both_lists(tmp_path: Path) -> None:
+    names = [f"{number} {'long ' * 200}" for number in range(1000)]
+    write_table(tmp_path / "a", [(b"x", 0)], [*names, "strange"])
+
+    with pytest.raises(
+        DataError, match=r"a: found 'strange', .* are '0 long .* and 997 more, .* '0 long .* 996 more\."
+    ):
+        open_table(tmp_path / "a").in_classes(names)
+    with pytest.raises(DataError) as error:
+        open_table(tmp_path / "a").in_classes([*names[1:], "\ud800"])
+    assert len(str(error.value)) - len(str(tmp_path)) < 700
 
 
 def test_rows_keep_their_place_when_arrow_splits_or_slices_a_column() -> None:

@@ -34,6 +34,7 @@ def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSp
 
     assert {path.name for path in run.directory.iterdir()} == {
         "spec.yaml",
+        "tasks.json",
         "log.jsonl",
         "best.safetensors",
         "last.safetensors",
@@ -186,6 +187,7 @@ def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpe
         ({"method": "scale_bas"}, patches.PatchError, "scale_bias"),
         ({"options": {"statistic": "source"}}, patches.PatchError, "statistics"),
         ({"num_classes": 3}, SpecError, "4 classes.*3 outputs.*tasks.num_classes"),
+        ({"num_classes": 5}, SpecError, "4 classes.*5 outputs.*tasks.num_classes"),
         ({"data": "no/such/folder"}, DataError, "no/such/folder"),
     ],
 )

@@ -15,6 +15,7 @@ from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
 from multitask.sweep import run_sweep
 from patches import BackboneError, PatchError
+from tests.conftest import CLASSES, write_named
 
 MakeSpec = Callable[..., JobSpec]
 
@@ -57,6 +58,21 @@ def test_missing_test_images_are_refused_before_anything_is_written(content: dic
     content["space"] = {"tasks.data": {"grid": [str(data)]}}
 
     with pytest.raises(DataError, match="test"):
+        run_sweep({**content, "test": True})
+
+    assert not Path(content["directory"]).exists()
+
+
+def test_test_images_of_a_class_that_no_model_knows_are_refused_before_anything_is_written(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(content["job"]["tasks"][0]["data"], data)
+    shutil.rmtree(data / "test")
+    write_named(data / "test", [*CLASSES, "class x"])
+    content["space"] = {"tasks.data": {"grid": [str(data)]}}
+
+    with pytest.raises(DataError, match="test: found 'class x', which the model does not know"):
         run_sweep({**content, "test": True})
 
     assert not Path(content["directory"]).exists()

@@ -1,0 +1,37 @@
+"""Class lists. Two lists of the same names are matched by name, whatever their order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from multitask.data.storage import DataError
+
+NAMES, CHARACTERS = 4, 20
+"""Largest number of names of a class list that a message shows, and largest number of characters of each."""
+
+
+def positions(names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:
+    """Return where each name is in a class list, shape (len(names),).
+
+    Args:
+        names: names without repetition. Some classes may be missing among them.
+        classes: the class list.
+        where: what has the names, for messages.
+    Raises:
+        DataError: a name is not in the class list.
+    """
+    place = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        raise DataError(
+            f"{where}: found {shown(unknown)}, which the model does not know: the classes there are {shown(names)}, "
+            f"and those of the model are {shown(classes)}. Rename the classes, or use a model that was trained on them."
+        )
+    return np.array([place[name] for name in names], dtype=np.int64)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return a class list for a message: the beginnings of the first names, and the number of the others."""
+    texts = [text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 3]}..." for text in map(repr, names[:NAMES])]
+    return ", ".join(texts) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
