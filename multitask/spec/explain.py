@@ -37,7 +37,7 @@ def explain(
     places: Sequence[int] = (),
     gaps: Container[str] = (),
 ) -> tuple[list[str], int]:
-    """Describe the problems of a validation error, each in one line.
+    """Describe the problems of a validation error, each in one line, unknown keys first.
 
     Args:
         where: the file's name, with which each line begins.
@@ -48,7 +48,7 @@ def explain(
     Returns:
         The lines, and the number of further problems.
     """
-    lines, problems = [], error.errors(include_url=False)
+    lines, problems = [], _told(error.errors(include_url=False), schema)
     for problem in problems[:MOST]:
         location = problem["loc"]
         if places and location[:1] == ("tasks",) and len(location) > 1:
@@ -58,6 +58,24 @@ def explain(
             lines.append(line_of(where, key, _describe(problem, key, node, allowed)))
     # An entry with a list of resolutions becomes several tasks, and each of them repeats the entry's problem.
     return list(dict.fromkeys(lines)), len(problems[MOST:])
+
+
+def _told(problems: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the problems to describe: a mistyped key comes before the missing one that it may stand for.
+
+    pydantic counts an entry that is wrong as one that is not there, and looks at no key of a mapping without a name.
+    """
+    begun = {problem["loc"][:length] for problem in problems for length in range(len(problem["loc"]))}
+    told = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in begun]
+    for problem in problems:
+        if problem["type"] == "union_tag_not_found":
+            locations = [(*problem["loc"], key) for key in problem["input"]]
+            told += [
+                {"type": "extra_forbidden", "loc": location}
+                for location in locations
+                if location[-1] not in _locate(location, schema)[2]
+            ]
+    return sorted(told, key=lambda problem: problem["type"] not in UNKNOWN)
 
 
 def line_of(where: str, key: str, message: str) -> str:
@@ -92,15 +110,20 @@ def _describe(problem: Mapping[str, Any], key: str, node: Mapping[str, Any], all
         tags = ", ".join(repr(tag) for tag in node.get("discriminator", {}).get("mapping", {}))
         return f"its name is required, one of {tags}" if tags else "this key is required"
     if kind == "union_tag_invalid":
-        return f"name is {quoted(problem['ctx']['tag'])}, expected one of {problem['ctx']['expected_tags']}"
+        given, names = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        return f"name is {quoted(given)}, expected one of {names}"
     message = problem["msg"].removeprefix("Value error, ")
-    if kind in ("dataclass_type", "model_attributes_type"):
+    if kind == "tuple_type":
+        message = "expected a list"
+    if kind in ("dataclass_type", "model_attributes_type", "dict_type"):
         message = "expected keys and values"
         if isinstance(found, str) and ("discriminator" in node or "name" in node.get("properties", {})):
             message += f", for example {key}: {{name: {shortened(found)}}}"
     if kind == "string_type" and isinstance(found, int | float):
         message += " (put it in quotes)"
-    return f"{message}, found {quoted(found)}" if isinstance(found, str | int | float | bool) else message
+    if isinstance(found, str | int | float | bool) and f"{quoted(found)} " not in message:
+        message += f", found {quoted(found)}"
+    return message
 
 
 def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], list[str]]:
@@ -116,7 +139,10 @@ def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple
             node = schema["$defs"][node["discriminator"]["mapping"][part].rpartition("/")[2]]
             continue
         key += f"[{part}]" if isinstance(part, int) else f".{part}"
-        allowed = list(node.get("properties", {}))
+        members = [
+            schema["$defs"][ref.rpartition("/")[2]] for ref in node.get("discriminator", {}).get("mapping", {}).values()
+        ]
+        allowed = list(dict.fromkeys(name for one in (node, *members) for name in one.get("properties", {})))
         open_keys = node.get("additionalProperties")
         other = open_keys if isinstance(open_keys, Mapping) else {}
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, other)

@@ -87,11 +87,10 @@ def fill_in(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         The job spec, filled in, and its gaps: key that the user has to set -> why. The reason is empty if the key may
         be missing only because the tasks' methods cannot be read, which is the problem to report.
     """
-    filled = dict(raw)
-    given = [{} if raw.get(section) is None else raw[section] for section in ("optimizer", "schedule")]
-    if not all(isinstance(section, Mapping) for section in given):
+    filled = {key: value for key, value in raw.items() if key not in ("optimizer", "schedule") or value is not None}
+    optimizer, schedule = filled.get("optimizer", {}), filled.get("schedule", {})
+    if not (isinstance(optimizer, Mapping) and isinstance(schedule, Mapping)):
         return filled, {}
-    optimizer, schedule = given
     takes_optimizer = not {"name", "rate"} <= optimizer.keys()
     takes_schedule = bool(schedule) and "name" not in schedule
     if not (takes_optimizer or takes_schedule):

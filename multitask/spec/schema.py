@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from multitask.spec.engines import AsyncSpec, EngineSpec
+from multitask.spec.errors import quoted
 from multitask.spec.fields import (
     STRICT,
     Amount,
@@ -249,7 +250,7 @@ class JobSpec:
         counts = Counter(task.name for task in self.tasks)
         repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
-            raise ValueError(f"task names {repeated} appear more than once; give every task its own name")
+            raise ValueError(f"task names {quoted(repeated)} appear more than once; give every task its own name")
         return self
 
     @model_validator(mode="after")
