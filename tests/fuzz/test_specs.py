@@ -131,4 +131,4 @@ def test_a_spec_is_read_as_it_stands_or_refused(kind: str, tmp_path: Path) -> No
         reader(path)
         assert not has_a_key_twice(data), "a key that stands twice was taken"
 
-    fuzz(f"specs of a {kind}", 50, (SpecError,), make, read)
+    fuzz(f"specs of a {kind}", 30, (SpecError,), make, read)
