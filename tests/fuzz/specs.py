@@ -25,7 +25,7 @@ def spec_file(random: Random, spec: Mapping[str, Any]) -> bytes:
     tree = copy.deepcopy(dict(spec))
     for _ in range(random.choice((0, 0, 1, 1, 2, 5))):
         edit(random, tree)
-    text = as_text(tree, random) if random.random() < 0.5 else yaml.dump(tree, Dumper=yaml.CSafeDumper)
+    text = as_text(tree, random) if random.random() < 0.5 else yaml.safe_dump(tree, sort_keys=False)
     data = text.encode(random.choice(("utf-8",) * 20 + ("utf-8-sig", "utf-16", "latin-1")), "replace")
     kind = random.choice(("as it is", "as it is", "piece", "piece", "line", "bytes"))
     if kind == "piece":
