@@ -22,21 +22,19 @@ if TYPE_CHECKING:
 
 def carry_job(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     """Check a job spec, and return its name and content on the cluster, with its base specs merged in."""
-    import yaml
-
     from jobs.package import ADDED
     from multitask.spec.reading import dump_spec, load_spec
+    from multitask.spec.text import to_yaml
 
     content = paths.job(dump_spec(load_spec(spec)))
-    return f"{ADDED}/{spec.name}", yaml.safe_dump(content, sort_keys=False).encode()
+    return f"{ADDED}/{spec.name}", to_yaml(content).encode()
 
 
 def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     """Check a sweep spec and the job of every trial, and return the spec's name and content on the cluster."""
-    import yaml
-
     from jobs.package import ADDED
     from multitask.spec.reading import dump_spec
+    from multitask.spec.text import to_yaml
     from multitask.sweep.plan import plan_trials
     from multitask.sweep.spec import dump_sweep, load_sweep
 
@@ -44,7 +42,7 @@ def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
     content["directory"] = paths.directory(content)
     for plan in plan_trials(load_sweep(content)):
         paths.job(dump_spec(plan.spec))
-    return f"{ADDED}/{spec.name}", yaml.safe_dump(paths.sweep(content), sort_keys=False).encode()
+    return f"{ADDED}/{spec.name}", to_yaml(paths.sweep(content)).encode()
 
 
 Carry = Callable[[Path, "ClusterPaths"], tuple[str, bytes]]

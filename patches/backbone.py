@@ -239,6 +239,11 @@ def load_backbone(
     for option in options:
         if option not in defaults:
             raise BackboneError(unknown_name_message(f"option of backbone '{name}'", option, defaults))
+        if isinstance(options[option], str):
+            raise BackboneError(
+                f"Option {option}={options[option][:100]!r} of backbone '{name}' is text, and no option of a backbone "
+                "is. Give a number, a list, true or false, without quotes."
+            )
     pretrained = isinstance(weights, str) and not weights.endswith((".safetensors", ".pth", ".pt"))
     resolved = {**defaults, **(family.pretrained_options if pretrained else {}), **options}
     network = _build(name, {"num_classes": num_classes, **resolved}, seed)

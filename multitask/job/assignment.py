@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
+from multitask.spec.errors import SpecError
+
 
 def share_out(workers: int, images: Mapping[str, int]) -> dict[str, int]:
     """Divide workers among tasks in proportion to their training images, with at least one worker for each task.
@@ -31,6 +33,23 @@ def share_out(workers: int, images: Mapping[str, int]) -> dict[str, int]:
     for task in by_remainder[: workers - sum(given.values())]:
         given[task] += 1
     return given
+
+
+def check_workers(workers: Mapping[str, int], rows: Mapping[str, int]) -> None:
+    """Check that each worker has rows of its own to train on.
+
+    Args:
+        workers: task -> number of its workers.
+        rows: task -> number of rows of its training table.
+    Raises:
+        SpecError: a task has more workers than rows.
+    """
+    for task, number in workers.items():
+        if number > rows[task]:
+            raise SpecError(
+                f"Task '{task}' has {number} workers, but its training table has {rows[task]} rows, and each worker "
+                f"needs one of its own: set at most {rows[task]} workers."
+            )
 
 
 def rank_of(worker: str) -> int:

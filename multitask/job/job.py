@@ -17,7 +17,7 @@ from multitask.data import Batch, ImageTable, prefetch
 from multitask.data.batches import BatchView
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.shared import SharedStream
-from multitask.job.assignment import rank_of, share_out
+from multitask.job.assignment import check_workers, rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint
 from multitask.job.groups import Group, plan_groups
@@ -99,12 +99,17 @@ class Job:
             self._take_up(checkpoint)
 
     def _with_workers(self, spec: JobSpec) -> JobSpec:
-        """Divide the job's workers among its tasks, where the spec gives one number for all of them."""
-        if spec.workers is None:
-            return spec
+        """Divide the job's workers among its tasks, where the spec gives one number for all of them.
+
+        Raises:
+            SpecError: a task gets more workers than its training table has rows.
+        """
         rows = {task.name: self._tables[table_key(task, "train")].num_rows for task in spec.tasks}
-        workers = share_out(spec.workers, rows)
-        return replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
+        if spec.workers is not None:
+            workers = share_out(spec.workers, rows)
+            spec = replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
+        check_workers({task.name: task.workers for task in spec.tasks}, rows)
+        return spec
 
     def restored(self, checkpoint: Checkpoint | None) -> "Job":
         """Return this job with the state of a checkpoint, or as it is where there is no checkpoint."""

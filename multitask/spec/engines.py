@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from multitask.spec.fields import STRICT, Count, Rate
+from multitask.spec.fields import STRICT, Count, Rate, Whole
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,7 +30,7 @@ class AsyncSpec:
     worker_group: ClassVar[bool] = False
 
     name: Literal["async"] = "async"
-    in_flight: Annotated[int, Field(ge=0, le=1)] = 0
+    in_flight: Annotated[Whole, Field(ge=0, le=1)] = 0
     """Number of pushes that may be unanswered while the worker computes its next gradient. With 1, computing hides the
     server's time, and every gradient is one step more stale."""
     shards: Count = 1
@@ -47,9 +47,9 @@ class BoundedSpec:
     worker_group: ClassVar[bool] = False
 
     name: Literal["bounded"]
-    staleness: Annotated[int, Field(ge=0)]
+    staleness: Annotated[Whole, Field(ge=0)]
     """Number of steps that a worker may be ahead of the slowest worker. With 0 the engine works like `sync`."""
-    in_flight: Annotated[int, Field(ge=0, le=1)] = 0
+    in_flight: Annotated[Whole, Field(ge=0, le=1)] = 0
     """As for `async`. With 1, `staleness` has to be 2 or more."""
     shards: Count = 1
     """As for `async`."""
@@ -119,7 +119,7 @@ class LocalSpec:
     schedule: Literal["turns", "rounds"] = "turns"
     """`turns` makes one update for each worker in turn, like `async`. `rounds` makes one update by the mean of all
     workers, like `sync`."""
-    delay: Annotated[int, Field(ge=0)] = 0
+    delay: Annotated[Whole, Field(ge=0)] = 0
     """With `turns`: a worker computes on values from before its last `delay` updates."""
 
     @property

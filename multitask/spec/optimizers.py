@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from multitask.spec.fields import STRICT, Amount, Count, Rate, Share
+from multitask.spec.fields import STRICT, Amount, Count, Number, Rate, Share, Whole
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -59,7 +59,7 @@ class ConstantSpec:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExponentialSpec:
     name: Literal["exponential"]
-    factor: Annotated[float, Field(gt=0, le=1)]
+    factor: Annotated[Number, Field(gt=0, le=1)]
     every_rounds: Count
     """Number of rounds after which the rate is multiplied by `factor`. It is the same for all tasks."""
 
@@ -68,7 +68,7 @@ class ExponentialSpec:
 class CosineSpec:
     name: Literal["cosine"]
     """The rate follows half a cosine from its full value to 0 over the job's steps."""
-    warm_up_rounds: Annotated[int, Field(ge=0)] = 0
+    warm_up_rounds: Annotated[Whole, Field(ge=0)] = 0
     """Number of rounds at the start in which the rate rises linearly from 0. They are part of the job's steps."""
 
 

@@ -1,23 +1,26 @@
 """Reading job specs from YAML files or mappings, and writing them back."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from multitask.spec.errors import SpecError
-from multitask.spec.explain import explain
+from multitask.spec.errors import SpecError, quoted, shortened
+from multitask.spec.explain import explain, joined, line_of
+from multitask.spec.fields import from_home
 from multitask.spec.recipes import fill_in
 from multitask.spec.resolutions import expand
 from multitask.spec.schema import JobSpec, TaskSpec
+from multitask.spec.text import check_plain, read_yaml, to_yaml
 
 Spec = TypeVar("Spec")
 
 
-_ADAPTER = TypeAdapter(JobSpec)
+_ADAPTER, _TASK = TypeAdapter(JobSpec), TypeAdapter(TaskSpec)
 
 
 def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mapping[str, Any] | None = None) -> JobSpec:
@@ -41,47 +44,68 @@ def load_spec(source: str | Path | Mapping[str, Any] | JobSpec, overrides: Mappi
         source = dump_spec(source)
     if isinstance(source, Mapping):
         where, raw = "job spec", dict(source)
+        check_plain(raw, where)
     else:
-        where, raw = str(source), _read_file(Path(source))
-    raw = _with_task_defaults(_merge(raw, overrides or {}))
+        where, raw = str(source), _read_file(Path(from_home(str(source))))
+    check_plain(overrides or {}, where)
+    raw = _with_task_defaults(_merge(raw, overrides or {}), where)
     places: list[int] = []
-    try:
-        if isinstance(raw.get("tasks"), list):
+    if isinstance(raw.get("tasks"), list):
+        try:
             raw["tasks"], places = expand(raw["tasks"])
-        raw = fill_in(raw)
-    except ValueError as error:
-        raise SpecError(f"{where}: {error}") from None
-    return validated(_ADAPTER, raw, where, places)
+        except ValueError as error:
+            raise SpecError(f"{shortened(where, 200)}: {error}") from None
+    filled, gaps = fill_in(raw)
+    return validated(_ADAPTER, filled, where, places, gaps)
 
 
-def read_job(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def read_job(content: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """Merge the base and the `task_defaults` of a job spec into it, without checking the result.
 
     Args:
         content: the content of a job spec's file.
         folder: the folder at which the base and relative data and weight paths start.
+        where: the name of the file that has the content, with which error messages begin.
     Returns:
         The job spec as plain data.
     Raises:
-        SpecError: the base cannot be read.
+        SpecError: the base cannot be read, or the `task_defaults` are no keys and values.
     """
-    return _with_task_defaults(_with_base(copy.deepcopy(dict(content)), folder))
+    return _with_task_defaults(_with_base(copy.deepcopy(dict(content)), folder, where), where)
 
 
-def validated(adapter: TypeAdapter[Spec], raw: Any, where: str, places: Sequence[int] = ()) -> Spec:
+def validated(
+    adapter: TypeAdapter[Spec],
+    raw: Any,
+    where: str,
+    places: Sequence[int] = (),
+    gaps: Mapping[str, str] | None = None,
+) -> Spec:
     """Validate plain data and return it as a spec.
 
     Args:
         adapter: pydantic's adapter of the spec's class.
         where: the file's name, with which error messages begin.
         places: for each task, the index of the file's entry that it comes from (see `explain`).
+        gaps: keys that the recipes leave open (see `fill_in`).
     Raises:
         SpecError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
+    gaps, more = gaps or {}, 0
+    lines = [line_of(where, key, text) for key, text in gaps.items() if text]
     try:
-        return adapter.validate_python(raw)
+        spec = adapter.validate_python(raw)
     except ValidationError as error:
-        raise SpecError(explain(where, error, schema=adapter.json_schema(), places=places)) from None
+        found, more = explain(where, error, schema=_schema(adapter), places=places, gaps=gaps)
+        lines = [*found, *lines]
+    if lines:
+        raise SpecError(joined(lines, more))
+    return spec
+
+
+@cache
+def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    return adapter.json_schema()
 
 
 def load_task(path: Path) -> dict[str, Any]:
@@ -92,14 +116,10 @@ def load_task(path: Path) -> dict[str, Any]:
     Raises:
         SpecError: as for `load_spec`.
     """
+    path = Path(from_home(str(path)))
     raw = {"tasks": [_read_file(path)]}
     _anchor_paths(raw, path.parent)
-    try:
-        task = TypeAdapter(TaskSpec).validate_python(raw["tasks"][0])
-    except ValidationError as error:
-        message = explain(str(path), error, schema=_ADAPTER.json_schema(), within=("tasks", 0))
-        raise SpecError(message.replace("tasks[0].", "")) from None
-    return TypeAdapter(TaskSpec).dump_python(task, mode="json")
+    return _TASK.dump_python(validated(_TASK, raw["tasks"][0], str(path)), mode="json")
 
 
 def dump_spec(spec: JobSpec) -> dict[str, Any]:
@@ -109,41 +129,42 @@ def dump_spec(spec: JobSpec) -> dict[str, Any]:
 
 def dump_yaml(spec: JobSpec) -> str:
     """Return the spec as the text of a YAML file."""
-    return yaml.safe_dump(dump_spec(spec), sort_keys=False)
+    return to_yaml(dump_spec(spec))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the keys and values of a spec's file.
+def _read_file(path: Path, variants: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a file, with the files that it names as its base.
 
-    Raises:
-        SpecError: the file is missing, is not valid YAML, or has no mapping at its top level.
+    Args:
+        variants: files that lead to this one by their `base`.
     """
-    if not path.is_file():
-        raise SpecError(f"Job spec '{path}' is not a file. Name a YAML file, for example one of jobs/specs/.")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise SpecError(f"{path}: expected keys and values at the top, found {type(raw).__name__}.")
-    return raw
+    return _with_base(read_yaml(path), path.parent, str(path), (*variants, os.path.realpath(path)))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    return _with_base(read_yaml(path), path.parent)
-
-
-def _with_base(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_base(raw: dict[str, Any], folder: Path, where: str, variants: tuple[str, ...] = ()) -> dict[str, Any]:
     """Merge a file's content into the spec that it names as its base."""
     _anchor_paths(raw, folder)
     base = raw.pop("base", None)
-    return raw if base is None else _merge(_read_file(folder / base), raw)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise SpecError(line_of(where, "base", f"expected the name of a YAML file, found {quoted(base)}"))
+    path = folder / from_home(base)
+    if os.path.realpath(path) in variants:
+        raise SpecError(
+            line_of(where, "base", f"{quoted(base)} leads back to itself; name a spec that has another base")
+        )
+    return _merge(_read_file(path, variants), raw)
 
 
-def _with_task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+def _with_task_defaults(raw: dict[str, Any], where: str) -> dict[str, Any]:
     raw = dict(raw)
-    defaults = raw.pop("task_defaults", None) or {}
-    if defaults and isinstance(raw.get("tasks"), list):
+    defaults = raw.pop("task_defaults", None)
+    if defaults is None:
+        return raw
+    if not isinstance(defaults, Mapping):
+        raise SpecError(line_of(where, "task_defaults", f"expected keys and values, found {quoted(defaults)}"))
+    if isinstance(raw.get("tasks"), list):
         raw["tasks"] = [_merge(defaults, task) if isinstance(task, Mapping) else task for task in raw["tasks"]]
     return raw
 
@@ -157,7 +178,7 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     ]:
         value = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(value, str) and value.startswith(("./", "../")):
-            holder[key] = str((folder / value).resolve())
+            holder[key] = os.path.realpath(folder / value)
 
 
 def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

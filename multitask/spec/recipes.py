@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from multitask.spec.errors import quoted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -72,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
 """Patch method -> the recipe of its paper."""
 
 
-def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
+def fill_in(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Fill in the missing parts of `optimizer` and `schedule` from the recipe of the tasks' patch methods.
 
     If `optimizer` lacks its name or its rate, the rest comes from the recipe. If it names another optimizer than the
@@ -81,33 +83,41 @@ def fill_in(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         raw: the job spec as plain data, before its validation. Values of the wrong shape are returned unchanged.
-    Raises:
-        ValueError: the methods have no common recipe, or the spec lacks a key that the recipe does not set. The message
-            begins with the key.
+    Returns:
+        The job spec, filled in, and its gaps: key that the user has to set -> why. The reason is empty if the key may
+        be missing only because the tasks' methods cannot be read, which is the problem to report.
     """
-    filled = dict(raw)
-    optimizer, schedule = raw.get("optimizer") or {}, raw.get("schedule") or {}
-    methods = _methods(raw.get("tasks"))
-    if not methods or not isinstance(optimizer, Mapping) or not isinstance(schedule, Mapping):
-        return filled
+    filled = {key: value for key, value in raw.items() if key not in ("optimizer", "schedule") or value is not None}
+    optimizer, schedule = filled.get("optimizer", {}), filled.get("schedule", {})
+    if not (isinstance(optimizer, Mapping) and isinstance(schedule, Mapping)):
+        return filled, {}
     takes_optimizer = not {"name", "rate"} <= optimizer.keys()
     takes_schedule = bool(schedule) and "name" not in schedule
     if not (takes_optimizer or takes_schedule):
-        return filled
-    recipe = _recipe(methods, "optimizer" if takes_optimizer else "schedule")
+        return filled, {}
+    methods = _methods(raw.get("tasks"))
+    if not methods:
+        return filled, dict.fromkeys(("optimizer", "optimizer.rate", "schedule"), "")
+    without = "optimizer" if takes_optimizer else "schedule"
+    refusal = _refusal(methods)
+    if refusal is not None:
+        change = f"Set the whole {without} in the spec: its name and all keys that it requires."
+        return filled, {without: f"{refusal}. {change}"}
+    recipe = RECIPES[methods[0]]
     if takes_optimizer and optimizer.get("name", recipe.optimizer["name"]) == recipe.optimizer["name"]:
         filled["optimizer"] = {**recipe.optimizer, **optimizer}
         takes_schedule = takes_schedule or not schedule
     if takes_schedule:
         filled["schedule"] = {**recipe.schedule, **schedule}
+    gaps = {}
     for key, rule in recipe.per_data_set.items():
         section, _, name = key.partition(".")
         if filled.get(section) != raw.get(section) and name not in filled[section]:
-            raise ValueError(
-                f"{key}: this key is required, because the recipe of method '{methods[0]}' sets it for each data set: "
+            gaps[key] = (
+                f"this key is required, because the recipe of method '{methods[0]}' sets it for each data set: "
                 f"{rule} ({recipe.source}). Set {section}: {{{name}: ...}}, or a whole {section} of your own."
             )
-    return filled
+    return filled, gaps
 
 
 def _methods(tasks: Any) -> list[str]:
@@ -122,14 +132,10 @@ def _methods(tasks: Any) -> list[str]:
     return list(dict.fromkeys(name for task in tasks for name in task["method"].split("+")))
 
 
-def _recipe(methods: Sequence[str], key: str) -> Recipe:
-    """Return the recipe that all methods have in common."""
-    change = f"Set the whole {key} in the spec: its name and all keys that it requires."
+def _refusal(methods: Sequence[str]) -> str | None:
+    """Return why the methods have no recipe in common, or None if they have one."""
     unknown = [method for method in methods if method not in RECIPES]
     if unknown:
-        known = ", ".join(RECIPES)
-        raise ValueError(f"{key}: method '{unknown[0]}' has no recipe; the methods with one are {known}. {change}")
-    for method in methods[1:]:
-        if RECIPES[method] != RECIPES[methods[0]]:
-            raise ValueError(f"{key}: methods '{methods[0]}' and '{method}' have different recipes. {change}")
-    return RECIPES[methods[0]]
+        return f"method {quoted(unknown[0])} has no recipe; the methods with one are {', '.join(RECIPES)}"
+    other = next((method for method in methods if RECIPES[method] != RECIPES[methods[0]]), None)
+    return None if other is None else f"methods '{methods[0]}' and '{other}' have different recipes"

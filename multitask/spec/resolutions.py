@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from multitask.spec.errors import quoted
+
 DEFAULT_METHOD = "scale_bias"
 SHARED_HEAD = (DEFAULT_METHOD, "shared")
 """Patch methods that use the backbone's head, so that all resolutions share it."""
@@ -33,12 +35,14 @@ def _group(task: Any, key: str) -> list[Any]:
         return [task]
     task = {"method": DEFAULT_METHOD, **task}
     resolutions, method, classes = task["resolution"], task["method"], task.get("num_classes")
-    if not resolutions or any(resolutions.count(resolution) > 1 for resolution in resolutions):
-        raise ValueError(f"{key}.resolution: expected one or more resolutions, each only once, found {resolutions}")
+    if not resolutions or len(set(map(str, resolutions))) < len(resolutions):
+        raise ValueError(
+            f"{key}.resolution: expected one or more resolutions, each only once, found {quoted(resolutions)}"
+        )
     if method in SHARED_HEAD and classes is not None:
         raise ValueError(
             f"{key}.num_classes: with method '{method}' all resolutions share the backbone's last layer, but "
-            f"num_classes {classes} asks for another one; set backbone.num_classes: {classes} and no "
+            f"num_classes {quoted(classes)} asks for another one; set backbone.num_classes: {quoted(classes)} and no "
             "num_classes here (num_classes: null if task_defaults has it), or add '+last_layer' to the method for "
             "private last layers"
         )

@@ -1,5 +1,6 @@
 """The keys of a job spec. Each mapping of the YAML file is one dataclass, which is checked before anything starts."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -7,17 +8,24 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from multitask.spec.engines import AsyncSpec, EngineSpec
+from multitask.spec.errors import quoted
 from multitask.spec.fields import (
     STRICT,
     Amount,
+    Classes,
     Count,
     LabelKey,
     LabelValue,
     Name,
+    PathText,
+    Pixel,
+    Pixels,
     Rate,
     ResourceAmount,
     Share,
+    Spread,
     TaskName,
+    Whole,
 )
 from multitask.spec.optimizers import (
     ConstantSpec,
@@ -31,9 +39,9 @@ from multitask.spec.optimizers import (
 class BackboneSpec:
     name: str
     """A key of patches.backbones()."""
-    weights: str | None = None
+    weights: PathText | None = None
     """A torchvision weight name, or a .safetensors or .pth file. Without it the weights are random."""
-    num_classes: Count = 1000
+    num_classes: Classes = 1000
     """Number of outputs of the backbone's own head. Tasks whose method does not own the head share it, unless they have
     `num_classes`; it needs exactly as many outputs as these tasks have classes."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -44,17 +52,17 @@ class BackboneSpec:
 class TaskSpec:
     name: TaskName
     """Name of the task in metrics and in its bundle. It is unique in a job."""
-    data: str
+    data: PathText
     """Folder that holds the tables train, validation and test: a path or a pyarrow filesystem URI."""
     method: str
     """Name of the patch method, or several names joined by '+'."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the patch method."""
-    num_classes: Count | None = None
+    num_classes: Classes | None = None
     """Number of outputs of the task's own head: the number of classes of its training table. It may be left out. Then a
     method that owns the head has as many outputs as the table has classes: a copy of the backbone's head if that has as
     many, and a new head otherwise. Any other method uses the backbone's head itself."""
-    resolution: Annotated[int, Field(ge=8)]
+    resolution: Pixels
     """Side of the square images, in pixels. A list in a file stands for one task per entry: NAME@96, NAME@128, ..."""
     batch_size: Count = 64
     """Number of images in one forward pass."""
@@ -77,15 +85,15 @@ class TaskSpec:
     augment: Literal["none", "crop_flip"] = "none"
     """`none` only resizes the training images. `crop_flip` takes random resized crops and flips them horizontally at
     random."""
-    cache_features: str | None = None
+    cache_features: PathText | None = None
     """Folder on a local disk that stores the outputs of the frozen backbone for each training image, so that only the
     first epoch computes them. Tasks and later runs may share the folder."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Pixel, Pixel, Pixel] = (0.485, 0.456, 0.406)
     """Number for each colour channel that is subtracted from the pixels, on the scale 0 to 1. The default is ImageNet's
     mean."""
-    std: tuple[Rate, Rate, Rate] = (0.229, 0.224, 0.225)
-    """Number for each colour channel by which the pixels are divided after that. The default is ImageNet's standard
-    deviation."""
+    std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)
+    """Number for each colour channel by which the pixels are divided after that, above 0 and up to 1. The default is
+    ImageNet's standard deviation."""
     label_smoothing: Share = 0.0
     """Share of each label that is spread evenly over all classes in the training loss; 0 keeps the labels."""
     weight: Rate = 1.0
@@ -152,7 +160,7 @@ class TaskSpec:
 class CheckpointsSpec:
     """When and where the run's checkpoints are saved."""
 
-    uri: str | None = None
+    uri: PathText | None = None
     """Folder for the checkpoints: a path or a pyarrow filesystem URI; checkpoints/ in the run directory by default."""
     every_minutes: Rate | None = 10.0
     """Number of minutes between checkpoints; with null, time does not count."""
@@ -164,7 +172,7 @@ class CheckpointsSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ResourcesSpec:
-    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
+    cpus_per_worker: Rate | None = None
     """CPUs that each worker reserves. By default all workers get an equal share of the cluster's CPUs: at most one, and
     small enough that every worker fits on a node."""
     gpus_per_worker: Amount = 0.0
@@ -196,7 +204,7 @@ class ResourcesSpec:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrackingSpec:
-    uri: str | None = None
+    uri: PathText | None = None
     """MLflow tracking URI; by default the SQLite file mlflow.db beside the run directories."""
     experiment: str = "multitask"
     """Name of the MLflow experiment, which is created if it is missing."""
@@ -235,17 +243,17 @@ class JobSpec:
     checkpoints: CheckpointsSpec = CheckpointsSpec()
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
     """Seed of everything that is drawn at random: initial values, the order of images, augmentation and dropout."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Directory for all files of the run; runs/NAME by default."""
 
     @model_validator(mode="after")
     def _task_names_are_unique(self) -> Self:
-        names = [task.name for task in self.tasks]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(task.name for task in self.tasks)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
         if repeated:
-            raise ValueError(f"task names {repeated} appear more than once; give every task its own name")
+            raise ValueError(f"task names {quoted(repeated)} appear more than once; give every task its own name")
         return self
 
     @model_validator(mode="after")

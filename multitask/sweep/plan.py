@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitask.spec.errors import SpecError
+from multitask.spec.errors import SpecError, quoted, shortened
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.schema import JobSpec
 from multitask.sweep.spec import Dimension, SweepSpec
@@ -86,7 +86,8 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
         set_key(raw, key, value)
     raw |= {"name": f"{spec.name}_{number:04d}", "directory": str(directory / "trials" / f"{number:04d}")}
     tracking = raw.get("tracking") or {}
-    raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
+    if isinstance(tracking, dict):
+        raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
     if repeat:
         raw["seed"] = raw.get("seed", 0) + repeat
     if weights is not None:
@@ -95,7 +96,7 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
     try:
         return TrialPlan(number, setting, values, load_spec(raw))
     except SpecError as error:
-        raise SpecError(f"sweep '{spec.name}', setting {describe(values)}: {error}") from None
+        raise SpecError(f"sweep '{spec.name}', setting {shortened(describe(values))}: {error}") from None
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -109,9 +110,9 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
         return
     tasks = [task for task in raw.get("tasks") or [] if isinstance(task, dict)]
     rest = key.removeprefix("tasks.")
-    named = [task for task in tasks if rest.startswith(f"{task.get('name')}.")]
+    named = [task for task in tasks if "name" in task and rest.startswith(f"{task['name']}.")]
     if not tasks:
-        raise SpecError(f"space.{key}: the job has no tasks")
+        raise SpecError(f"space.{shortened(key)}: the job has no tasks")
     for task in named or tasks:
         path = rest.removeprefix(f"{task['name']}.") if named else rest
         _set_below(task, path.split("."), copy.deepcopy(value), key)
@@ -143,10 +144,10 @@ def _check_differences(sweep: str, plans: Sequence[TrialPlan]) -> None:
         other = made.setdefault(json.dumps([value for key, value in job.items() if key not in SET_BY_SWEEP]), plan)
         if other.values != plan.values:
             raise SpecError(
-                f"sweep '{sweep}': the settings {describe(other.values)} and {describe(plan.values)} are one and the "
-                "same job, so a key of space has no effect. Either the sweep sets that key for all trials (name, "
-                "directory, tracking, and backbone.weights if there is a source), or another key or the job's tasks "
-                "replace it. Leave the key out."
+                f"sweep '{sweep}': the settings {shortened(describe(other.values))} and "
+                f"{shortened(describe(plan.values))} are one and the same job, so a key of space has no effect. Either "
+                "the sweep sets that key for all trials (name, directory, tracking, and backbone.weights if there is a "
+                "source), or another key or the job's tasks replace it. Leave the key out."
             )
 
 
@@ -164,7 +165,10 @@ def _set_below(node: dict[str, Any], path: Sequence[str], value: Any, key: str) 
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise SpecError(f"space.{key}: '{part}' of the job is {node!r}, which has no keys of its own")
+            raise SpecError(
+                f"space.{shortened(key)}: '{shortened(part)}' of the job is {quoted(node)}, which has no keys of its "
+                "own"
+            )
     node[path[-1]] = value
 
 

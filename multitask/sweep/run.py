@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from multitask.cluster.ray_cluster import RayCluster
@@ -21,6 +20,7 @@ from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.schema import JobSpec, TrackingSpec
+from multitask.spec.text import read_yaml, to_yaml
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
 from multitask.sweep.outcomes import Choice, TrialOutcome, choices, choose, read_outcome, write_tables, write_winner
@@ -92,7 +92,7 @@ def run_sweep(
             from multitask.sweep.searcher import Suggestions  # imported here, because few sweeps need Optuna
 
             search = Suggestions(spec, lambda number, values: ready(plan_trial(spec, number, values, weights)))
-        write_atomic(directory / SPEC, _text(spec))
+        write_atomic(directory / SPEC, to_yaml(dump_sweep(spec)).encode())
         with tracker:
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
             if spec.source is not None:
@@ -142,7 +142,7 @@ def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
             )
     elif not (directory / SPEC).is_file():
         raise RunError(f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume.")
-    elif (directory / SPEC).read_bytes() != _text(spec):
+    elif read_yaml(directory / SPEC) != dump_sweep(spec):
         raise SpecError(
             f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Continue "
             "with that spec and with the --mlflow-uri that it began with, or name another `directory`."
@@ -227,7 +227,7 @@ def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Track
         spec.name,
         params={"space": _space(spec), "trials": trials},
         tasks={},
-        spec_text=_text(spec).decode(),
+        spec_text=to_yaml(dump_sweep(spec)),
         resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,
     )
 
@@ -238,10 +238,6 @@ def _space(spec: SweepSpec) -> dict[str, Any]:
         key: {kind: values for kind, values in asdict(dimension).items() if values is not None}
         for key, dimension in spec.dimensions.items()
     }
-
-
-def _text(spec: SweepSpec) -> bytes:
-    return yaml.safe_dump(dump_sweep(spec), sort_keys=False).encode()
 
 
 def _train_source(source: str, directory: Path, tracker: Tracker, experiment: str, console: Console) -> None:

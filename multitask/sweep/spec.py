@@ -1,5 +1,8 @@
 """The sweep spec: a job, and the values that a sweep tries for some of its keys."""
 
+import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +11,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from multitask.spec.errors import SpecError
-from multitask.spec.fields import STRICT, Count, Name, Rate
-from multitask.spec.reading import read_job, read_yaml, validated
+from multitask.spec.errors import SpecError, quoted
+from multitask.spec.explain import line_of
+from multitask.spec.fields import STRICT, Count, Name, Number, PathText, Rate, Whole, from_home
+from multitask.spec.reading import read_job, validated
+from multitask.spec.text import check_plain, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -35,9 +40,11 @@ class Dimension:
             raise ValueError(
                 f"log_uniform is {list(self.log_uniform)}, but the first number has to be below the second"
             )
-        twice = next((value for value in self.grid or () if (self.grid or ()).count(value) > 1), None)
-        if twice is not None:
-            raise ValueError(f"grid has {twice!r} twice; for trials with other seeds set repeats")
+        seen: set[str] = set()
+        for value in self.grid or ():
+            if json.dumps(value) in seen:
+                raise ValueError(f"grid has {quoted(value)} twice; for trials with other seeds set repeats")
+            seen.add(json.dumps(value))
         return self
 
     @property
@@ -69,6 +76,10 @@ READY: dict[str, dict[str, Dimension]] = {
 """Name of a paper's space -> its keys with their values."""
 
 
+MOST_TRIALS = 10_000
+"""Largest number of trials of a sweep, whose directories have numbers of four digits."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NoScheduler:
     """No trial is stopped early."""
@@ -86,7 +97,7 @@ class AshaScheduler:
     name: Literal["asha"]
     grace_rounds: Count
     """Round of the first milestone; the next ones are this times reduction, reduction², ..."""
-    reduction: Annotated[float, Field(gt=1)] = 3.0
+    reduction: Annotated[Number, Field(gt=1)] = 3.0
     """A trial passes a milestone if it is among the best 1 / `reduction` of the trials that have come to it so far."""
 
 
@@ -128,19 +139,19 @@ class SweepSpec:
     """Number of trials of each setting, with the job's seed, seed + 1, ...; the setting counts by their mean."""
     searcher: Annotated[NoSearcher | OptunaSearcher, Field(discriminator="name")] = NoSearcher()
     scheduler: Annotated[NoScheduler | AshaScheduler, Field(discriminator="name")] = NoScheduler()
-    source: str | None = None
+    source: PathText | None = None
     """A job spec to train first; every trial starts from the backbone of its version that is best by validation."""
     concurrent: Count | None = None
     """Number of trials that run at the same time; by default as many as have room on the cluster."""
-    retries: Annotated[int, Field(ge=0)] = 1
+    retries: Annotated[Whole, Field(ge=0)] = 1
     """Number of times that a failed trial is started again, from its last checkpoint, before it counts as failed."""
     retrain: bool = False
     """After the choice, train the chosen setting once more on train and validation tables together."""
     test: bool = False
     """Evaluate the retrained models, or else those of the chosen trial, on the test tables, once."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
     """Seed of the draws and suggestions, and of the order in which trials start under a scheduler."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Directory of everything that the sweep writes; runs/NAME by default."""
 
     @model_validator(mode="after")
@@ -176,9 +187,21 @@ class SweepSpec:
         return self
 
     @model_validator(mode="after")
+    def _its_trials_have_numbers(self) -> Self:
+        points = math.prod(len(dimension.grid or (0,)) for dimension in self.dimensions.values())
+        trials = self.samples * self.repeats * (1 if self.suggested else points)
+        if trials > MOST_TRIALS:
+            raise ValueError(
+                f"the sweep has {quoted(trials)} trials, but at most {MOST_TRIALS:,} have numbers; use fewer values, "
+                "samples or repeats"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_key_lies_within_another(self) -> Self:
         for key in self.dimensions:
-            outer = next((other for other in self.dimensions if key.startswith(f"{other}.")), None)
+            parts = key.split(".")
+            outer = next((one for n in range(1, len(parts)) if (one := ".".join(parts[:n])) in self.dimensions), None)
             if outer is not None:
                 raise ValueError(f"space has {outer} and its part {key}; write the part into the values of {outer}")
         return self
@@ -217,17 +240,32 @@ def load_sweep(source: str | Path | Mapping[str, Any], folder: Path | None = Non
     """
     if isinstance(source, Mapping):
         where, raw, folder = "sweep spec", dict(source), folder or Path()
+        check_plain(raw, where)
     else:
-        where, raw, folder = str(source), read_yaml(Path(source)), Path(source).parent
+        path = Path(from_home(str(source)))
+        where, raw, folder = str(path), read_yaml(path), path.parent
     spec = validated(_ADAPTER, raw, where)
     for key in OWN_KEYS:
         if key in spec.job:
-            raise SpecError(f"{where}: job.{key}: the sweep sets this key for each trial; leave it out")
-    job = read_job(spec.job, folder)
+            raise SpecError(line_of(where, f"job.{key}", "the sweep sets this key for each trial; leave it out"))
+    job = read_job(spec.job, folder, where)
+    _check_shape(job, where)
     training = spec.source
     if training is not None and training.startswith(("./", "../")):
-        training = str((folder / training).resolve())
+        training = os.path.realpath(folder / training)
     return replace(spec, job=job, source=training)
+
+
+def _check_shape(job: Mapping[str, Any], where: str) -> None:
+    """Check what the values of a trial are put into. The rest of the job is checked with the values of each trial."""
+    tasks = job.get("tasks")
+    if tasks is not None and not (isinstance(tasks, list) and all(isinstance(task, dict) for task in tasks)):
+        raise SpecError(line_of(where, "job.tasks", f"expected a list of keys and values, found {quoted(tasks)}"))
+    for key in ("tracking", "checkpoints"):
+        if job.get(key) is not None and not isinstance(job[key], dict):
+            raise SpecError(line_of(where, f"job.{key}", f"expected keys and values, found {quoted(job[key])}"))
+    if not isinstance(job.get("seed", 0), int):
+        raise SpecError(line_of(where, "job.seed", f"expected a whole number, found {quoted(job['seed'])}"))
 
 
 def dump_sweep(spec: SweepSpec) -> dict[str, Any]:

@@ -230,6 +230,7 @@ def test_content_hash_sees_dtype_and_shape_beside_the_bytes() -> None:
         ("mobilnet_v2", {}, "Unknown backbone 'mobilnet_v2'. Did you mean 'mobilenet_v2'?"),
         ("alexnet", {}, "Known: mobilenet_v2, inception_v3"),
         ("resnet18", {"width_mult": 1.0}, "Unknown option of backbone 'resnet18'"),
+        ("resnet18", {"norm_momentum": "1e-1"}, "Option norm_momentum='1e-1' of backbone 'resnet18' is text"),
         ("mobilenet_v2", {"width_mul": 1.0}, "Did you mean 'width_mult'"),
         ("mobilenet_v2", {"stem_stride": 3}, "stem_stride=3"),
         ("mobilenet_v2", {"inverted_residual_setting": []}, "inverted_residual_setting"),

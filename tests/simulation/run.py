@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -278,14 +276,5 @@ class Simulation:
 def simulate(schedule: Schedule) -> Story:
     """Run a schedule to its end."""
     place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(dir=place, prefix="simulation-") as folder, _fast_yaml():
+    with tempfile.TemporaryDirectory(dir=place, prefix="simulation-") as folder:
         return Simulation(schedule, Path(folder)).run()
-
-
-@contextlib.contextmanager
-def _fast_yaml() -> Iterator[None]:
-    """Read and write YAML by PyYAML's functions in C, which take a tenth of the time; job specs are a third of it."""
-    load = partial(yaml.load, Loader=yaml.CSafeLoader)
-    dump = partial(yaml.dump, Dumper=yaml.CSafeDumper)
-    with mock.patch.object(yaml, "safe_load", load), mock.patch.object(yaml, "safe_dump", dump):
-        yield

@@ -1,6 +1,7 @@
 """Division of a job's workers among its tasks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multitask
-from multitask.job.assignment import share_out
+from multitask.job.assignment import check_workers, share_out
 from multitask.job.job import Job
+from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec
 from tests.conftest import MakeData
 
@@ -40,6 +42,26 @@ def test_all_are_given_out_each_task_has_one_and_more_images_never_mean_fewer(im
     pairs = sorted(zip(images, shares, strict=True))
     for (fewer_images, fewer), (more_images, most) in pairwise(pairs):
         assert fewer_images == more_images or fewer <= most
+
+
+def test_each_worker_needs_a_row_of_its_own() -> None:
+    check_workers({"pets": 3, "cars": 1}, {"pets": 3, "cars": 9})
+    with pytest.raises(SpecError, match="Task 'pets' has 4 workers, but its training table has 3 rows"):
+        check_workers({"cars": 1, "pets": 4}, {"pets": 3, "cars": 9})
+
+
+@pytest.mark.parametrize("workers", [{"workers": 9}, {"tasks": {"pets": {"workers": 9}}}], ids=["jobs", "tasks"])
+def test_more_workers_than_rows_are_refused_before_the_run_has_a_directory(
+    make_spec: MakeSpec, make_data: MakeData, workers: dict
+) -> None:
+    spec = make_spec(**{"tasks": {"pets": {}}} | workers)
+    few = make_data(rows=8)
+    spec = replace(spec, tasks=tuple(replace(task, data=few) for task in spec.tasks))
+
+    with pytest.raises(SpecError, match="has 9 workers, but its training table has 8 rows"):
+        multitask.train(spec)
+
+    assert not spec.run_directory.exists()
 
 
 def test_the_runs_spec_has_the_workers_of_each_task(make_spec: MakeSpec, make_data: MakeData) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import yaml
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, dump_yaml, load_spec
 from multitask.spec.schema import JobSpec
+from multitask.spec.text import to_yaml
 
 FILES = sorted((Path(__file__).parents[3] / "jobs" / "specs").glob("*.yaml"))
 SPECS = [path for path in FILES if not path.stem.startswith("sweep_")]
@@ -78,6 +80,27 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
         ({"resources": {"placement": "near"}}, ["resources.placement", "'spread' or 'pack'", "found 'near'"]),
         ({"resources": {"gpus_per_worker": 1.5}}, ["resources", "gpus_per_worker is 1.5", "at most 1"]),
         ({"tasks": [{**TASK, "resources": {"GPU": 1}}]}, ["tasks[0]", "['GPU']", "resources.gpus_per_worker"]),
+        ({"steps": True}, ["steps: expected a number, found True"]),
+        ({"optimizer": {"name": "sgd", "rate": False}}, ["optimizer.rate: expected a number, found False"]),
+        ({"name": 2026}, ["name:", "in quotes", "found 2026"]),
+        ({"name": "x" * 101}, ["name: String should have at most 100 characters"]),
+        ({"engine": "local"}, ["engine: expected keys and values, for example engine: {name: local}"]),
+        ({"schedule": "cosine"}, ["schedule: {name: cosine}"]),
+        ({"resources": "many"}, ["resources: expected keys and values, found 'many'"]),
+        ({"tasks": {"pets": TASK}}, ["tasks: expected a list"]),
+        ({"task_defaults": 3.5}, ["task_defaults: expected keys and values, found 3.5"]),
+        ({"optimizer": False}, ["optimizer: expected keys and values, found False"]),
+        (
+            {"engine": {"type": "local"}},
+            ["engine.type: unknown key; did you mean name?", "engine: its name is required"],
+        ),
+        ({"schedule": {"name": "cosine", "warmup_rounds": 1}}, ["schedule.warmup_rounds", "mean warm_up_rounds?"]),
+        ({"optimizer": {"name": "adam", "lr": 0.1}}, ["optimizer.lr: unknown key; did you mean rate?"]),
+        ({"tasks": [{**TASK, "mean": [123.7, 116.3, 103.5]}]}, ["tasks[0].mean[0]", "0 to 255 by 255", "found 123.7"]),
+        ({"tasks": [{**TASK, "mean": [-0.1, 0, 0]}]}, ["tasks[0].mean[0]", "0 to 1", "found -0.1"]),
+        ({"tasks": [{**TASK, "mean": [float("nan"), 0, 0]}]}, ["tasks[0].mean[0]", "finite"]),
+        ({"tasks": [{**TASK, "std": [58.4, 57.1, 57.4]}]}, ["tasks[0].std[0]", "0 to 255 by 255", "found 58.4"]),
+        ({"tasks": [{**TASK, "std": [0, 1, 1]}]}, ["tasks[0].std[0]", "greater than 0, found 0"]),
         ({"tasks": [{**TASK, "resources": {"disk": 0}}]}, ["tasks[0].resources.disk", "0.0001", "found 0"]),
         ({"tasks": [{**TASK, "labels": {"zone": "!west"}}]}, ["tasks[0].labels.zone", "pattern", "found '!west'"]),
         (
@@ -90,6 +113,96 @@ def test_a_bad_value_is_named_with_what_is_allowed(changes: dict[str, object], p
     message = error_of(**changes)
 
     assert all(part in message for part in parts), message
+
+
+def test_a_wrong_task_brings_no_second_problem_that_is_none() -> None:
+    """Without the task, there would be too few tasks, and no recipe that has an optimizer."""
+    task = {key: value for key, value in TASK.items() if key != "method"}
+    assert error_of(tasks=[task], optimizer=None) == "job spec: tasks[0].method: this key is required"
+
+
+def test_an_unknown_key_comes_before_the_missing_one_that_it_stands_for() -> None:
+    lines = error_of(optimizer={"name": "sgd", "lr": 0.1}).splitlines()
+    assert [line.partition(":")[2].partition(":")[0].strip() for line in lines] == ["optimizer.lr", "optimizer.rate"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x" * 5000: 1},
+        {"name": "x" * 5000},
+        {"optimizer": {"name": "x" * 5000}},
+        {"rate_rule": "x" * 5000},
+        {"tasks": [{**TASK, "x" * 5000: 1}]},
+        {"tasks": [{**TASK, "method": "x" * 5000}], "optimizer": None},
+        {"tasks": [{**TASK, "resolution": ["x" * 5000, "x" * 5000]}]},
+        {"tasks": [{**TASK, "name": f"task{number % 300}"} for number in range(600)]},
+        {"tasks": [{**TASK, "batch_size": -number} for number in range(600)]},
+        {f"key{number}": 1 for number in range(600)},
+        {"directory": "~" + "x" * 5000},
+    ],
+    ids=lambda changes: next(iter(changes))[:9],
+)
+def test_a_message_is_short_and_quotes_little(changes: dict[str, object]) -> None:
+    message = error_of(**changes)
+
+    assert len(message) < 1000
+    assert "x" * 200 not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"directory": "~/runs/a"}, lambda spec: spec.directory),
+        ({"tasks": [{**TASK, "data": "~/runs/a"}]}, lambda spec: spec.tasks[0].data),
+        (
+            {"tasks": [{**TASK, "cache_features": "~/runs/a"}], "train_shared": False},
+            lambda s: s.tasks[0].cache_features,
+        ),
+        ({"backbone": {"name": "resnet18", "weights": "~/runs/a"}}, lambda spec: spec.backbone.weights),
+        ({"checkpoints": {"uri": "~/runs/a"}}, lambda spec: spec.checkpoints.uri),
+        ({"tracking": {"uri": "~/runs/a"}}, lambda spec: spec.tracking.uri),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_a_tilde_is_the_home_directory(
+    change: dict[str, object], where: Callable[[JobSpec], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert where(load_spec({**SPEC, **change})) == "/home/me/runs/a"
+
+
+def test_a_tilde_in_the_names_of_specs_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(to_yaml(SPEC))
+    (tmp_path / "job.yaml").write_text("base: ~/base.yaml\nsteps: 7\n")
+    assert load_spec("~/job.yaml").steps == 7
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/a", "sqlite:///~/mlflow.db", "file://~/a"])
+def test_a_tilde_without_a_home_directory_is_refused(path: str) -> None:
+    assert "tracking.uri: " in error_of(tracking={"uri": path})
+
+
+@pytest.mark.parametrize(("base", "part"), [("job.yaml", "leads back to itself"), ("[a]", "the name of a YAML file")])
+def test_a_base_is_another_file(tmp_path: Path, base: str, part: str) -> None:
+    (tmp_path / "job.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(SpecError, match=part):
+        load_spec(tmp_path / "job.yaml")
+
+
+def test_a_number_in_an_option_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(f"{to_yaml(SPEC)}backbone: {{name: resnet18, options: {{norm_momentum: 1e-1}}}}")
+    with pytest.raises(SpecError, match="'backbone' stands twice"):
+        load_spec(tmp_path / "job.yaml")
+    (tmp_path / "variant.yaml").write_text("base: base.yaml\nbackbone: {options: {norm_momentum: 1e-1}}\n")
+    (tmp_path / "base.yaml").write_text(to_yaml(SPEC))
+
+    spec = load_spec(tmp_path / "variant.yaml")
+
+    assert spec.backbone.options == {"norm_momentum": 0.1}
+    (tmp_path / "again.yaml").write_text(dump_yaml(spec))
+    assert load_spec(tmp_path / "again.yaml") == spec
 
 
 def test_all_problems_are_told_at_once() -> None:

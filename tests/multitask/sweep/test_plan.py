@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
+from multitask.spec.text import to_yaml
 from multitask.sweep.plan import describe, plan_trials, set_key, settings, short_names
 from multitask.sweep.spec import READY, Dimension, SweepSpec, dump_sweep, load_sweep
 
@@ -165,6 +166,13 @@ def test_a_ready_space_may_be_changed(make_sweep: Callable[..., SweepSpec]) -> N
         ),
         ({"space": {"steps": {"grid": [1]}}, "sheduler": {}}, "did you mean scheduler"),
         ({"space": {"steps": {"grid": [1]}}, "job": {"directory": "x"}}, "the sweep sets this key"),
+        ({"space": {"steps": {"grid": [1]}}, "job": {"tasks": 3.5}}, "job.tasks: expected a list"),
+        ({"space": {"steps": {"grid": [1]}}, "job": {"tracking": "x"}}, "job.tracking: expected keys and values"),
+        ({"space": {"steps": {"grid": [1]}}, "job": {"seed": "x"}}, "job.seed: expected a whole number"),
+        ({"space": {"steps": {"grid": [1]}}, "job": {"task_defaults": "x"}}, "task_defaults: expected keys and values"),
+        ({"space": {"steps": {"grid": [1]}}, "searcher": "optuna"}, r"searcher: {name: optuna}"),
+        ({"space": {"steps": {"grid": [1, 2]}}, "repeats": 5001}, "has 10002 trials, but at most 10,000"),
+        ({"space": {"steps": {"choice": [1, 2]}}, "samples": 10**12}, "at most 10,000"),
     ],
 )
 def test_a_wrong_sweep_names_the_key(
@@ -205,6 +213,20 @@ def test_a_key_without_effect_is_refused(make_sweep: Callable[..., SweepSpec], s
         plan_trials(make_sweep(space=space))
     with pytest.raises(SpecError, match="are one and the same job"):
         plan_trials(make_sweep(space=space, searcher={"name": "optuna"}, samples=9))
+
+
+def test_values_of_a_space_may_be_what_is_no_spec(make_sweep: Callable[..., SweepSpec]) -> None:
+    for key, value in {"tracking": "x", "checkpoints": 3, "tasks": [1], "backbone": None}.items():
+        with pytest.raises(SpecError, match=f"setting {key}="):
+            plan_trials(make_sweep(space={key: {"grid": [value]}}))
+
+
+def test_rates_in_a_file_are_numbers_with_and_without_a_point(make_spec: MakeSpec, tmp_path: Path) -> None:
+    job = {key: value for key, value in dump_spec(make_spec()).items() if key not in ("name", "directory")}
+    text = to_yaml({"name": "rates", "job": job})
+    for rates in ("1e-3, 1e-2", "0.001, 0.01"):
+        (tmp_path / "sweep.yaml").write_text(f"{text}space: {{optimizer.rate: {{grid: [{rates}]}}}}\n")
+        assert settings(load_sweep(tmp_path / "sweep.yaml")) == [{"optimizer.rate": rate} for rate in (0.001, 0.01)]
 
 
 def test_a_value_that_is_drawn_twice_is_two_trials(make_sweep: Callable[..., SweepSpec]) -> None:
