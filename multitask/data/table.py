@@ -80,7 +80,7 @@ class ImageTable:
         shard, group = self._places[number]
         file = f"{self.uri}/{shard.file}"
         with self._location.open(shard.file) as stream, parquet_errors(file):
-            reader = pq.ParquetFile(stream, pre_buffer=True)
+            reader = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
             wanted = [name for name in (IMAGE, LABEL, ID) if name in reader.schema_arrow.names]
             check_schema(reader.schema_arrow, self.classes, file)
             table = reader.read_row_group(group, columns=wanted, use_threads=False)
@@ -99,7 +99,8 @@ class ImageTable:
         for shard in self.shards:
             file = f"{self.uri}/{shard.file}"
             with self._location.open(shard.file) as stream, parquet_errors(file):
-                labels.append(checked_labels(pq.read_table(stream, columns=[LABEL]), self.classes, file))
+                rows = pq.read_table(stream, columns=[LABEL], page_checksum_verification=True)
+                labels.append(checked_labels(rows, self.classes, file))
         return np.concatenate(labels)
 
     def first_row(self, group: int) -> int:
