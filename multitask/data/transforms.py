@@ -58,11 +58,8 @@ def decode(encoded: Tensor) -> Tensor:
         RuntimeError: the bytes are not a complete image of a known format, or are an animation.
     """
     content = memoryview(encoded.numpy())
-    if content[: len(SIGNATURE)] == SIGNATURE:
-        image_chw = decode_png(content)
-    else:
-        image_chw = _decode_by_torchvision(encoded)
-    return upright(image_chw, read_orientation(content))
+    is_png = content[: len(SIGNATURE)] == SIGNATURE
+    return upright(decode_png(content) if is_png else _decode_by_torchvision(encoded), read_orientation(content))
 
 
 def _decode_by_torchvision(encoded: Tensor) -> Tensor:
