@@ -4,12 +4,13 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from multitask.data.png import SIGNATURE
 from multitask.data.storage import DataError
 from multitask.data.transforms import decode
 
-DECODED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8")
+DECODED = (b"\xff\xd8\xff", SIGNATURE, b"RIFF", b"GIF8")
 """First bytes of the files that training decodes: JPEG, PNG, WebP and GIF."""
 CONVERTED = ("BMP", "PPM", "TIFF")
 """Pillow's names of the formats that are stored as PNG. A PGM is a PPM, too."""
@@ -33,17 +34,15 @@ def readable(image: bytes, name: str) -> bytes:
     if image.startswith(DECODED):
         return image
     try:
-        opened = Image.open(io.BytesIO(image), formats=CONVERTED)
-    except Exception:  # Pillow raises errors of many kinds for damaged files
-        return image
-    try:
-        with opened:
+        with Image.open(io.BytesIO(image), formats=CONVERTED) as opened:
             pages = getattr(opened, "n_frames", 1)
             if pages > 1:
                 raise ValueError(f"it has {pages} pages, expected one")
             opened.load()
             return _encoded(_png_pixels(opened), "PNG")
-    except Exception as error:
+    except UnidentifiedImageError:
+        return image
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise _undecodable(name, error, "stored as PNG, which training can read", "convert it yourself") from error
 
 

@@ -17,8 +17,6 @@ from patches.names import unknown_name_message
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images, in upper or lower case. The list is that of torchvision."""
-
-
 HIDDEN = "hidden files and folders"
 OUTSIDE_CLASSES = "images outside the class folders"
 LINKS = "links to a folder that is read already"

@@ -35,7 +35,7 @@ def turned(image: np.ndarray, kind: str, orientation: int) -> bytes:
 
 def tensor(content: bytes) -> torch.Tensor:
     """Shape (bytes,), uint8."""
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
 
 def split_png(image: bytes) -> list[tuple[bytes, bytes]]:

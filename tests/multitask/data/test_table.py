@@ -184,7 +184,7 @@ def test_a_location_of_no_known_filesystem_is_refused() -> None:
         ('{"format": 2}', "found format 2, expected 1"),
         ("[" * 100_000, "found no table index"),
         ('{"format": "' + "x" * 100_000 + '"}', "found format 'xxx"),
-        ('{"format": 1, "classes": ["\\\\ud800"], "rows": 1, "rows_of_class": [1], "shards": []}', "found class name"),
+        ('{"format": 1, "classes": ["\\ud800"], "rows": 1, "rows_of_class": [1], "shards": []}', "found class name"),
         ('{"format": 1}', "found None for 'classes' of the index, expected list"),
         (
             '{"format": 1, "classes": ["cat"], "rows": 1, "rows_of_class": [1], "shards": [{"file": 3}]}',
@@ -243,27 +243,22 @@ def test_an_edited_shard_is_refused_by_its_length_or_its_hash(tmp_path: Path) ->
 
 
 def test_zeroed_or_changed_pages_are_found_without_the_hash_of_the_file(tmp_path: Path) -> None:
-    path = small_table(tmp_path / "train")
-    table, content = open_table(path, verify=False), (path / "shard-00000.parquet").read_bytes()
-    expected = encoded(table)
-    group = pq.ParquetFile(path / "shard-00000.parquet").metadata.row_group(0)
-    for number in range(group.num_columns):
-        column = group.column(number)
-        start = column.dictionary_page_offset or column.data_page_offset
-        middle, stop = start + column.total_compressed_size // 2, start + column.total_compressed_size
+    write_table(tmp_path / "train", [(number_image(row), row % 3, f"n{row}") for row in range(40)], CLASSES)
+    shard = tmp_path / "train" / "shard-00000.parquet"
+    content, group = shard.read_bytes(), pq.ParquetFile(shard).metadata.row_group(0)
+    table = open_table(tmp_path / "train")
+    for column in (group.column(number) for number in range(3)):  # image, label and id
+        stop = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
         for changed in (
-            content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-            content[:middle] + bytes(stop - middle) + content[stop:],
+            content[: stop - 2] + bytes([content[stop - 2] ^ 1]) + content[stop - 1 :],
+            content[: stop - 8] + bytes(8) + content[stop:],
         ):
-            (path / "shard-00000.parquet").write_bytes(changed)
-            if column.path_in_schema == "source":
-                assert encoded(open_table(path, verify=False)) == expected  # a column that is not read
-                continue
+            shard.write_bytes(changed)
             with pytest.raises(DataError, match=r"shard-00000\.parquet: cannot be read as Parquet"):
-                open_table(path, verify=False).read_group(0)
+                open_table(tmp_path / "train", verify=False).read_group(0)
             if column.path_in_schema == "label":
                 with pytest.raises(DataError, match=r"shard-00000\.parquet: cannot be read as Parquet"):
-                    open_table(path, verify=False).labels()
+                    table.labels()
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
