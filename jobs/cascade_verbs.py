@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from jobs.tables import show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -290,8 +291,7 @@ def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
     points = Table(f"mean {checked.unit}", "top-1", "stages", title="Operating points", title_justify="left")
     for (cost, accuracy), point in zip(checked.curve, cascade.points, strict=True):
         points.add_row(f"{cost:,.4g}", f"{accuracy:.2%}", _path(point))
-    for shown in (stages, models, points):
-        Console().print(shown)
+    show(stages, models, points)
     print(headline(checked))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from jobs.cascade_verbs import app as cascade_app
@@ -15,6 +14,7 @@ from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.plan_verbs import plan
 from jobs.sweep_verbs import sweep
+from jobs.tables import show
 from multitask.startup import RUN_PROCESS, put_off_torch_compile
 
 app = typer.Typer(
@@ -151,7 +151,7 @@ def status(
         latest = task["latest"]
         numbers = [f"{latest[key]:.4g}" if latest else "" for key in ("loss", "rate", "samples_per_s", "staleness")]
         table.add_row(name, f"{task['made']}/{task['steps']}", *numbers, *(str(task[count]) for count in counts))
-    Console().print(table)
+    show(table)
 
 
 @app.command()
@@ -174,7 +174,7 @@ def export(
     table = Table("file", "bytes", "share of the backbone's size")
     for name, size in sizes.items():
         table.add_row(name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
-    Console().print(table)
+    show(table)
 
 
 @app.command()
@@ -248,7 +248,7 @@ def inspect(bundle: Bundle, json_output: AsJson = False) -> None:
     table = Table(show_header=False)
     for key, value in described.items():
         table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
-    Console().print(table)
+    show(table)
 
 
 @bundle_app.command()
@@ -288,7 +288,7 @@ def _show_metrics(title: str, metrics: dict[str, dict[str, float]]) -> None:
     table = Table("task", "top-1 %", "top-5 %", "loss", title=title)
     for task, values in metrics.items():
         table.add_row(task, f"{values['top1']:.2f}", f"{values['top5']:.2f}", f"{values['loss']:.4f}")
-    Console().print(table)
+    show(table)
 
 
 def _plain(report: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from jobs.tables import show
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -136,7 +137,7 @@ def list_jobs(address: Address = None, json_output: AsJson = False) -> None:
     table = Table("job", "status", "started", "version", "command")
     for row in rows:
         table.add_row(*(row[key] or "" for key in ("job", "status", "started", "version", "command")))
-    Console().print(table)
+    show(table)
 
 
 @jobs_app.command()

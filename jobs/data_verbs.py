@@ -1,6 +1,7 @@
 """`multitask data`: import image data sets into tables, and look at what is in a table."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from jobs.tables import show
 
 app = typer.Typer(help="Import image data sets into tables, and look at what is in a table.", no_args_is_help=True)
 import_app = typer.Typer(
@@ -36,6 +39,10 @@ MaxSide = Annotated[
         min=8, help="Scale images with a longer side than this (in pixels) down to it, and encode them again."
     ),
 ]
+IgnoreOrientation = Annotated[
+    bool,
+    typer.Option("--ignore-orientation", help="Read the images as their pixels are stored, whatever their EXIF says."),
+]
 RowsPerShard = Annotated[int, typer.Option(min=1, help="Number of images in each file.")]
 Classes = Annotated[
     Path | None,
@@ -57,12 +64,14 @@ def image_folder(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import a folder that has one folder of images for each class, as ImageNet has."""
     from multitask.data import sources
 
-    _import(sources.image_folder(source, _lines(classes)), table, split, seed, keep_order, max_side, rows_per_shard)
+    read = sources.image_folder(source, _lines(classes))
+    _import(read, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @import_app.command()
@@ -80,13 +89,14 @@ def places365(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import Places-365, as its own list files describe it."""
     from multitask.data import sources
 
     source = sources.places365(images, file_list, categories)
-    _import(source, table, split, seed, keep_order, max_side, rows_per_shard)
+    _import(source, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @import_app.command("torchvision")
@@ -105,6 +115,7 @@ def torchvision_dataset(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import a data set that torchvision can read; it is not downloaded."""
@@ -112,7 +123,7 @@ def torchvision_dataset(
 
     options = {key: _value(text) for key, text in _pairs(option, "--option").items()}
     source = sources.torchvision_dataset(name, root, **options)
-    _import(source, table, split, seed, keep_order, max_side, rows_per_shard)
+    _import(source, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @import_app.command()
@@ -126,12 +137,14 @@ def webdataset(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import WebDataset tar files that have an image and a .cls file (or a .json file with "label") for each key."""
     from multitask.data import sources
 
-    _import(sources.webdataset(tars, _lines(classes)), table, split, seed, keep_order, max_side, rows_per_shard)
+    source = sources.webdataset(tars, _lines(classes))
+    _import(source, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @import_app.command()
@@ -153,13 +166,14 @@ def paths(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import the image files whose paths are in a Parquet file."""
     from multitask.data import sources
 
     source = sources.paths_parquet(file, path_column, label_column, root, _lines(classes))
-    _import(source, table, split, seed, keep_order, max_side, rows_per_shard)
+    _import(source, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @import_app.command()
@@ -177,13 +191,14 @@ def huggingface(
     seed: Seed = 0,
     keep_order: KeepOrder = False,
     max_side: MaxSide = None,
+    ignore_orientation: IgnoreOrientation = False,
     rows_per_shard: RowsPerShard = DEFAULT_ROWS,
 ) -> None:
     """Import Parquet files that contain the images, as on the Hugging Face hub."""
     from multitask.data import sources
 
     source = sources.huggingface(files, image_column, label_column, _lines(classes))
-    _import(source, table, split, seed, keep_order, max_side, rows_per_shard)
+    _import(source, table, split, seed, keep_order, max_side, ignore_orientation, rows_per_shard)
 
 
 @app.command()
@@ -210,7 +225,7 @@ def inspect(table: TableUri, json_output: AsJson = False) -> None:
         of_class = entry["classes"].values()
         row = [len(of_class), f"{min(of_class):,} to {max(of_class):,}", entry["files"], f"{entry['bytes']:,}"]
         shown.add_row(uri, f"{entry['images']:,}", *map(str, row), f"{entry['bytes_per_image']:,.0f}")
-    Console().print(shown)
+    show(shown)
 
 
 @app.command()
@@ -265,11 +280,15 @@ def _import(
     seed: int,
     keep_order: bool,
     max_side: int | None,
+    ignore_orientation: bool,
     rows_per_shard: int,
 ) -> None:
+    """Write a source as tables. Its notes come first, before hours are spent on an import that lacks images."""
     from multitask.cluster.session import ray_session
     from multitask.data.importing import import_table
 
+    for note in source.notes:
+        print(note, file=sys.stderr)
     splits = {name: float(_value(share)) for name, share in _pairs(split, "--split").items()}
     with ray_session(), _progress() as on_rows:
         tables = import_table(
@@ -279,6 +298,7 @@ def _import(
             shuffle=not keep_order,
             seed=seed,
             max_side=max_side,
+            ignore_orientation=ignore_orientation,
             rows_per_shard=rows_per_shard,
             on_rows=on_rows,
         )
@@ -327,4 +347,20 @@ def _value(text: str) -> Any:
 
 
 def _lines(file: Path | None) -> list[str] | None:
-    return None if file is None else file.read_text(encoding="utf-8").split("\n")[:-1]
+    """Return the class names in a file. Space around a name, empty lines and a byte order mark are no part of them.
+
+    Raises:
+        DataError: the file is not encoded in UTF-8.
+    """
+    from multitask.data import DataError
+
+    if file is None:
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: found byte {error.object[error.start]:#04x} at place {error.start}, expected text in UTF-8 with "
+            "one class name on each line. Save the file as UTF-8."
+        ) from error
+    return [name for line in lines if (name := line.strip())]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from jobs.tables import show
 
 if TYPE_CHECKING:
     from multitask.capacity.estimate import Deployment, Estimate
@@ -82,9 +83,7 @@ def _show(layout: "Deployment", estimates: list["Estimate"]) -> None:
             f"{one.node_bytes_per_s / 1e6:,.0f}",
             one.limit,
         )
-    console = Console(width=max(120, Console().width))
-    console.print(steps)
-    console.print(growth)
+    show(steps, growth, least_width=120)
     print(
         "of free: images/s divided by those of workers that share nothing. shard load: share of the time that the "
         "thread of a shard is busy. its cores: cores that a node with shards needs for them in addition to its "

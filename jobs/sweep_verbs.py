@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from jobs.tables import show
 
 if TYPE_CHECKING:
     from multitask.sweep import TrialOutcome
@@ -63,4 +64,4 @@ def _show(outcomes: "Sequence[TrialOutcome]") -> None:
     table = Table(*trial_header(outcomes), title="Best trials by validation", title_justify="left")
     for line in trial_rows(outcomes)[:BEST_SHOWN]:
         table.add_row(*line)
-    Console().print(table)
+    show(table)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from multitask.data.format import ID, IMAGE, INDEX_NAME, LABEL, shard_schema
 from multitask.data.index import TableIndex, TableShard
-from multitask.data.storage import REMAKE, DataError, Location
+from multitask.data.storage import REMAKE, DataError, Location, quoted
 
 
 def check_shard(
@@ -37,13 +37,13 @@ def check_shard(
     if verify and (found := location.sha256(shard.file)) != shard.sha256:
         raise DataError(f"{file}: found SHA-256 {found}, expected {shard.sha256} from the index. {REMAKE}")
     with location.open(shard.file) as stream, parquet_errors(file):
-        reader = pq.ParquetFile(stream)
+        reader = pq.ParquetFile(stream, page_checksum_verification=True)
         check_schema(reader.schema_arrow, classes, file)
         groups = tuple(reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups))
         if sum(groups) != shard.rows or groups != shard.groups:
             raise DataError(
-                f"{file}: found {sum(groups)} rows, expected {shard.rows} from the index (the row groups have {groups} "
-                f"rows, expected {shard.groups}). {REMAKE}"
+                f"{file}: found {sum(groups)} rows, expected {shard.rows} from the index (the row groups have "
+                f"{quoted(groups)} rows, expected {quoted(shard.groups)}). {REMAKE}"
             )
         if not verify:
             return None
@@ -63,8 +63,8 @@ def check_counts(counts: NDArray[np.int64], index: TableIndex, where: str) -> No
     """
     if counts.tolist() != index.rows_of_class or counts.sum() != index.rows:
         raise DataError(
-            f"{where}: found {counts.sum()} rows, {counts.tolist()} for each class, expected {index.rows} rows, "
-            f"{index.rows_of_class}, from {INDEX_NAME}. {REMAKE}"
+            f"{where}: found {counts.sum()} rows, {quoted(counts.tolist())} for each class, expected {index.rows} "
+            f"rows, {quoted(index.rows_of_class)}, from {INDEX_NAME}. {REMAKE}"
         )
 
 
@@ -93,8 +93,8 @@ def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None
     for key, value in shard_schema(classes).metadata.items():
         if metadata.get(key) != value:
             raise DataError(
-                f"{file}: found {metadata.get(key)!r} as {key.decode()} in its schema, expected {value!r}: "
-                f"the shard belongs to another table. {REMAKE}"
+                f"{file}: found {quoted(metadata.get(key))} as {key.decode()} in its schema, expected "
+                f"{quoted(value)}: the shard belongs to another table. {REMAKE}"
             )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from multitask.data.storage import DataError, Location, locate
+from multitask.data.storage import DataError, Location, locate, quoted
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -59,13 +59,21 @@ def check_classes(classes: Sequence[str], where: str) -> tuple[str, ...]:
         classes: class names.
         where: name of the data set or file in messages.
     Raises:
-        DataError: the list is empty, contains a name twice, or contains an entry that is not a string.
+        DataError: the list is empty, contains a name twice, or contains an entry that is not text.
     """
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"{where}: classes are {classes!r}, expected a list of names. Give one string for each class.")
+        raise DataError(
+            f"{where}: classes are {quoted(classes)}, expected a list of names. Give one string for each class."
+        )
+    for name in classes:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise DataError(
+                f"{where}: found class name {quoted(name)}, which has a half of a character (a surrogate), expected "
+                "text that UTF-8 can write. Correct the class list."
+            )
     if not classes or len(set(classes)) != len(classes):
         twice = sorted({name for name in classes if list(classes).count(name) > 1})
-        found = f"{twice} more than once" if twice else "an empty class list"
+        found = f"{quoted(twice)} more than once" if twice else "an empty class list"
         raise DataError(f"{where}: found {found}, expected one distinct name for each label. Correct the class list.")
     return tuple(classes)
 
@@ -159,6 +167,7 @@ def write_shard(
             compression_level=compression_level,
             use_dictionary=[LABEL, SOURCE],
             write_statistics=[LABEL],
+            write_page_checksum=True,
         ) as writer:
             for group in _groups(rows):
                 for row in group:

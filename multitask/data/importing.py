@@ -1,4 +1,4 @@
-"""Importing a data set: its images are copied unchanged into the shards of a table, in parallel on Ray.
+"""Importing a data set: its images are copied into the shards of a table, in parallel on Ray.
 
 The labels alone decide which image goes into which shard, so this is planned before the first image is read. One Ray
 task writes one shard, and then a note with the shard's counts and hash in the folder `.import`. When an interrupted
@@ -7,25 +7,27 @@ import had never stopped.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from PIL import Image
 
+from multitask.data.encoding import limit_side, readable
 from multitask.data.format import ROWS_PER_SHARD, Row, check_classes, write_index, write_shard
+from multitask.data.orientation import without_orientation
 from multitask.data.sources import Source
 from multitask.data.storage import DataError, Location, locate
 
 NOTES, PLAN = ".import", "plan.json"
 """Folder of the notes about finished shards, and the file in it that describes the import."""
-JPEG_QUALITY = 95
+Encode = Callable[[bytes, str], bytes]
+"""Function that returns the bytes to store, given the bytes and the name of an image."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def import_table(
     shuffle: bool = True,
     seed: int = 0,
     max_side: int | None = None,
+    ignore_orientation: bool = False,
     rows_per_shard: int = ROWS_PER_SHARD,
     on_rows: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, int]:
@@ -95,7 +98,8 @@ def import_table(
             it, the rows keep the order of the source.
         seed: seed of the splits and of the order.
         max_side: longest allowed side of an image, in pixels. A larger image is scaled down and encoded as a JPEG of
-            quality 95. None keeps the bytes of every image.
+            quality 95. None allows any.
+        ignore_orientation: clear the EXIF orientation of every image, so that it is read as its pixels are stored.
         rows_per_shard: number of rows in every shard except the last one of a table.
         on_rows: called at the start and after each finished shard, with the number of rows written so far and the
             number of all rows.
@@ -116,9 +120,10 @@ def import_table(
             f"{source.name}: found zero images for {empty}, expected some. Give larger shares or more images."
         )
     notes = where.join(NOTES)
-    _begin(where, notes, _plan(source, splits, shuffle, seed, max_side, rows_per_shard))
+    _begin(where, notes, _plan(source, splits, shuffle, seed, max_side, ignore_orientation, rows_per_shard))
     shards = _planned_shards(tables, shuffle, seed, rows_per_shard)
-    entries = _write_all(source, where, shards, max_side, on_rows)
+    encode = partial(_encode, max_side=max_side, ignore_orientation=ignore_orientation)
+    entries = _write_all(source, where, shards, encode, on_rows)
     for name in tables:
         table = where.join(name) if name else where
         table.remove_partial()
@@ -149,7 +154,7 @@ def _plan(source: Source, splits: Mapping[str, float] | None, *options: Any) -> 
     digest.update(source.labels.tobytes())
     for text in source.ids.to_pylist():
         digest.update(text.encode() + b"\0")
-    names = ("shuffle", "seed", "max_side", "rows_per_shard")
+    names = ("shuffle", "seed", "max_side", "ignore_orientation", "rows_per_shard")
     return {"source": digest.hexdigest(), "splits": splits and dict(splits), **dict(zip(names, options, strict=True))}
 
 
@@ -179,7 +184,7 @@ def _write_all(
     source: Source,
     target: Location,
     shards: Sequence[PlannedShard],
-    max_side: int | None,
+    encode: Encode,
     on_rows: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Write all shards that have no note yet, several at the same time.
@@ -200,7 +205,7 @@ def _write_all(
     running: dict[Any, int] = {}
     while True:
         for number in islice(left, at_once - len(running)):
-            running[write.remote(shared_source, target, shards[number], max_side)] = number
+            running[write.remote(shared_source, target, shards[number], encode)] = number
         if not running:
             break
         (finished, *_), _ = ray.wait(list(running))
@@ -218,46 +223,23 @@ def _write_all(
     return [entries[i] for i in range(len(shards))]
 
 
-def _write_one(source: Source, target: Location, shard: PlannedShard, max_side: int | None) -> dict[str, Any]:
+def _write_one(source: Source, target: Location, shard: PlannedShard, encode: Encode) -> dict[str, Any]:
     """Write one shard and its note, and return its entry for the index. A repeated call writes the same bytes."""
     table = target.join(shard.table) if shard.table else target
-    entry = write_shard(table, shard.number, _rows(source, shard.rows, max_side), source.classes, source=source.name)
+    entry = write_shard(table, shard.number, _rows(source, shard.rows, encode), source.classes, source=source.name)
     target.join(NOTES).write_json(shard.note, entry)
     return entry
 
 
-def _rows(source: Source, rows: NDArray[np.int64], max_side: int | None) -> Iterator[Row]:
+def _encode(image: bytes, name: str, *, max_side: int | None, ignore_orientation: bool) -> bytes:
+    """Return the bytes that a table stores for an image, which are those of its file wherever this is possible."""
+    image = readable(without_orientation(image) if ignore_orientation else image, name)
+    return image if max_side is None else limit_side(image, max_side, name)
+
+
+def _rows(source: Source, rows: NDArray[np.int64], encode: Encode) -> Iterator[Row]:
     """Read rows of the source, one after the other."""
     images = source.read(rows.tolist())
     for row, image in zip(rows.tolist(), images, strict=True):
         name = source.ids[row].as_py()
-        yield Row(image if max_side is None else limit_side(image, max_side, name), int(source.labels[row]), name)
-
-
-def limit_side(image: bytes, max_side: int, name: str) -> bytes:
-    """Scale an encoded image down, so that its longer side has at most `max_side` pixels.
-
-    Args:
-        image: the encoded image.
-        max_side: longest allowed side, in pixels.
-        name: name of the image in messages.
-    Returns:
-        The same bytes if the image is small enough; else a JPEG of quality 95.
-    Raises:
-        DataError: the image cannot be decoded.
-    """
-    try:
-        opened = Image.open(io.BytesIO(image))
-        if max(opened.size) <= max_side:
-            return image
-        # The orientation in the image's EXIF data is dropped: readers of the original bytes ignore it too.
-        pixels = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name}: found an image that cannot be decoded ({error}), but it has to be decoded to be scaled down. "
-            "Remove it from the source, or import without a maximum side."
-        ) from error
-    pixels.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    pixels.save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
+        yield Row(encode(image, name), int(source.labels[row]), name)

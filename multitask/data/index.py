@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multitask.data.format import FORMAT_VERSION, INDEX_NAME, check_classes
-from multitask.data.storage import REMAKE, DataError, Location
+from multitask.data.storage import REMAKE, DataError, Location, quoted
 
 INDEX_FIELDS = {"classes": list, "rows": int, "rows_of_class": list, "shards": list}
 SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "sha256": str, "groups": list}
@@ -56,24 +56,31 @@ def read_index(location: Location) -> TableIndex:
     try:
         content = json.loads(location.read(INDEX_NAME))
         version = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{name}: found no table index ({error!r}), expected JSON with 'format'. {REMAKE}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{name}: found no table index ({quoted(error)}), expected JSON with 'format'. {REMAKE}"
+        ) from error
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{name}: found format {version!r}, expected {FORMAT_VERSION}. Read the table with the version of this "
-            "program that wrote it, or write the table anew."
+            f"{name}: found format {quoted(version)}, expected {FORMAT_VERSION}. Read the table with the version of "
+            "this program that wrote it, or write the table anew."
         )
     problem = _problem(content)
     if problem:
         raise DataError(f"{name}: {problem}. {REMAKE}")
     classes = check_classes(content["classes"], name)
-    shards = (entry | {"groups": tuple(entry["groups"]), "classes": classes} for entry in content["shards"])
     return TableIndex(
         classes=classes,
         rows=content["rows"],
         rows_of_class=content["rows_of_class"],
-        shards=tuple(TableShard(**shard) for shard in shards),
+        shards=tuple(_shard(entry, classes) for entry in content["shards"]),
     )
+
+
+def _shard(entry: dict[str, Any], classes: tuple[str, ...]) -> TableShard:
+    """Return what an entry of the index says about a shard. Further keys are ignored."""
+    values = {key: entry[key] for key in SHARD_FIELDS}
+    return TableShard(**values | {"groups": tuple(values["groups"]), "classes": classes})
 
 
 def _problem(content: dict[str, Any]) -> str | None:
@@ -84,6 +91,6 @@ def _problem(content: dict[str, Any]) -> str | None:
     for name, entry, expected in entries:
         for key, kind in expected.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                found = repr(entry.get(key)) if isinstance(entry, dict) else repr(entry)
+                found = quoted(entry.get(key) if isinstance(entry, dict) else entry)
                 return f"found {found} for '{key}' of {name}, expected {kind.__name__}"
     return None

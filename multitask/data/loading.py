@@ -1,20 +1,25 @@
 """Decoding of rows: each image is decoded once, and then resized to every resolution that is needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, repeat
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from multitask.data.storage import DataError
+from multitask.data.storage import DataError, quoted
 from multitask.data.table import ImageTable
 from multitask.data.transforms import Crop, cut, decode, resize_images
 
 Undecodable = Literal["fail", "skip"]
 """What happens to an image that cannot be decoded: an error, or it is skipped and counted."""
+MOST_LOST = 0.1
+"""Share of the images of a class that can be skipped without a warning."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class ImageLoader:
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
         self._bad_rows: set[int] = set()
         self._new_bad: list[str] = []
+        self._lost: Counter[int] = Counter()
+        self._reported: set[int] = set()
+        self.lost_classes: list[str] = []
+        """Names of the classes of which no image can be decoded, as a message quotes them."""
 
     def load(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
         """Decode each row once and resize it to each resolution.
@@ -84,11 +93,15 @@ class ImageLoader:
             parts = [untried[start:stop] for start, stop in pairwise(bounds)]
             loaded = list(self._pool.map(self._load_part, parts, repeat(resolutions)))
         good = [row for part in loaded for row in part.rows]
-        self._bad_rows.update({row.row for row in untried} - {row.row for row in good})
+        decoded = {row.row for row in good}
+        bad = {row.row: row.label for row in untried if row.row not in decoded}
+        self._bad_rows.update(bad)
+        self._count_lost(bad.values())
         if len(self._bad_rows) == self.table.num_rows:
             raise DataError(
-                f"{self.table.uri}: found no image that can be decoded in {self.table.num_rows} rows, expected PNG or "
-                "JPEG. Check that the column 'image' contains whole encoded files, then write the table anew."
+                f"{self.table.uri}: found no image that can be decoded in {self.table.num_rows} rows, expected PNG, "
+                "JPEG, WebP or GIF. Check that the column 'image' contains whole encoded files, and write the table "
+                "anew."
             )
         if len(loaded) == 1:
             return Loaded(good, loaded[0].pixels)
@@ -120,18 +133,39 @@ class ImageLoader:
             source, reason = self.table.source(row.row), str(error).partition("\n")[0]
             if self._undecodable == "fail":
                 raise DataError(
-                    f"{source}: found an image that cannot be decoded ({reason}), expected a whole PNG or JPEG. "
-                    "Replace it in the table, or set undecodable='skip' to count and skip such images."
+                    f"{source}: found an image that cannot be decoded ({reason}), expected a whole PNG, JPEG, WebP "
+                    "or GIF. Replace it in the table, or set undecodable='skip' to count and skip such images."
                 ) from error
             self._new_bad.append(f"{source}: the image cannot be decoded ({reason})")
             return None
+
+    def _count_lost(self, labels: Collection[int]) -> None:
+        """Count undecodable images, and report each class that has lost more than `MOST_LOST` of its images."""
+        self._lost.update(labels)
+        for label in set(labels):
+            name, lost, rows = quoted(self.table.classes[label]), self._lost[label], self._rows_of_class[label]
+            if lost > MOST_LOST * rows and label not in self._reported:
+                self._reported.add(label)
+                self._new_bad.append(
+                    f"more than a tenth of class {name}: {lost} of its {rows} images cannot be decoded so far "
+                    f"({self.table.uri})"
+                )
+            if lost == rows:
+                self.lost_classes.append(name)
+
+    @cached_property
+    def _rows_of_class(self) -> list[int]:
+        """Number of rows of each class. The labels of the table are read for it once an image cannot be decoded."""
+        counts: list[int] = np.bincount(self.table.labels(), minlength=len(self.table.classes)).tolist()
+        return counts
 
     def found_bad(self, row: int) -> bool:
         """Return whether decoding a row of the table was tried and failed."""
         return row in self._bad_rows
 
     def take_bad(self) -> tuple[str, ...]:
-        """Return a description of each image that was found undecodable since the last call: file, row, and problem."""
+        """Return what was found since the last call, a line each: undecodable images, with file, row and problem, and
+        classes that have lost more than a tenth of their images."""
         taken, self._new_bad = tuple(self._new_bad), []
         return taken
 

@@ -6,6 +6,7 @@ from itertools import chain, islice
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
 from multitask.data.storage import DataError
@@ -56,7 +57,7 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
         if cell is None:
             continue
         encoded, title = cell
-        axes.set_title(_shortened(title), fontsize=7, pad=3)
+        axes.set_title(_drawable(_shortened(title)), fontsize=7, pad=3, parse_math=False)
         try:
             axes.imshow(decode(encoded).permute(1, 2, 0).numpy())
         except RuntimeError:
@@ -71,3 +72,9 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
 def _shortened(name: str, length: int = 18) -> str:
     """Cut a long name so that it fits above an image."""
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _drawable(text: str) -> str:
+    """Replace characters that matplotlib's font does not have by their numbers, such as U+732B."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)

@@ -12,6 +12,7 @@ from torch import Tensor
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.loading import EncodedRow, ImageLoader, Loaded, Undecodable, check_option
 from multitask.data.order import EpochOrder
+from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from multitask.data.transforms import Augment, Crop, draw_crop
 from multitask.data.windows import WindowReader
@@ -105,7 +106,8 @@ class TrainStream:
         """Return the next batch at each resolution, or its stored features alone if images are not needed for it.
 
         Raises:
-            DataError: an image cannot be decoded and `undecodable` is "fail", or a shard cannot be read.
+            DataError: an image cannot be decoded and `undecodable` is "fail", no image of a class can be decoded, or a
+                shard cannot be read.
         """
         if self._cache is None:
             return self._draw_decoded(resolutions)
@@ -146,6 +148,12 @@ class TrainStream:
             good = len(parts[-1].rows)
             wanted -= good
             skipped += len(rows) - good
+        if self._loader.lost_classes:
+            raise DataError(
+                f"{self._loader.table.uri}: found no image that can be decoded of class "
+                f"{', '.join(self._loader.lost_classes[:3])}, expected some, because training would not learn it. "
+                "Replace the images and import them again, or import the data without this class."
+            )
         return replace(join_parts(parts, skipped), bad_images=self._loader.take_bad(), position=self.position)
 
 

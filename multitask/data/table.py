@@ -101,7 +101,7 @@ class ImageTable:
         shard, group = self._places[number]
         file = f"{self.uri}/{shard.file}"
         with self._location.open(shard.file) as stream, parquet_errors(file):
-            reader = pq.ParquetFile(stream, pre_buffer=True)
+            reader = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
             wanted = [name for name in (IMAGE, LABEL, ID) if name in reader.schema_arrow.names]
             check_schema(reader.schema_arrow, shard.classes, file)
             table = reader.read_row_group(group, columns=wanted, use_threads=False)
@@ -118,8 +118,10 @@ class ImageTable:
         """Read the labels of all rows, shape (num_rows,), without reading any image."""
         labels = []
         for shard in self.shards:
-            with self._location.open(shard.file) as stream, parquet_errors(f"{self.uri}/{shard.file}"):
-                labels.append(self._labels(pq.read_table(stream, columns=[LABEL]), shard))
+            file = f"{self.uri}/{shard.file}"
+            with self._location.open(shard.file) as stream, parquet_errors(file):
+                rows = pq.read_table(stream, columns=[LABEL], page_checksum_verification=True)
+                labels.append(self._labels(rows, shard))
         return np.concatenate(labels)
 
     def first_row(self, group: int) -> int:

@@ -5,6 +5,7 @@ a global random state.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,11 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from multitask.data.orientation import read_orientation, upright
+from multitask.data.png import SIGNATURE, decode_png
+
+SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")
+"""Matches how torchvision's errors begin: the function, and the line of its source on the machine that built it."""
 Augment = Literal["none", "crop_flip"]
 """Random change of training images: none, or a crop and a flip."""
 CROP_AREA = (0.08, 1.0)
@@ -39,7 +45,10 @@ class Crop(NamedTuple):
 
 
 def decode(encoded: Tensor) -> Tensor:
-    """Decode one PNG or JPEG. A grey image gets three equal channels, and transparency is dropped.
+    """Decode one JPEG, PNG, WebP or GIF.
+
+    The image is turned and mirrored as its EXIF orientation says. A grey image gets three equal channels, 16 bits for
+    each value become 8, and transparency is dropped.
 
     Args:
         encoded: shape (bytes,), uint8.
@@ -48,11 +57,22 @@ def decode(encoded: Tensor) -> Tensor:
     Raises:
         RuntimeError: the bytes are not a complete image of a known format, or are an animation.
     """
-    # torchvision 0.29 deprecates its decoders in favour of torchcodec. This is the only call of one of them.
-    image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
+    content = memoryview(encoded.numpy())
+    is_png = content[: len(SIGNATURE)] == SIGNATURE
+    return upright(decode_png(content) if is_png else _decode_by_torchvision(encoded), read_orientation(content))
+
+
+def _decode_by_torchvision(encoded: Tensor) -> Tensor:
+    """Decode one JPEG, WebP or GIF, as `decode` does."""
+    try:
+        # torchvision 0.29 deprecates its decoders in favour of torchcodec. This is the only call of one of them.
+        image_chw = decode_image(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = SOURCE_LINE.sub("", str(error).partition("\n")[0])
+        raise RuntimeError(reason) from error
     if image_chw.ndim != 3:
         raise RuntimeError(f"Found an animation of {len(image_chw)} images, expected a single one.")
-    return F.to_dtype(image_chw, torch.uint8, scale=True)
+    return image_chw
 
 
 def draw_crop(height: int, width: int, key: Sequence[int]) -> Crop:

@@ -40,7 +40,8 @@ def plan_caches(
         key = {
             "backbone": backbone.architecture() | {"content_hash": content_hash},
             "steps": {"read": list(model.reads), "kept": list(shapes)},
-            "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std)},
+            # "upright": version 0.1 stored features of images without their EXIF orientation.
+            "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std), "upright": True},
             "table": tables[task.name].identity,
             # The last bits of the features depend on these values too: a kernel may add numbers in another order if
             # the batch size changes, and torch's attention uses another kernel in eval mode.

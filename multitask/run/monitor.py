@@ -128,7 +128,7 @@ class RunMonitor:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bars."""
-        self._console.print(text)
+        self._console.print(text, markup=False)
 
     def end(self, state: str, error: str | None = None) -> None:
         """Write the last status: "finished", "stopped" or "failed"."""

@@ -1,15 +1,20 @@
 """`multitask data` as a user sees it."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from multitask.data import open_table, write_table
+from multitask.cluster import session
+from multitask.data import importing, open_table, write_table
+from multitask.data.transforms import decode
 from tests.jobs.command import multitask
+from tests.multitask.data.images import tensor, turned
 from tests.multitask.data.tables import number_image, small_table
 
 CLASSES = ("n01440764", "n01443537", "n02084071")
@@ -52,13 +57,82 @@ def test_import_inspect_verify_head(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_maximum_side_scales_images_down(folder: Path, tmp_path: Path) -> None:
-    Image.fromarray(np.zeros((40, 90, 3), np.uint8)).save(folder / CLASSES[0] / "large.png")
-    assert data("import", "imagefolder", folder, tmp_path / "out", "--max-side", "45", "--keep-order").returncode == 0
+def test_images_are_scaled_converted_and_read_as_stored_on_request(folder: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.zeros((40, 90, 3), np.uint8))
+    picture.save(folder / CLASSES[0] / "large.png")
+    picture.crop((0, 0, 9, 4)).save(folder / CLASSES[0] / "small.bmp")
+    (folder / CLASSES[0] / "turned.jpg").write_bytes(turned(np.zeros((4, 9, 3), np.uint8), "JPEG", 6))
+    done = data("import", "imagefolder", folder, tmp_path / "out", "--max-side", "45", "--ignore-orientation")
+    assert done.returncode == 0
+    assert "Stored as PNG, which training can read: .bmp (1)." in done.stderr
     table = open_table(tmp_path / "out")
     rows = {row.id: row for row in (table.row(i) for i in range(table.num_rows))}
     assert rows[f"{CLASSES[0]}/large.png"].image[:3] == b"\xff\xd8\xff"
+    assert decode(tensor(rows[f"{CLASSES[0]}/small.bmp"].image)).shape == (3, 4, 9)
+    assert decode(tensor(rows[f"{CLASSES[0]}/turned.jpg"].image)).shape == (3, 4, 9)
     assert rows[f"{CLASSES[0]}/{CLASSES[0]}_0.JPEG"].image == number_image(0)
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sources that the command was about to import; nothing is written, and no Ray is started."""
+    sources: list[Any] = []
+
+    def import_table(source: Any, *_: object, **__: object) -> dict[str, int]:
+        sources.append(source)
+        return {"": len(source.labels)}
+
+    monkeypatch.setattr(importing, "import_table", import_table)
+    monkeypatch.setattr(session, "ray_session", nullcontext)
+    return sources
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"n02084071\nn01443537\nn01440764",
+        b"\xef\xbb\xbfn02084071\nn01443537\nn01440764\n",
+        b"n02084071\r\nn01443537\r\nn01440764\r\n",
+        b"n02084071 \n\n\tn01443537\x0c\nn01440764\n \n\n",
+    ],
+    ids=["no last newline", "byte order mark", "Windows", "spaces and empty lines"],
+)
+def test_a_file_of_class_names_is_read_as_editors_write_it(
+    folder: Path, tmp_path: Path, imported: list[Any], text: bytes
+) -> None:
+    (tmp_path / "classes.txt").write_bytes(text)
+    done = data("import", "imagefolder", folder, tmp_path / "out", "--classes", tmp_path / "classes.txt")
+    assert done.returncode == 0, done.stderr
+    assert imported[0].classes == CLASSES[::-1]
+
+
+def test_a_file_of_class_names_that_is_no_utf_8_is_refused(folder: Path, tmp_path: Path, imported: list[Any]) -> None:
+    (tmp_path / "classes.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    done = data("import", "imagefolder", folder, tmp_path / "out", "--classes", tmp_path / "classes.txt")
+    assert done.returncode == 1
+    assert "classes.txt: found byte 0xe9 at place 3, expected text in UTF-8" in done.stderr
+    assert imported == []
+
+
+def test_what_an_import_leaves_aside_is_said_before_it(folder: Path, tmp_path: Path, imported: list[Any]) -> None:
+    (folder / CLASSES[0] / "raw.heic").write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    done = data("import", "imagefolder", folder, tmp_path / "out")
+    assert done.stderr.startswith("Left aside: files .heic (1), hidden files and folders (1).\n")
+    assert len(imported) == 1
+
+
+def test_names_are_shown_as_they_are(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    names = ["cash$\\bad$", "$$", "\u732b", "apple [/green]"]
+    write_table(tmp_path / "t[/x]", [(number_image(row), row) for row in range(4)], names)
+    assert data("head", tmp_path / "t[/x]", "--to", tmp_path / "sheet.png").returncode == 0
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    described = data("inspect", tmp_path / "t[/x]")
+    assert described.returncode == 0
+    assert f"{tmp_path}/t[/x]" in described.stdout
 
 
 def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Image files below one folder, and the checks of their paths, for all sources that consist of files."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,12 @@ from multitask.data.storage import DataError
 
 OUTSIDE = r"^$|^/|(^|/)\.\.(/|$)"
 """Matches a path that is empty, absolute, or contains '..'."""
+TOOL_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
+"""Folders in which macOS, Synology and Windows keep files of their own."""
+CONVERTED_ENDINGS = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")
+"""Endings of the image files that a table stores as PNG."""
+MOST_KINDS = 8
+"""Number of kinds of files that a message lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +32,33 @@ class FileSource:
     ids: pa.Array
     filesystem: pafs.FileSystem
     root: str
+    left_aside: Mapping[str, int] = field(default_factory=dict)
+    """Kind of file or folder below `root` that is left aside -> the number of them."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        endings = pc.utf8_lower(pc.replace_substring_regex(self.ids, r"^.*(\.[^./]*)$", r"\1"))
+        converted = endings.filter(pc.is_in(endings, value_set=pa.array(CONVERTED_ENDINGS)))
+        counts = {entry["values"]: entry["counts"] for entry in converted.value_counts().to_pylist()}
+        listed = {"Left aside": self.left_aside, "Stored as PNG, which training can read": counts}
+        return tuple(f"{what}: {list_counts(kinds)}." for what, kinds in listed.items() if kinds)
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         for row in rows:
             path = self.ids[int(row)].as_py()
             yield read_file(self.filesystem, f"{self.root}/{path}", path)
+
+
+def list_counts(kinds: Mapping[str, int]) -> str:
+    """Return kinds of files with their numbers, the most frequent ones first: "files .txt (12), links (1)"."""
+    ordered = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    more = [f"{len(ordered) - MOST_KINDS} more kinds"] if len(ordered) > MOST_KINDS else []
+    return ", ".join([f"{kind[:40]} ({count:,})" for kind, count in ordered[:MOST_KINDS]] + more)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is one that tools leave behind for themselves, and no part of a data set."""
+    return name.startswith(".") or name in TOOL_FOLDERS
 
 
 def read_file(filesystem: pafs.FileSystem, path: str, identity: str) -> bytes:

@@ -19,9 +19,6 @@ from multitask.data.sources.labels import read_labels
 from multitask.data.sources.parquet import find_parquet, open_parquet
 from multitask.data.storage import DataError
 
-SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
-"""Matches a file name as the Hub gives it. It starts with the name of the split."""
-
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceSource:
@@ -39,6 +36,7 @@ class HuggingFaceSource:
     """First row of each row group in this source, shape (row groups,)."""
     group: NDArray[np.int64]
     """Position in `files`, and number in that file, of each row group, shape (row groups, 2)."""
+    notes: tuple[str, ...] = ()
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         # When a row group is read, all of its images that `rows` asks for are kept until their turn comes. So each row
@@ -100,12 +98,6 @@ def huggingface(
             missing or has another type.
     """
     filesystem, folder, paths = find_parquet(files)
-    splits = {match[1] for path in paths if (match := SHARD.fullmatch(os.path.basename(path)))}
-    if len(splits) > 1:
-        raise DataError(
-            f"{folder} has the splits {sorted(splits)}, expected one. Give a pattern such as "
-            f"'{folder}/{min(splits)}-*.parquet'."
-        )
     parts = [_read_part(filesystem, folder, path, image_column, label_column) for path in paths]
     named = {part.classes: path for part, path in zip(parts, paths, strict=True)}
     if classes is None and len(named) > 1:

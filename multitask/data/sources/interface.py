@@ -31,6 +31,10 @@ class Source(Protocol):
     def ids(self) -> pa.Array:
         """Name of each image, of type pa.string(), shape (rows,): unique in the source, and equal on every machine."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know before the import: what is left aside, or stored in another form. Sentences."""
+
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         """Yield the encoded images of some rows, in the given order, with exactly the bytes that are stored.
 

@@ -9,6 +9,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from multitask.data.sources.files import locate
+from multitask.data.sources.splits import check_one_split
 from multitask.data.storage import DataError
 
 
@@ -23,7 +24,8 @@ def find_parquet(
     Returns:
         The file system, the folder that contains all files, and the files in order.
     Raises:
-        DataError: a place has no Parquet file, or the places are on several file systems.
+        DataError: a place has no Parquet file, the places are on several file systems, or the files belong to several
+            splits of a data set.
     """
     given = [files] if isinstance(files, str | os.PathLike) else list(files)
     located = [locate(each) for each in given]
@@ -36,19 +38,33 @@ def find_parquet(
             raise DataError(f"{path} is on another file system than {located[0][1]}. Import them one by one.")
         found = _files_at(filesystem, path)
         if not found:
-            raise DataError(f"{path}: found no Parquet file, expected one or more. Check the path or pattern.")
+            raise _nothing_found(filesystem, path)
         paths += found
-    return filesystem, os.path.commonpath([os.path.dirname(path) for path in paths]), tuple(paths)
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    check_one_split(paths, folder)
+    return filesystem, folder, tuple(paths)
 
 
-def _files_at(filesystem: pafs.FileSystem, path: str) -> list[str]:
-    """Return the Parquet files at one place, sorted."""
+def _nothing_found(filesystem: pafs.FileSystem, path: str) -> DataError:
+    """Make the error for a place without Parquet files."""
+    if _files_at(filesystem, path, "arrow"):
+        return DataError(
+            f"{path}: found Arrow files as Hugging Face's `save_to_disk` writes them, expected Parquet files. Write "
+            "each split as Parquet in Python, and import that file: "
+            "`datasets.load_from_disk(FOLDER).to_parquet('train.parquet')`, or `load_from_disk(FOLDER)['train']` for a "
+            "folder with several splits."
+        )
+    return DataError(f"{path}: found no Parquet file, expected one or more. Check the path or pattern.")
+
+
+def _files_at(filesystem: pafs.FileSystem, path: str, ending: str = "parquet") -> list[str]:
+    """Return the files of one ending at a place, sorted."""
     kind = filesystem.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [path]
     if kind == pafs.FileType.Directory:
         inside = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-        return sorted(info.path for info in inside if info.is_file and info.extension == "parquet")
+        return sorted(info.path for info in inside if info.is_file and info.extension == ending)
     return sorted(glob.glob(path)) if isinstance(filesystem, pafs.LocalFileSystem) else []
 
 

@@ -78,6 +78,7 @@ class ItemSource:
     labels: NDArray[np.int64]
     ids: pa.Array
     dataset: Any
+    notes: tuple[str, ...] = ()
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         for row in rows:

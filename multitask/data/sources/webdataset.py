@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from multitask.data.sources.files import check_unique, path_array
+from multitask.data.sources.files import check_unique, is_hidden, path_array
 from multitask.data.sources.labels import name_classes
+from multitask.data.sources.splits import check_one_split
 from multitask.data.storage import DataError
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
@@ -39,6 +40,7 @@ class WebDatasetSource:
     """Offset of each image in its tar, shape (rows,)."""
     size_bytes: NDArray[np.int64]
     """Size of each image, shape (rows,)."""
+    notes: tuple[str, ...] = ()
 
     def read(self, rows: Sequence[int]) -> Iterator[bytes]:
         for tar, of_tar in groupby(rows, key=lambda row: int(self.tar[row])):
@@ -113,7 +115,9 @@ def _expand(pattern: str) -> list[str]:
         raise DataError(f"{pattern}: tars are read from local disk only. Copy them, then give the local path.")
     pattern = os.path.abspath(pattern)
     if os.path.isdir(pattern):
-        return sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        tars = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        check_one_split(tars, pattern)
+        return tars
     if os.path.exists(pattern):
         return [pattern]
     # Braces are expanded as a shell does: the pieces are text, first number, last number, text, and so on.
@@ -144,17 +148,21 @@ def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members: dict[str, tarfile.TarInfo] = {}
+                files: dict[str, tarfile.TarInfo] = {}
                 for member in tar:
+                    if member.isreg():
+                        files[member.name] = member
                     match = SAMPLE.fullmatch(member.name)
-                    if not member.isreg() or match is None or _is_note(member.name):
+                    if member.isdir() or match is None or _is_left_aside(member.name):
                         continue
+                    content = files[member.name] = _content(path, member, files)
                     if members and match[1] != key:
                         yield _sample(tar, path, key, members, image_keys, label_key)
                         members = {}
                     key, ending = match[1], match[2].lower()
                     if ending in members:
                         raise DataError(f"{path}: sample '{key}' has '.{ending}' twice. Write the tar anew.")
-                    members[ending] = member
+                    members[ending] = content
                 # tarfile treats a damaged header as the end of the tar, unless it is the first header.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -167,9 +175,27 @@ def _samples(path: str, image_keys: tuple[str, ...], label_key: str) -> Iterator
         ) from error
 
 
-def _is_note(name: str) -> bool:
-    """Return whether a member describes the tar itself. The webdataset library skips these members."""
-    return "/" not in name and name.startswith("__") and name.endswith("__")
+def _is_left_aside(name: str) -> bool:
+    """Return whether a member is hidden, or describes the tar itself. The webdataset library skips the latter."""
+    is_note = "/" not in name and name.startswith("__") and name.endswith("__")
+    return is_note or any(is_hidden(part) for part in name.removeprefix("./").split("/"))
+
+
+def _content(path: str, member: tarfile.TarInfo, files: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Return the file that has the content of a member: the member itself, or an earlier one if it is a hard link.
+
+    Args:
+        path: the tar.
+        files: name -> file, up to this member.
+    Raises:
+        DataError: the member is no file, and no hard link to a file before it.
+    """
+    if not member.isreg() and (not member.islnk() or member.linkname not in files):
+        raise DataError(
+            f"{path}: member '{member.name}' links to '{member.linkname}', expected a file, or a hard link to a file "
+            "before it. Write the tar with the files that the links lead to (tar --dereference)."
+        )
+    return member if member.isreg() else files[member.linkname]
 
 
 def _sample(

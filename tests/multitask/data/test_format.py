@@ -77,6 +77,7 @@ def test_zero_images_are_not_written(tmp_path: Path) -> None:
         (["cat", "dog", "cat"], r"\['cat'\] more than once"),
         ("cat", "'cat'"),
         ([1, 2], "1, 2"),
+        (["cat", "\ud800dog"], r"class name '\\ud800dog', which has a half of a character"),
     ],
 )
 def test_a_class_list_that_names_nothing_or_one_name_twice_is_refused(
@@ -84,6 +85,13 @@ def test_a_class_list_that_names_nothing_or_one_name_twice_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=found):
         write_table(tmp_path / "train", [(b"", 0)], classes)
+
+
+def test_a_message_quotes_a_part_of_a_long_class_list(tmp_path: Path) -> None:
+    for classes in (["x" * 10**6] * 2, "x" * 10**6, ["\ud800" * 10**6]):
+        with pytest.raises(DataError) as caught:
+            write_table(tmp_path / "train", [(b"", 0)], classes)
+        assert len(str(caught.value)) < 600
 
 
 def test_a_shard_needs_a_row(tmp_path: Path) -> None:

@@ -210,6 +210,9 @@ def test_a_location_of_no_known_filesystem_is_refused() -> None:
         ("[]", "found no table index"),
         ("{}", r"found no table index \(KeyError\('format'\)\), expected JSON with 'format'"),
         ('{"format": 2}', "found format 2, expected 1"),
+        ("[" * 100_000, "found no table index"),
+        ('{"format": "' + "x" * 100_000 + '"}', "found format 'xxx"),
+        ('{"format": 1, "classes": ["\\ud800"], "rows": 1, "rows_of_class": [1], "shards": []}', "found class name"),
         ('{"format": 1}', "found None for 'classes' of the index, expected list"),
         (
             '{"format": 1, "classes": ["cat"], "rows": 1, "rows_of_class": [1], "shards": [{"file": 3}]}',
@@ -224,8 +227,16 @@ def test_a_location_of_no_known_filesystem_is_refused() -> None:
 def test_an_index_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = small_table(tmp_path / "train")
     (path / "index.json").write_text(text)
-    with pytest.raises(DataError, match=rf"index\.json: {message}"):
+    with pytest.raises(DataError, match=rf"index\.json: {message}") as caught:
         open_table(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_further_keys_of_an_index_are_ignored(tmp_path: Path) -> None:
+    path = small_table(tmp_path / "train")
+    index = json.loads((path / "index.json").read_text())
+    edit_index(path, shards=[shard | {"new": 1} for shard in index["shards"]], new=1)
+    assert open_table(path).num_rows == 7
 
 
 def test_counts_of_the_index_must_agree_with_the_shards(tmp_path: Path) -> None:
@@ -257,6 +268,25 @@ def test_an_edited_shard_is_refused_by_its_length_or_its_hash(tmp_path: Path) ->
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"shard-00000\.parquet: found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
         open_table(path)
+
+
+def test_zeroed_or_changed_pages_are_found_without_the_hash_of_the_file(tmp_path: Path) -> None:
+    write_table(tmp_path / "train", [(number_image(row), row % 3, f"n{row}") for row in range(40)], CLASSES)
+    shard = tmp_path / "train" / "shard-00000.parquet"
+    content, group = shard.read_bytes(), pq.ParquetFile(shard).metadata.row_group(0)
+    table = open_table(tmp_path / "train")
+    for column in (group.column(number) for number in range(3)):  # image, label and id
+        stop = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+        for changed in (
+            content[: stop - 2] + bytes([content[stop - 2] ^ 1]) + content[stop - 1 :],
+            content[: stop - 8] + bytes(8) + content[stop:],
+        ):
+            shard.write_bytes(changed)
+            with pytest.raises(DataError, match=r"shard-00000\.parquet: cannot be read as Parquet"):
+                open_table(tmp_path / "train", verify=False).read_group(0)
+            if column.path_in_schema == "label":
+                with pytest.raises(DataError, match=r"shard-00000\.parquet: cannot be read as Parquet"):
+                    table.labels()
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:

@@ -10,20 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from multitask.data.transforms import Crop, cut, decode, draw_crop, normalise, resize_images
+from tests.multitask.data.images import encode, pixels
+from tests.multitask.data.images import tensor as encoded
 from tests.multitask.data.tables import png
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def resized(images: list[torch.Tensor], resolution: int) -> torch.Tensor:
     """Shape (n, 3, resolution, resolution)."""
     return resize_images(images, [resolution], len(images))[resolution].permute(0, 3, 1, 2)
-
-
-def encoded(content: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
 
 def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -61,21 +55,40 @@ def test_a_jpeg_decodes_as_pillow_does() -> None:
 WHOLE_PNG, WHOLE_JPEG = png(pixels(20, 20, 3)), png(pixels(20, 20, 3), "JPEG")
 
 
-def two_frames() -> bytes:
-    file = io.BytesIO()
-    frames = [Image.fromarray(pixels(4, 4, seed=seed)) for seed in (0, 1)]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    return file.getvalue()
+def two_frames(kind: str) -> bytes:
+    frames = [Image.fromarray(pixels(4, 4, 3, seed=seed)) for seed in (0, 1)]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no image", WHOLE_PNG[:-400], WHOLE_JPEG[: len(WHOLE_JPEG) // 2], WHOLE_PNG[:8], two_frames()],
-    ids=["empty", "text", "half a PNG", "half a JPEG", "a PNG signature", "an animation"],
+    [
+        b"",
+        b"no image",
+        WHOLE_PNG[:-400],
+        WHOLE_JPEG[: len(WHOLE_JPEG) // 2],
+        WHOLE_PNG[:8],
+        two_frames("GIF"),
+        two_frames("WEBP"),
+    ],
+    ids=["empty", "text", "half a PNG", "half a JPEG", "a PNG signature", "an animated GIF", "an animated WebP"],
 )
 def test_what_is_no_whole_image_raises_one_kind_of_error(content: bytes) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as caught:
         decode(encoded(content))
+    assert "/" not in str(caught.value), "the message should name no file of the machine that built torchvision"
+
+
+def test_the_first_picture_of_an_animated_png_is_used() -> None:
+    assert np.array_equal(decode(encoded(two_frames("PNG"))).permute(1, 2, 0), pixels(4, 4, 3, seed=0))
+
+
+def test_an_image_fills_the_square_whatever_its_aspect() -> None:
+    image = torch.zeros(3, 8, 32, dtype=torch.uint8)
+    image[:, :, 16:] = 255
+    square = resized([image], 8)[0]
+    assert (square[:, :, :3] == 0).all()
+    assert (square[:, :, 5:] == 255).all()
 
 
 @pytest.mark.parametrize(("height", "width", "resolution"), [(28, 28, 16), (28, 28, 40), (31, 17, 12), (9, 50, 24)])

@@ -230,8 +230,9 @@ def test_an_undecodable_image_fails_or_is_counted_and_named(
         with caplog.at_level(logging.WARNING):
             assert multitask.train(spec).result["tasks"]["pets"]["skipped_images"] >= 1
         named = [record.getMessage() for record in caplog.records if "skips" in record.getMessage()]
-        assert len(named) == 1
+        assert len(named) == 2
         assert re.search(r"Task 'pets' skips .*shard-00000\.parquet, row 16: the image cannot be decoded", named[0])
+        assert re.search(r"Task 'pets' skips more than a tenth of class 'class 3': 1 of its 5 images", named[1])
 
 
 def test_a_damaged_shard_ends_the_job_before_it_starts_unless_the_spec_says_otherwise(

@@ -73,6 +73,37 @@ def test_splits_are_kept_apart(tmp_path: Path) -> None:
     assert len(huggingface(tmp_path / "data" / "train-*.parquet").labels) == 8
 
 
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [
+        (["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"], "default/test"),
+        (["default/partial-train/0000.parquet", "default/validation/0000.parquet"], "default/partial-train"),
+        (["train.parquet", "test.parquet"], "test.parquet"),
+        (["train_1.parquet", "train_2.parquet", "val_1.parquet", "val_2.parquet"], r"train_\*.parquet"),
+    ],
+)
+def test_splits_in_folders_and_names_are_kept_apart(tmp_path: Path, files: list[str], place: str) -> None:
+    for file in files:
+        write(tmp_path / file, [row(0)], [0])
+    with pytest.raises(DataError, match=rf"has the splits .*, expected one\. .* are '{tmp_path}/{place}'"):
+        huggingface(tmp_path)
+    assert len(huggingface((tmp_path / files[0]).parent if "/" in files[0] else tmp_path / files[0]).labels) in (1, 2)
+
+
+def test_files_of_one_split_are_one_table(tmp_path: Path) -> None:
+    for file in ("a.parquet", "b.parquet", "deep/c.parquet"):
+        write(tmp_path / "train" / file, [row(0)], [0])
+    assert len(huggingface(tmp_path).labels) == len(huggingface(tmp_path / "train").labels) == 3
+
+
+def test_arrow_files_say_how_they_become_parquet(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "data-00000-of-00001.arrow").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DataError, match=r"`save_to_disk` .*load_from_disk\(FOLDER\)\.to_parquet"):
+            huggingface(place)
+
+
 def test_files_stand_in_for_missing_bytes(tmp_path: Path) -> None:
     file = write(tmp_path / "t.parquet", [row(0), {"bytes": None, "path": "images/1.jpg"}], [0, 1])
     (tmp_path / "images").mkdir()

@@ -41,7 +41,8 @@ def test_samples_come_in_the_order_of_tars_and_members(tmp_path: Path) -> None:
     check_source(source, [image(number) for number in range(24)], labels, ids)
     assert source.classes == tuple(str(label) for label in range(12))
     assert webdataset(tmp_path / "train-*.tar").ids.equals(source.ids)
-    assert webdataset(tmp_path, classes=[f"c{i}" for i in range(20)]).ids[-1].as_py() == "val-000000.tar/000000"
+    with pytest.raises(DataError, match=rf"has the splits \['train', 'validation'\].*'{tmp_path}/train-0000\*.tar'"):
+        webdataset(tmp_path)
     named = webdataset(
         [tmp_path / "train-000009.tar", tmp_path / "val-000000.tar"], classes=[f"c{i}" for i in range(20)]
     )
@@ -74,6 +75,36 @@ def test_members_are_grouped_by_the_library_rule(tmp_path: Path) -> None:
     source = webdataset(write_tar(tmp_path / "one.tar", members), image_keys=("img", "jpg", "png"))
 
     check_source(source, [image(0, "PNG"), image(1)], [4, 2], ["one.tar/dir.v1/a", "one.tar/./b"])
+
+
+def test_hard_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("README", b"1"), *sample("a", 0, 0)])
+    with tarfile.open(path, "a") as tar:
+        for name, goal in (("b.jpg", "a.jpg"), ("b.cls", "a.cls"), ("c.jpg", "b.jpg"), ("c.cls", "README")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, goal
+            tar.addfile(link)
+
+    check_source(webdataset(path), [image(0)] * 3, [0, 0, 1], [f"x.tar/{key}" for key in "abc"])
+
+
+@pytest.mark.parametrize(("kind", "goal"), [(tarfile.SYMTYPE, "a.jpg"), (tarfile.LNKTYPE, "gone.jpg")])
+def test_a_link_that_cannot_be_read_is_named(tmp_path: Path, kind: bytes, goal: str) -> None:
+    path = write_tar(tmp_path / "x.tar", sample("a", 0, 0))
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = kind, goal
+        tar.addfile(link)
+
+    with pytest.raises(DataError, match=rf"x.tar: member 'b.jpg' links to '{goal}'.* \(tar --dereference"):
+        webdataset(path)
+
+
+def test_hidden_members_and_folders_are_left_aside(tmp_path: Path) -> None:
+    hidden = [("__MACOSX/._a.jpg", b"x"), ("__MACOSX/a.jpg", b"x"), ("./.ipynb_checkpoints/a.jpg", b"x")]
+    path = write_tar(tmp_path / "x.tar", [*hidden, *sample("a", 0, 1)])
+
+    check_source(webdataset(path), [image(0)], [1], ["x.tar/a"])
 
 
 @pytest.mark.parametrize(
