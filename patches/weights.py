@@ -1,12 +1,13 @@
 """Read weights from a file or from torchvision, and load them into a network that they fit."""
 
+import io
 import os
 import pickle
+import pickletools
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -19,7 +20,7 @@ from patches.names import unknown_name_message
 from patches.quoting import quoted, shortened
 from patches.structure import dtype_name, not_finite
 from patches.tensor_layout import read_layout
-from patches.zips import open_stored
+from patches.zips import is_zip, open_stored, read_member
 
 FILE_TYPES = (".safetensors", ".pth", ".pt")
 """Endings of the weights files that can be read. Other names are torchvision's names of weights."""
@@ -27,6 +28,10 @@ FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 """The floating dtypes that a backbone can have."""
 COUNTER = "num_batches_tracked"
 """BatchNorm's count of batches. Checkpoints of torch before 0.4.1 have none."""
+OLD_PICKLES = 5
+"""Number of pickles with which a file of torch before 1.6 begins."""
+OF_TENSORS = ("torch.", "collections.OrderedDict")
+"""Beginnings of the names of what a state dict's pickle asks for."""
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 """Where torch's error names a class or function that a pickle asks for."""
 
@@ -117,9 +122,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             read_layout(path)
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):
-            with open_stored(path):
-                pass  # a compressed file could take far more memory than its size
+        _check_pickles(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises what its parts raise: a dozen kinds for damaged files
         raise BackboneError(
@@ -140,6 +143,37 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _check_pickles(path: Path) -> None:
+    """Check that a file of `torch.save` makes nothing but tensors.
+
+    torch itself also lets through a few other classes, such as `bytearray`, of which a short file can make gigabytes,
+    and compressed files, whose size says nothing about the memory that they take.
+
+    Raises:
+        ValueError: the file is compressed, or its pickles name a class or function of another kind.
+    """
+    if is_zip(path):
+        with open_stored(path) as package:
+            for name in package.namelist():
+                if name.endswith("data.pkl"):
+                    _check_pickle(io.BytesIO(read_member(package, name)))
+    else:
+        with path.open("rb") as file:
+            for _ in range(OLD_PICKLES):
+                _check_pickle(file)
+
+
+def _check_pickle(stream: BinaryIO) -> None:
+    for opcode, argument, _ in pickletools.genops(stream):
+        name = str(argument).replace(" ", ".")
+        if opcode.name == "GLOBAL" and not name.startswith(OF_TENSORS):
+            raise ValueError(_foreign(name))
+
+
+def _foreign(name: str) -> str:
+    return f"it holds {shortened(name)}, and only tensors are unpickled, because other objects can run code"
+
+
 def _is_plain(value: object) -> bool:
     """Return whether a value is a tensor as a state dict has them, whose values lie in memory one after the other."""
     return (
@@ -158,7 +192,7 @@ def _reason(error: Exception) -> str:
     foreign = _GLOBAL.search(str(error))
     if foreign is None:
         return "it is damaged, or torch.save did not write it"
-    return f"it holds {shortened(foreign[1])}, and only tensors are unpickled, because other objects can run code"
+    return _foreign(foreign[1])
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:

@@ -11,8 +11,24 @@ _ENCRYPTED = 1
 """Bit of a member's flags."""
 
 
+_START = b"PK\x03\x04"
+"""The first bytes of a zip file."""
+
+
 class ZipError(ValueError):
     """A zip file is damaged, compressed or encrypted. The message says what was found."""
+
+
+def is_zip(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as a zip file does.
+
+    Raises:
+        OSError: there is no such file, or it is a folder, a pipe or a device, or it cannot be read.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is no file")
+    with open(path, "rb") as file:
+        return file.read(len(_START)) == _START
 
 
 @contextmanager

@@ -24,12 +24,10 @@ from patches.files import atomic_file, write_atomic
 from patches.patch import PatchedModel
 from patches.quoting import quoted, shortened
 from patches.strict_json import parse_json
-from patches.zips import ZipError, open_stored, read_member
+from patches.zips import ZipError, is_zip, open_stored, read_member
 
 MANIFEST, BACKBONE = "cascade.json", "backbone.safetensors"
 """Names of files in a package."""
-_ZIP_START = b"PK\x03\x04"
-"""The first bytes of a zip file."""
 
 
 def save_cascade(cascade: Cascade, path: str | os.PathLike[str]) -> None:
@@ -92,7 +90,7 @@ def open_package(
     """
     document, cascade = _read(path)
     identity, hashes = document.backbone, document.bundles
-    if identity is None or hashes is None or not _is_zip(path):
+    if identity is None or hashes is None or not is_zip(path):
         raise CascadeError(
             f"'{path}' holds a cascade without its bundles. Name a package: `multitask cascade fit --export FOLDER "
             "--to FILE.cascade` writes one."
@@ -125,7 +123,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Document, Cascade]:
         CascadeError: the file is neither of the two, is damaged, or has another format version.
     """
     try:
-        if _is_zip(path):
+        if is_zip(path):
             with open_stored(path) as package:
                 data = read_member(package, MANIFEST)
         else:
@@ -147,18 +145,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[Document, Cascade]:
         return document, document.cascade()
     except CascadeError as error:
         raise CascadeError(f"'{path}': found no whole cascade ({error}). Fit the cascade again.") from error
-
-
-def _is_zip(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file begins as a zip file does.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-    """
-    if Path(path).exists() and not Path(path).is_file():
-        raise OSError("it is no file")
-    with open(path, "rb") as file:
-        return file.read(len(_ZIP_START)) == _ZIP_START
 
 
 def _extracted(path: str | os.PathLike[str], models: tuple[str, ...], folder: Path) -> tuple[Path, dict[str, Path]]:

@@ -157,6 +157,26 @@ def test_an_object_that_is_no_tensor_is_named_without_advice_to_unpickle_it(tmp_
     assert "weights_only" not in str(error.value)
 
 
+class Zeros:
+    """Unpickles as 2 GB of zeros, from a file of a few bytes."""
+
+    def __reduce__(self) -> tuple:
+        return bytearray, (2 * 10**9,)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_short_file_cannot_make_gigabytes(tmp_path: Path, new: bool) -> None:
+    torch.save({"zeros": Zeros()}, tmp_path / "zeros.pth", _use_new_zipfile_serialization=new)
+    with pytest.raises(BackboneError, match=r"it holds .*bytearray, and only tensors are unpickled"):
+        load(tmp_path / "zeros.pth")
+
+
+def test_a_file_of_an_old_torch_is_read(tmp_path: Path) -> None:
+    backbone = small_backbone()
+    torch.save(backbone.network.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert load(tmp_path / "old.pth").content_hash() == backbone.content_hash()
+
+
 def test_a_compressed_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     torch.save({"zeros": torch.zeros(10_000)}, tmp_path / "stored.pth")
     with (
