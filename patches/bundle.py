@@ -185,7 +185,10 @@ def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedMode
     seed = info.fixed_head["seed"] if info.fixed_head else 0
     tensors = _tensors(path, data)
     try:
-        outline(backbone, info.method, classes, **info.options).check_private_state(tensors)
+        fitting = outline(backbone, info.method, classes, **info.options)
+        fitting.check_private_state(tensors)
+        if json.dumps({**fitting.options, **info.options}) != json.dumps(fitting.options):
+            raise ValueError("options that the method replaces by others")
         model = attach(backbone, info.method, classes, seed=seed, **info.options)
         model.load_private_state(tensors)
     except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:

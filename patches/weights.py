@@ -144,19 +144,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_pickles(path: Path) -> None:
-    """Check that a file of `torch.save` makes nothing but tensors.
+    """Check that a file of `torch.save` is undamaged and makes nothing but tensors.
 
-    torch itself also lets through a few other classes, such as `bytearray`, of which a short file can make gigabytes,
-    and compressed files, whose size says nothing about the memory that they take.
+    torch itself does not look at the checksums in the file. It also lets through a few other classes, such as
+    `bytearray`, of which a short file can make gigabytes, and compressed files, whose size says nothing about the
+    memory that they take. Files of torch before 1.6 have no checksums.
 
     Raises:
-        ValueError: the file is compressed, or its pickles name a class or function of another kind.
+        ValueError: the file is compressed or damaged, or its pickles name a class or function of another kind.
     """
     if is_zip(path):
         with open_stored(path) as package:
             for name in package.namelist():
+                data = read_member(package, name)
                 if name.endswith("data.pkl"):
-                    _check_pickle(io.BytesIO(read_member(package, name)))
+                    _check_pickle(io.BytesIO(data))
     else:
         with path.open("rb") as file:
             for _ in range(OLD_PICKLES):

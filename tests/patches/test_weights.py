@@ -189,6 +189,16 @@ def test_a_compressed_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         load(tmp_path / "small.pth")
 
 
+def test_a_changed_byte_in_a_tensor_is_found_by_its_checksum(tmp_path: Path) -> None:
+    state = small_backbone().network.state_dict()
+    torch.save(state, tmp_path / "backbone.pth")
+    data = bytearray((tmp_path / "backbone.pth").read_bytes())
+    data[data.index(state["classifier.1.weight"].numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "backbone.pth").write_bytes(data)
+    with pytest.raises(BackboneError, match=r"cannot be read: no whole .* \(Bad CRC-32"):
+        load(tmp_path / "backbone.pth")
+
+
 def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "overlap.safetensors"
     header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("one", "other")}
