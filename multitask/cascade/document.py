@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -55,7 +55,7 @@ class BackboneIdentity:
 class Document:
     """Everything that the JSON of a cascade or of a package holds."""
 
-    format: Literal[1]
+    format: int
     reference: str
     slack: float
     asked: int

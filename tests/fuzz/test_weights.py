@@ -69,15 +69,14 @@ def odd_tensor(random: Random, tensor: Tensor) -> Any:
     return random.choice(odd)()
 
 
-def rewritten(random: Random, state: State) -> bytes:
+def rewritten(random: Random, whole: State) -> bytes:
     """Return a file of torch with a changed state dict."""
-    state = OrderedDict(state)
+    state: State = OrderedDict(whole)
     for _ in range(random.choice((1, 1, 2, 50))):
         name = random.choice(list(state) or [""])
         kind = random.choice(("value", "value", "value", "key", "drop", "nest"))
         if kind == "value":
-            old = state.get(name)
-            state[name] = odd_tensor(random, old if isinstance(old, Tensor) else torch.ones(2))
+            state[name] = odd_tensor(random, whole.get(name, torch.ones(2)))
         elif kind == "key":
             state[random.choice((7, None, 0.5, (1, 2), "", "x" * 5_000, "\ud800", name.upper() if name else 3))] = (
                 torch.ones(2)

@@ -43,7 +43,7 @@ def test_a_cascade_comes_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(points=2.5), "valid tuple"),
+        (lambda c: c.update(points=2.5), "valid array at 'points'"),
         (lambda c: c.update(points=[2.5]), "points.0"),
         (lambda c: c["points"][1]["stages"].clear(), "no stages, or they answer no image"),
         (lambda c: c["points"][1]["stages"][0].update(rule="top2_gap"), "points.1.stages.0.rule"),
