@@ -78,9 +78,7 @@ def rewritten(random: Random, whole: State) -> bytes:
         if kind == "value":
             state[name] = odd_tensor(random, whole.get(name, torch.ones(2)))
         elif kind == "key":
-            state[random.choice((7, None, 0.5, (1, 2), "", "x" * 5_000, "\ud800", name.upper() if name else 3))] = (
-                torch.ones(2)
-            )
+            state[random.choice((7, None, 0.5, (1, 2), "", "x" * 5_000, "\ud800", str(name).upper()))] = torch.ones(2)
         elif kind == "drop":
             state.pop(name, None)
         else:
