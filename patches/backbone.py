@@ -210,6 +210,17 @@ class Backbone:
         return ((path, module) for path, module in self.network.named_modules() if isinstance(module, kinds))
 
 
+def is_identity(value: object) -> bool:
+    """Return whether a value that was read from a file has the form of `Backbone.identity`.
+
+    Its options can then be passed to `load_backbone`, as far as their names are concerned.
+    """
+    match value:
+        case {"name": str(), "options": dict(options), "content_hash": str(), **rest}:
+            return not rest and not options.keys() & {"name", "weights", "seed"}
+    return False
+
+
 def load_backbone(
     name: str,
     weights: str | os.PathLike[str] | None = None,
@@ -233,7 +244,8 @@ def load_backbone(
     Returns:
         The backbone, in eval mode and on the CPU.
     Raises:
-        BackboneError: the name or an option is unknown, torchvision refuses a value, or the weights do not fit.
+        BackboneError: the name or an option is unknown, torchvision refuses a value, or the weights do not fit or hold
+            NaN or infinity.
     """
     if name not in FAMILIES:
         raise BackboneError(unknown_name_message("backbone", name, FAMILIES))

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from patches.backbone import Backbone
+from patches.backbone import Backbone, is_identity
 from patches.errors import BundleError, PatchError
 from patches.families import FAMILIES
 from patches.files import write_atomic
@@ -278,26 +278,18 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
     if not all(type(manifest[key]) in kinds for key, kinds in _TYPES.items()):
         return False
     return (
-        _is_backbone(manifest["backbone"])
+        is_identity(manifest["backbone"])
         and _is_fixed_head(manifest["fixed_head"])
         and len(manifest["classes"]) == manifest["num_classes"]
         and all(isinstance(name, str) for name in manifest["classes"])
     )
 
 
-def _is_backbone(backbone: dict[str, Any]) -> bool:
-    """Return whether a manifest's entry names a backbone, as `Backbone.identity` does."""
-    match backbone:
-        case {"name": str(), "options": dict(), "content_hash": str()}:
-            return len(backbone) == 3
-    return False
-
-
 def _is_fixed_head(head: dict[str, Any] | None) -> bool:
     """Return whether a manifest's entry describes a fixed head, or none."""
     match head:
-        case {"seed": seed, "sha256": str()}:
-            return len(head) == 2 and type(seed) is int
+        case {"seed": seed, "sha256": str(), **rest}:
+            return not rest and type(seed) is int
     return head is None
 
 

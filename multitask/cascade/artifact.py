@@ -97,8 +97,8 @@ def open_package(
         )
     with tempfile.TemporaryDirectory() as name:
         weights, bundles = _extracted(path, cascade.models, Path(name))
-        backbone = load_backbone(identity.name, str(weights), **identity.options).to(device)
-        if backbone.content_hash() != identity.content_hash:
+        backbone = load_backbone(identity["name"], str(weights), **identity["options"]).to(device)
+        if backbone.content_hash() != identity["content_hash"]:
             raise _other(path, BACKBONE)
         models, views, classes = {}, {}, set()
         for model, bundle in bundles.items():

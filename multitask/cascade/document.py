@@ -14,6 +14,7 @@ from multitask.cascade.costs import Costs
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import FEATURES
+from patches.backbone import is_identity
 from patches.quoting import quoted, shortened
 
 FORMAT = 1
@@ -43,15 +44,6 @@ class PlainPoint:
 
 
 @dataclass(frozen=True, config=STRICT)
-class BackboneIdentity:
-    """`Backbone.identity` of the backbone in a package."""
-
-    name: str
-    options: dict[str, Any]
-    content_hash: str
-
-
-@dataclass(frozen=True, config=STRICT)
 class Document:
     """Everything that the JSON of a cascade or of a package holds."""
 
@@ -63,8 +55,8 @@ class Document:
     costs: PlainCosts
     latency: PlainCosts | None
     fitted_on: tuple[str, ...]
-    backbone: BackboneIdentity | None = None
-    """Only in a package."""
+    backbone: dict[str, Any] | None = None
+    """`Backbone.identity` of the backbone. Only in a package."""
     bundles: dict[str, str] | None = None
     """Model -> payload hash of its bundle. Only in a package."""
 
@@ -83,6 +75,8 @@ class Document:
             latency=None if self.latency is None else _costs(self.latency),
             fitted_on=self.fitted_on,
         )
+        if self.backbone is not None and not is_identity(self.backbone):
+            raise CascadeError(f"the backbone {quoted(self.backbone)} lacks its name, its options or its content hash")
         if not 0 <= cascade.asked < len(cascade.points):
             raise CascadeError(f"point {quoted(cascade.asked)} of {len(cascade.points)} is the one that was asked for")
         for point in cascade.points:

@@ -150,5 +150,5 @@ def test_a_bundle_is_whole_or_refused(bundles: list[Bundle], tmp_path: Path, on_
         assert on_purpose or data == current[0].data, "a changed byte was not found"
         check(data, model, patches.inspect_bundle(path))
 
-    fuzz("bundles, rewritten" if on_purpose else "bundles, damaged", 150, (patches.BundleError,), make, read)
+    fuzz("bundles, rewritten" if on_purpose else "bundles, damaged", 40, (patches.BundleError,), make, read)
     assert hashes == {bundle.backbone: bundle.backbone.content_hash() for bundle in bundles}

@@ -115,4 +115,4 @@ def test_a_cascade_is_whole_or_refused(package: bytes, tmp_path: Path) -> None:
             answers = CascadeModel.load(path)(SHOWN)
             assert np.isfinite(answers.logits).all()
 
-    fuzz("cascades", 150, (CascadeError, patches.BundleError, patches.BackboneError), make, read)
+    fuzz("cascades", 40, (CascadeError, patches.BundleError, patches.BackboneError), make, read)

@@ -139,4 +139,4 @@ def test_weights_are_whole_or_refused(tmp_path: Path) -> None:
         if kinds[0] == "zip":  # the one kind that has checksums
             assert backbone.content_hash() == hash_of_whole, "a changed byte was not found"
 
-    fuzz("weights", 150, (patches.BackboneError,), make, read)
+    fuzz("weights", 60, (patches.BackboneError,), make, read)

@@ -236,6 +236,7 @@ def test_a_rewritten_bundle_is_as_good_as_new(tmp_path: Path, whole: bytes) -> N
         (lambda m: m.update(options=[]), "missing, unknown or ill-typed"),
         (lambda m: m.update(num_classes=4), "missing, unknown or ill-typed"),
         (lambda m: m.update(backbone={}), "missing, unknown or ill-typed"),
+        (lambda m: m["backbone"]["options"].update(weights="x"), "missing, unknown or ill-typed"),
         (lambda m: m.update(fixed_head={"seed": 6}), "missing, unknown or ill-typed"),
         (lambda m: m["fixed_head"].update(sha256="0" * 64), "use the torch version that wrote the bundle"),
         (lambda m: m["fixed_head"].update(seed=7), "use the torch version that wrote the bundle"),

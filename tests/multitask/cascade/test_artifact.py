@@ -64,6 +64,10 @@ def test_a_cascade_comes_back_equal(tmp_path: Path) -> None:
         (lambda c: c.update(slack=float("nan")), "NaN, which is no finite number"),
         (lambda c: c.update(reference=None), "reference"),
         (lambda c: c.update(note=1), "note"),
+        (
+            lambda c: c.update(backbone={"name": "resnet18", "options": {}}),
+            "lacks its name, its options or its content",
+        ),
         (lambda c: c.update({HUGE: HUGE}), "Unexpected"),
         (lambda c: c.update(format=HUGE), "expected format 1"),
         (lambda c: c["costs"]["alone"].update({HUGE: -1.0}), "expected a number above 0"),
