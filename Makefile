@@ -8,7 +8,7 @@ ENVIRONMENT := .venv/installed
 # together, so that its tests share what they start; tests/conftest.py says which files come first.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint simulate bench chaos clean
+.PHONY: demo test test-slow lint simulate fuzz bench chaos clean
 
 demo: $(ENVIRONMENT)  ## train three tasks three ways, export the patches, fit a cascade, write runs/demo/report.html
 	$(BIN)/multitask demo
@@ -26,6 +26,10 @@ lint: $(ENVIRONMENT)
 
 simulate: $(ENVIRONMENT)  ## ten thousand simulated runs of all engines, with losses of all kinds; prints each failure's seed
 	$(BIN)/python -m tests.simulation --seeds simulate
+
+fuzz: $(ENVIRONMENT)  ## damaged and hostile files: 100,000 bundles, 20,000 of each other kind; prints what came of them
+	FUZZ_CASES=50000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz/test_bundles.py
+	FUZZ_CASES=20000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz --ignore tests/fuzz/test_bundles.py
 
 bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Collection, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
@@ -13,8 +15,9 @@ from patches.errors import BackboneError
 from patches.families import FAMILIES, NetworkFunction
 from patches.files import write_atomic
 from patches.names import unknown_name_message
+from patches.quoting import quoted, shortened
 from patches.structure import alias, copy_structure, meta, seeded, tensors_sha256
-from patches.weights import load_weights
+from patches.weights import build_from_file, is_weights_file, load_from_torchvision
 
 NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 """The types of normalisation layers that patch methods know."""
@@ -207,6 +210,17 @@ class Backbone:
         return ((path, module) for path, module in self.network.named_modules() if isinstance(module, kinds))
 
 
+def is_identity(value: object) -> bool:
+    """Return whether a value that was read from a file has the form of `Backbone.identity`.
+
+    Its options can then be passed to `load_backbone`, as far as their names are concerned.
+    """
+    match value:
+        case {"name": str(), "options": dict(options), "content_hash": str(), **rest}:
+            return not rest and not options.keys() & {"name", "weights", "seed"}
+    return False
+
+
 def load_backbone(
     name: str,
     weights: str | os.PathLike[str] | None = None,
@@ -230,7 +244,8 @@ def load_backbone(
     Returns:
         The backbone, in eval mode and on the CPU.
     Raises:
-        BackboneError: the name or an option is unknown, torchvision refuses a value, or the weights do not fit.
+        BackboneError: the name or an option is unknown, torchvision refuses a value, or the weights do not fit or hold
+            NaN or infinity.
     """
     if name not in FAMILIES:
         raise BackboneError(unknown_name_message("backbone", name, FAMILIES))
@@ -244,13 +259,18 @@ def load_backbone(
                 f"Option {option}={options[option][:100]!r} of backbone '{name}' is text, and no option of a backbone "
                 "is. Give a number, a list, true or false, without quotes."
             )
-    pretrained = isinstance(weights, str) and not weights.endswith((".safetensors", ".pth", ".pt"))
-    resolved = {**defaults, **(family.pretrained_options if pretrained else {}), **options}
-    network = _build(name, {"num_classes": num_classes, **resolved}, seed)
-    backbone = Backbone(name, {"num_classes": num_classes, **resolved}, network)
-    if weights is not None:
-        load_weights(backbone.network, name, weights, heads=tuple(backbone.heads()), auxiliary=family.auxiliary)
-    network.eval()
+    pretrained = weights is not None and not is_weights_file(weights)
+    resolved = {
+        "num_classes": num_classes,
+        **defaults,
+        **(family.pretrained_options if pretrained else {}),
+        **options,
+    }
+    build = partial(_build, name, resolved, seed)
+    network = build() if weights is None or pretrained else build_from_file(build, name, Path(weights))
+    backbone = Backbone(name, resolved, network.eval())
+    if pretrained:
+        load_from_torchvision(network, name, str(weights), tuple(backbone.heads()), family.auxiliary)
     return backbone
 
 
@@ -261,9 +281,11 @@ def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
         json.dumps(options)
         with seeded(seed):
             network = FAMILIES[name].build(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise BackboneError(f"Backbone '{name}' cannot be built from {given}: {error}. Change that option.") from error
+    except Exception as error:  # torchvision checks few of its arguments: a wrong one raises whatever comes of it
+        given = ", ".join(f"{key}={quoted(value)}" for key, value in options.items())
+        raise BackboneError(
+            f"Backbone '{name}' cannot be built from {shortened(given)}: {shortened(error)}. Change that option."
+        ) from error
     if options["norm_momentum"] is not None:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

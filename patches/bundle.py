@@ -17,14 +17,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from patches.backbone import Backbone
-from patches.errors import BundleError
+from patches.backbone import Backbone, is_identity
+from patches.errors import BundleError, PatchError
 from patches.families import FAMILIES
 from patches.files import write_atomic
 from patches.methods.mist import Edge
 from patches.model import PatchedModel
-from patches.patch import attach
-from patches.structure import dtype_name
+from patches.patch import attach, outline
+from patches.quoting import quoted, shortened
+from patches.strict_json import parse_json
+from patches.structure import dtype_name, not_finite
+from patches.tensor_layout import METADATA, check_layout
 
 FORMAT = 1
 """Version of the file format."""
@@ -64,11 +67,11 @@ class BundleInfo:
     """Tensor name -> `shape` and `dtype`."""
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("payload_sha256", "method", "head"), str),
-    **dict.fromkeys(("format", "num_classes"), int),
-    **dict.fromkeys(("options", "preprocessing", "metrics", "backbone", "tensors"), dict),
-    "classes": list,
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("payload_sha256", "method", "head"), (str,)),
+    **dict.fromkeys(("format", "num_classes"), (int,)),
+    **dict.fromkeys(("options", "preprocessing", "metrics", "backbone", "tensors"), (dict,)),
+    "classes": (list,),
     "fixed_head": (dict, type(None)),
 }
 
@@ -95,8 +98,8 @@ def save_bundle(
     Returns:
         The manifest that was written.
     Raises:
-        BundleError: the number of class names is not that of the outputs, JSON cannot hold a value, or the shared
-            tensors are no longer equal to the backbone's.
+        BundleError: the number of class names is not that of the outputs, JSON cannot hold a value, a private tensor
+            holds NaN or infinity, or the shared tensors are no longer equal to the backbone's.
         OSError: the folder cannot be written, or the disk is full.
     """
     if len(classes) != model.num_classes or not all(isinstance(name, str) for name in classes):
@@ -110,6 +113,7 @@ def save_bundle(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.private_state().items()
     }
+    _check_finite(path, tensors)
     manifest = {
         "payload_sha256": UNSEALED,  # must be the first entry, where `seal` looks for it
         "format": FORMAT,
@@ -166,38 +170,38 @@ def inspect_bundle(path: str | os.PathLike[str]) -> BundleInfo:
 def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedModel:
     """Attach a bundle's patch to the backbone that the bundle fits.
 
-    The backbone is never changed.
+    The backbone is never changed. Memory for the patch is taken only after its tensors have turned out to be those that
+    the method and its options make on this backbone.
 
     Returns:
         A new model in eval mode.
     Raises:
-        BundleError: `inspect_bundle` refuses the file, the backbone is another one, or the tensors do not fit.
+        BundleError: `inspect_bundle` refuses the file, the backbone is another one, or the tensors do not fit or hold
+            values that are not finite.
     """
     info, data = _read(path)
     _check_backbone(path, info, backbone)
+    classes = None if info.head == "shared" else info.num_classes
+    seed = info.fixed_head["seed"] if info.fixed_head else 0
+    tensors = _tensors(path, data)
     try:
-        tensors = safetensors.torch.load(data)
-        if _describe(tensors) != info.tensors:
-            raise ValueError("the tensors are not those the manifest lists")
-        model = attach(
-            backbone,
-            info.method,
-            None if info.head == "shared" else info.num_classes,
-            seed=info.fixed_head["seed"] if info.fixed_head else 0,
-            **info.options,
-        )
+        fitting = outline(backbone, info.method, classes, **info.options)
+        fitting.check_private_state(tensors)
+        if json.dumps({**fitting.options, **info.options}) != json.dumps(fitting.options):
+            raise ValueError("options that the method replaces by others")
+        model = attach(backbone, info.method, classes, seed=seed, **info.options)
         model.load_private_state(tensors)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise _refusal(
             path,
-            f"a patch of method '{info.method}' that fits backbone '{backbone.name}'",
-            f"one that does not: {error}",
+            f"a patch of method '{shortened(info.method)}' that fits backbone '{backbone.name}'",
+            f"one that does not: {_reason(error)}",
             "Export the bundle again with this version.",
         ) from error
     if (model.head, model.fixed_head, model.num_classes) != (info.head, info.fixed_head, info.num_classes):
         raise _refusal(
             path,
-            f"a {info.head} head {info.fixed_head or ''} with {info.num_classes} outputs",
+            f"a {shortened(info.head)} head {shortened(info.fixed_head or '')} with {info.num_classes} outputs",
             f"a {model.head} head {model.fixed_head or ''} with {model.num_classes} outputs",
             "The seed draws other values here: use the torch version that wrote the bundle, or export with a private "
             "head ('+last_layer').",
@@ -227,10 +231,12 @@ def _check_shared(path: str | os.PathLike[str], model: PatchedModel) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
-    """Return the manifest, after checking it and the payload hash, and the bytes of the whole file."""
+    """Return the manifest and the bytes of the whole file, after checking the manifest, the hash and the layout."""
     whole = "a whole, unedited bundle"
     again = "Fetch or export the file again."
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(None, "no such file")
         data = Path(path).read_bytes()
     except OSError as error:
         raise _refusal(path, "a readable file", f"none: {error.strerror}", "Check the path.") from error
@@ -238,37 +244,54 @@ def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
     if len(data) < 8 or length > len(data) - 8:
         raise _refusal(path, whole, f"{len(data)} bytes that end before the header does", again)
     try:
-        manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["manifest"])
+        header = parse_json(data[8 : 8 + length])
+        manifest = parse_json(header[METADATA]["manifest"])
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _refusal(path, whole, f"a header without a readable manifest ({error!r})", again) from error
+    except (ValueError, LookupError, TypeError) as error:
+        found = f"a header without a readable manifest ({shortened(repr(error))})"
+        raise _refusal(path, whole, found, again) from error
     if version != FORMAT:
-        raise _refusal(path, f"format {FORMAT}", f"format {version!r}", "Use the version that wrote the bundle.")
+        raise _refusal(path, f"format {FORMAT}", f"format {quoted(version)}", "Use the version that wrote the bundle.")
     start = data.find(_HASH_START, 8, 8 + length) + len(_HASH_START)
     if manifest.get("payload_sha256") != _hash_but(data, start):
         raise _refusal(
             path,
-            f"the payload hash {manifest.get('payload_sha256')!r} that the manifest states",
+            f"the payload hash {quoted(manifest.get('payload_sha256'))} that the manifest states",
             _hash_but(data, start),
             f"The file was cut or edited. {again}",
         )
     if not _well_formed(manifest):
         raise _refusal(path, f"a manifest of format {FORMAT}", "missing, unknown or ill-typed entries", again)
+    try:
+        listed = check_layout(header, len(data) - 8 - length)
+    except ValueError as error:
+        raise _refusal(path, "tensors that fill the file", str(error), again) from error
+    # As text, because in Python 1, 1.0 and True are equal.
+    if json.dumps(listed, sort_keys=True) != json.dumps(manifest["tensors"], sort_keys=True):
+        raise _refusal(path, whole, "other tensors than the manifest lists", again)
     return BundleInfo(**manifest), data
 
 
 def _well_formed(manifest: dict[str, Any]) -> bool:
     if set(manifest) != {field.name for field in fields(BundleInfo)}:
         return False
-    if not all(isinstance(manifest[key], kind) for key, kind in _TYPES.items()):
+    # Not `isinstance`, because a switch (True) is no whole number here.
+    if not all(type(manifest[key]) in kinds for key, kinds in _TYPES.items()):
         return False
-    backbone, head = manifest["backbone"], manifest["fixed_head"]
     return (
-        set(backbone) == {"name", "options", "content_hash"}
-        and isinstance(backbone["options"], dict)
+        is_identity(manifest["backbone"])
+        and _is_fixed_head(manifest["fixed_head"])
         and len(manifest["classes"]) == manifest["num_classes"]
-        and (head is None or set(head) == {"seed", "sha256"})
+        and all(isinstance(name, str) for name in manifest["classes"])
     )
+
+
+def _is_fixed_head(head: dict[str, Any] | None) -> bool:
+    """Return whether a manifest's entry describes a fixed head, or none."""
+    match head:
+        case {"seed": seed, "sha256": str(), **rest}:
+            return not rest and type(seed) is int
+    return head is None
 
 
 def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Backbone) -> None:
@@ -277,25 +300,54 @@ def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Ba
     expected = {**expected, "options": {**FAMILIES[backbone.name].options, **expected["options"]}}
     if expected["name"] != found["name"]:
         raise _refusal(
-            path, f"backbone '{expected['name']}'", f"'{found['name']}'", "Load the backbone the bundle names."
+            path,
+            f"backbone '{shortened(expected['name'])}'",
+            f"'{found['name']}'",
+            "Load the backbone the bundle names.",
         )
     for key in sorted(expected["options"].keys() | found["options"].keys()):
         wanted, given = expected["options"].get(key, "no such option"), found["options"].get(key, "no such option")
         if wanted != given:
             raise _refusal(
                 path,
-                f"backbone '{backbone.name}' with {key}={wanted!r}",
-                f"{key}={given!r}",
+                f"backbone '{backbone.name}' with {shortened(key)}={quoted(wanted)}",
+                f"{shortened(key)}={quoted(given)}",
                 "Build it with load_backbone(name, weights=file, **options), the options as inspect_bundle shows them.",
             )
     content_hash = backbone.content_hash()
     if expected["content_hash"] != content_hash:
         raise _refusal(
             path,
-            f"a backbone with content hash {expected['content_hash']}",
+            f"a backbone with content hash {shortened(expected['content_hash'])}",
             content_hash,
             "Load the weights file that was exported with the bundle.",
         )
+
+
+def _tensors(path: str | os.PathLike[str], data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a bundle whose layout is checked."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise _refusal(path, "tensors", shortened(error), "Fetch or export the file again.") from error
+    _check_finite(path, tensors)
+    return tensors
+
+
+def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    name = not_finite(tensors)
+    if name is not None:
+        raise _refusal(
+            path,
+            "finite values",
+            f"NaN or infinity in tensor '{shortened(name)}'",
+            "A model with such values answers nonsense. Train the task again, for example at a lower rate.",
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's message: this package's own one, or the beginning of another one."""
+    return str(error) if isinstance(error, PatchError) else shortened(error)
 
 
 def _refusal(path: str | os.PathLike[str], expected: str, found: str, advice: str) -> BundleError:

@@ -4,13 +4,15 @@ A step consists of module paths and of functions in this file. It holds no modul
 structural copy of the network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+MOST_BLOCKS = 256
+"""Largest number of blocks and stages together. Swin-B has 24 blocks in 4 stages."""
 NetworkFunction = Callable[[nn.Module, Tensor], Tensor]
 """A function of (network, x) that does what the network's forward does between two modules."""
 
@@ -68,6 +70,16 @@ def _sequence(stem: Step, blocks: list[tuple[str, ...]], tail: Step, head: Step)
     return [stem, *numbered, tail, head]
 
 
+def _check_blocks(depths: Sequence[int]) -> None:
+    """Check the numbers of blocks of all stages, so that no option asks for minutes of building.
+
+    Raises:
+        ValueError: there are more than `MOST_BLOCKS` blocks or stages.
+    """
+    if sum(depths) + len(depths) > MOST_BLOCKS:
+        raise ValueError(f"{sum(depths)} blocks in {len(depths)} stages, and {MOST_BLOCKS} together are possible")
+
+
 # MobileNetV2
 
 
@@ -75,6 +87,7 @@ def _build_mobilenet_v2(num_classes: int, stem_stride: int, last_channel: int | 
     from torchvision.models import MobileNetV2
     from torchvision.ops import Conv2dNormActivation
 
+    _check_blocks([block[2] for block in options["inverted_residual_setting"] or ()])
     network = MobileNetV2(num_classes=num_classes, **options)
     if stem_stride not in (1, 2):
         raise ValueError(f"stem_stride={stem_stride}, and only 1 (small images) and 2 (the paper's) are possible")
@@ -177,6 +190,7 @@ def _resnet_stages(_network: nn.Module, steps: list[Step]) -> tuple[int, ...]:
 def _build_vit_b_16(num_classes: int, **options: Any) -> nn.Module:
     from torchvision.models import VisionTransformer
 
+    _check_blocks([options["num_layers"]])
     return VisionTransformer(num_classes=num_classes, **options)
 
 
@@ -208,6 +222,7 @@ def _vit_steps(network: nn.Module) -> list[Step]:
 def _build_swin_b(num_classes: int, **options: Any) -> nn.Module:
     from torchvision.models import SwinTransformer
 
+    _check_blocks(options["depths"])
     # The function swin_b fixes the sizes and a stochastic depth of 0.5. The class takes them as arguments.
     return SwinTransformer(patch_size=[4, 4], num_classes=num_classes, **options)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchedBatchNorm2d
+from patches.quoting import quoted, shortened
 from patches.structure import dtype_name, tensors_sha256
 
 HeadOwner = Literal["shared", "private", "fixed"]
@@ -232,18 +233,25 @@ class PatchedModel(nn.Module):
         Raises:
             PatchError: names, shapes or dtypes are not exactly this model's.
         """
-        own = self.private_state()
-        expected, found = _signatures(own), _signatures(state)
+        self.check_private_state(state)
+        with torch.no_grad():
+            for name, tensor in self.private_state().items():
+                tensor.copy_(state[name])
+
+    def check_private_state(self, state: Mapping[str, Tensor]) -> None:
+        """Check that values fit the private tensors.
+
+        Raises:
+            PatchError: names, shapes or dtypes are not exactly this model's.
+        """
+        expected, found = _signatures(self.private_state()), _signatures(state)
         for name in [*expected, *found]:
             if expected.get(name) != found.get(name):
                 raise PatchError(
-                    f"Private tensor '{name}': expected {expected.get(name, 'none')}, found {found.get(name, 'none')}. "
-                    f"Load a state of method '{self.method}' with {self.num_classes} classes on backbone "
-                    f"'{self.backbone.name}'; nothing was changed."
+                    f"Private tensor '{shortened(name)}': expected {expected.get(name, 'none')}, "
+                    f"found {found.get(name, 'none')}. Load a state of method '{self.method}' with {self.num_classes} "
+                    f"classes on backbone '{self.backbone.name}'; nothing was changed."
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load values in place, as `nn.Module.load_state_dict` does.
@@ -281,4 +289,4 @@ class PatchedModel(nn.Module):
 
 
 def _signatures(state: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"shape {list(tensor.shape)} {dtype_name(tensor)}" for name, tensor in state.items()}
+    return {name: f"shape {quoted(list(tensor.shape))} {dtype_name(tensor)}" for name, tensor in state.items()}

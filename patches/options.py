@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from patches.errors import PatchError
 from patches.method import Patch
+from patches.quoting import quoted
 
 SWITCH = (True, False)
 """The allowed values of an option that is a switch, for `check_choice`."""
@@ -30,7 +32,7 @@ def check_whole(option: str, value: object, low: int, high: int | None) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"of {low} or more" if high is None else f"from {low} to {high}"
-        raise PatchError(f"Option {option}={value!r}: use a whole number {allowed}.")
+        raise PatchError(f"Option {option}={quoted(value)}: use a whole number {allowed}.")
 
 
 def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> None:
@@ -41,4 +43,9 @@ def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> N
     """
     if not isinstance(value, type(allowed[0])) or value not in allowed:
         *others, last = (str(choice).lower() for choice in allowed)
-        raise PatchError(f"Option {option}={value!r}: use {', '.join(others)} or {last}.")
+        raise PatchError(f"Option {option}={quoted(value)}: use {', '.join(others)} or {last}.")
+
+
+def is_number(value: object) -> bool:
+    """Return whether the value of an option is a number that a float can hold: no switch, no NaN and no infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

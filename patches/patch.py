@@ -14,9 +14,10 @@ from patches.methods import METHODS
 from patches.model import HeadOwner, ParameterCounts, PatchedModel
 from patches.names import unknown_name_message
 from patches.options import declared_options, option_values
+from patches.quoting import quoted
 from patches.side import SIDE_SEEDS, side_of
 from patches.side_model import SideModel
-from patches.structure import alias, copy_structure, seeded
+from patches.structure import alias, copy_structure, meta, seeded
 
 __all__ = ["ParameterCounts", "PatchedModel", "attach", "methods"]
 
@@ -76,6 +77,21 @@ def attach(
     )
 
 
+def outline(backbone: Backbone, method: str, num_classes: int | None = None, **options: Any) -> PatchedModel:
+    """Attach a patch without values: every tensor has its name, shape and dtype, and lies on torch's meta device.
+
+    It takes no memory, whatever size the options ask for.
+
+    Args:
+        backbone, method, num_classes, options: as for `attach`. The backbone stays as it is.
+    Raises:
+        PatchError: as for `attach`.
+    """
+    hollow = Backbone(backbone.name, backbone.options, copy_structure(backbone.network, meta))
+    with torch.device("meta"):
+        return attach(hollow, method, num_classes, **options)
+
+
 def _make_parts(method: str, options: dict[str, Any]) -> list[Patch]:
     """Return the methods whose names are joined in `method`, each with the options that it declares."""
     names = method.split("+")
@@ -83,7 +99,7 @@ def _make_parts(method: str, options: dict[str, Any]) -> list[Patch]:
         if name not in METHODS:
             raise PatchError(unknown_name_message("patch method", name, METHODS))
         if names.count(name) > 1:
-            raise PatchError(f"Patch method '{method}' names '{name}' twice. Name each method once.")
+            raise PatchError(f"Patch method {quoted(method)} names '{name}' twice. Name each method once.")
     declared = {name: declared_options(METHODS[name]) for name in names}
     for option in options:
         claimants = [name for name in names if option in declared[name]]

@@ -62,6 +62,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, or None if all values are finite."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
 def dtype_name(tensor: Tensor) -> str:
     """Return the name of the tensor's dtype without "torch.", for example "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

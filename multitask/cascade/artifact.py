@@ -9,32 +9,31 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from multitask.cascade.cascade import Cascade, OperatingPoint
+from multitask.cascade.cascade import Cascade
 from multitask.cascade.classes import common_classes
-from multitask.cascade.costs import Costs, View
+from multitask.cascade.costs import View
+from multitask.cascade.document import FORMAT, Document, describe, understand
 from multitask.cascade.errors import CascadeError
-from multitask.cascade.greedy import Stage
-from multitask.cascade.rules import SCORES, Rule
 from patches.backbone import load_backbone
 from patches.bundle import inspect_bundle, load_bundle
 from patches.files import atomic_file, write_atomic
 from patches.patch import PatchedModel
+from patches.quoting import quoted, shortened
+from patches.strict_json import parse_json
+from patches.zips import ZipError, is_zip, open_stored, read_member
 
-FORMAT = 1
-"""Version of the JSON."""
 MANIFEST, BACKBONE = "cascade.json", "backbone.safetensors"
 """Names of files in a package."""
 
 
 def save_cascade(cascade: Cascade, path: str | os.PathLike[str]) -> None:
     """Write the cascade alone as JSON, atomically. This is for models without bundles."""
-    write_atomic(path, _text(_described(cascade)))
+    write_atomic(path, _text(describe(cascade)))
 
 
 def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | os.PathLike[str]) -> None:
@@ -55,7 +54,7 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
             raise CascadeError(f"The package needs '{needed}', which does not exist. Run `multitask export RUN`.")
     infos = {model: inspect_bundle(bundle) for model, bundle in bundles.items()}
     common_classes({model: info.classes for model, info in infos.items()})
-    manifest = _described(cascade) | {
+    manifest = describe(cascade) | {
         "backbone": next(iter(infos.values())).backbone,
         "bundles": {model: info.payload_sha256 for model, info in infos.items()},
     }
@@ -70,9 +69,9 @@ def load_cascade(path: str | os.PathLike[str]) -> Cascade:
     """Read a cascade from its JSON or from a package. The bundles in a package are not opened.
 
     Raises:
-        CascadeError: the file is neither of the two, or has another format version.
+        CascadeError: the file is neither of the two, is damaged, or has another format version.
     """
-    return _cascade(path, _manifest(path))
+    return _read(path)[1]
 
 
 def open_package(
@@ -86,153 +85,104 @@ def open_package(
     Returns:
         The cascade, its models on one backbone, and the view of each model.
     Raises:
-        CascadeError: the file is not a package, or its backbone or a bundle is not the one that was saved with it.
+        CascadeError: the file is not a package or is damaged, its backbone or a bundle is not the one that was saved
+            with it, or its models answer different questions.
+        patches.BackboneError: the backbone cannot be built from its weights.
         patches.BundleError: a bundle is damaged or does not fit the backbone.
     """
-    manifest = _manifest(path)
-    cascade = _cascade(path, manifest)
-    if "bundles" not in manifest:
+    document, cascade = _read(path)
+    identity, hashes = document.backbone, document.bundles
+    if identity is None or hashes is None or not is_zip(path):
         raise CascadeError(
             f"'{path}' holds a cascade without its bundles. Name a package: `multitask cascade fit --export FOLDER "
             "--to FILE.cascade` writes one."
         )
-    expected = manifest["backbone"]
-    with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        weights = _extracted(path, package, BACKBONE, folder / BACKBONE)
-        backbone = load_backbone(expected["name"], str(weights), **expected["options"]).to(device)
-        if backbone.content_hash() != expected["content_hash"]:
+    with tempfile.TemporaryDirectory() as name:
+        weights, bundles = _extracted(path, cascade.models, Path(name))
+        backbone = load_backbone(identity["name"], str(weights), **identity["options"]).to(device)
+        if backbone.content_hash() != identity["content_hash"]:
             raise _other(path, BACKBONE)
-        models, views = {}, {}
-        for number, model in enumerate(cascade.models):
-            # The file is named by a number, because names inside a package must not decide where files are written.
-            bundle = _extracted(path, package, _member(model), folder / f"{number}.patch")
+        models, views, classes = {}, {}, set()
+        for model, bundle in bundles.items():
             info = inspect_bundle(bundle)
-            if info.payload_sha256 != manifest["bundles"].get(model):
+            if info.payload_sha256 != hashes.get(model):
                 raise _other(path, _member(model))
             models[model] = load_bundle(bundle, backbone)
-            views[model] = View.of(info.preprocessing)
+            views[model] = _view(path, model, info.preprocessing)
+            classes.add(tuple(info.classes))
+    if len(classes) > 1:
+        raise CascadeError(
+            f"'{path}': its models have different class lists, but the models of a cascade answer one question. Fit "
+            "the cascade again, over tasks that have the same classes."
+        )
     return cascade, models, views
 
 
-def _described(cascade: Cascade) -> dict[str, Any]:
-    """Return the cascade in the form of its JSON."""
-    return {
-        "format": FORMAT,
-        "reference": cascade.reference,
-        "slack": cascade.slack,
-        "asked": cascade.asked,
-        "points": [
-            {
-                "relative_accuracy": point.relative_accuracy,
-                "accuracy": point.accuracy,
-                "mean_cost": point.mean_cost,
-                "stages": [asdict(stage) for stage in point.stages],
-            }
-            for point in cascade.points
-        ],
-        "costs": _plain_costs(cascade.costs),
-        "latency": None if cascade.latency is None else _plain_costs(cascade.latency),
-        "fitted_on": list(cascade.fitted_on),
-    }
-
-
-def _plain_costs(costs: Costs) -> dict[str, Any]:
-    """Return costs in the form of the JSON, which has no pairs as keys."""
-    shared = [[one, other, cost] for (one, other), cost in costs.shared.items()]
-    return {"unit": costs.unit, "alone": dict(costs.alone), "shared": shared}
-
-
-def _cascade(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Cascade:
-    """Return the cascade that a JSON describes.
+def _read(path: str | os.PathLike[str]) -> tuple[Document, Cascade]:
+    """Read and check the JSON of a cascade or of a package.
 
     Raises:
-        CascadeError: the JSON is incomplete, or its stages contradict each other.
+        CascadeError: the file is neither of the two, is damaged, or has another format version.
     """
     try:
-        cascade = Cascade(
-            points=tuple(
-                OperatingPoint(point["relative_accuracy"], tuple(map(_stage, point["stages"])))
-                for point in manifest["points"]
-            ),
-            asked=manifest["asked"],
-            reference=manifest["reference"],
-            costs=_costs(manifest["costs"]),
-            slack=manifest["slack"],
-            latency=None if manifest["latency"] is None else _costs(manifest["latency"]),
-            fitted_on=tuple(manifest["fitted_on"]),
-        )
-        cascade.points[cascade.asked].stages[0]  # raises IndexError if there is none
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CascadeError(f"'{path}': found no whole cascade ({error!r}). Fit the cascade again.") from error
-    for point in cascade.points:
-        for number, stage in enumerate(point.stages):
-            if (stage.threshold is None) != (number == len(point.stages) - 1) or stage.rule.score not in SCORES:
-                raise CascadeError(
-                    f"'{path}': stage {number} of a point has rule '{stage.rule.score}' and threshold "
-                    f"{stage.threshold}, but the last stage, and it alone, has no threshold, and the rules are "
-                    f"{', '.join(SCORES)}. Fit the cascade again."
-                )
-    return cascade
-
-
-def _stage(found: dict[str, Any]) -> Stage:
-    """Return the stage that a part of the JSON describes."""
-    rule = Rule(**found["rule"] | {"weights": tuple(found["rule"]["weights"])})
-    return Stage(**found | {"rule": rule})
-
-
-def _costs(found: dict[str, Any]) -> Costs:
-    """Return the costs that a part of the JSON describes."""
-    return Costs(found["unit"], found["alone"], {(one, other): cost for one, other, cost in found["shared"]})
-
-
-def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the JSON of a cascade or of a package.
-
-    Raises:
-        CascadeError: the file is neither of the two, or has another format version.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as package:
-                data = package.read(MANIFEST)
+        if is_zip(path):
+            with open_stored(path) as package:
+                data = read_member(package, MANIFEST)
         else:
             data = Path(path).read_bytes()
-        manifest = json.loads(data)
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        content = parse_json(data)
+        version = content["format"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CascadeError(
-            f"'{path}': expected a cascade (JSON) or a package with one, found neither ({error}). Name a file that "
-            "`multitask cascade fit` wrote."
+            f"'{path}': expected a cascade (JSON) or a package with one, found neither ({shortened(error)}). Name a "
+            "file that `multitask cascade fit` wrote."
         ) from error
     if version != FORMAT:
         raise CascadeError(
-            f"'{path}': expected format {FORMAT}, found {version!r}. Use the version of this program that wrote it."
+            f"'{path}': expected format {FORMAT}, found {quoted(version)}. Use the version of this program that wrote "
+            "it."
         )
-    return manifest
-
-
-def _extracted(path: str | os.PathLike[str], package: zipfile.ZipFile, member: str, to: Path) -> Path:
-    """Write one file of a package to `to`, and return that path.
-
-    Raises:
-        CascadeError: the package does not contain the file, or it is damaged.
-    """
     try:
-        to.write_bytes(package.read(member))
-    except (KeyError, zipfile.BadZipFile) as error:
+        document = understand(content)
+        return document, document.cascade()
+    except CascadeError as error:
+        raise CascadeError(f"'{path}': found no whole cascade ({error}). Fit the cascade again.") from error
+
+
+def _extracted(path: str | os.PathLike[str], models: tuple[str, ...], folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Write the files of a package to a folder, under names that the package does not decide.
+
+    Returns:
+        The backbone's weights, and model -> its bundle.
+    Raises:
+        CascadeError: the package does not contain a file, or it is damaged.
+    """
+    wanted = {BACKBONE: folder / BACKBONE}
+    wanted |= {_member(model): folder / f"{number}.patch" for number, model in enumerate(models)}
+    try:
+        with open_stored(path) as package:
+            for member, to in wanted.items():
+                to.write_bytes(read_member(package, member))
+    except ZipError as error:
+        raise CascadeError(f"'{path}': found {error}. Copy the package again, or write it anew.") from error
+    return wanted[BACKBONE], {model: wanted[_member(model)] for model in models}
+
+
+def _view(path: str | os.PathLike[str], model: str, preprocessing: Mapping[str, Any]) -> View:
+    try:
+        return View.of(preprocessing)
+    except (LookupError, TypeError, ValueError) as error:
         raise CascadeError(
-            f"'{path}': found no whole '{member}' in it ({error}). Copy the package again, or write it anew."
+            f"'{path}': the bundle of model '{shortened(model)}' has no usable preprocessing ({shortened(error)}). "
+            "Export the bundles again."
         ) from error
-    return to
 
 
 def _other(path: str | os.PathLike[str], member: str) -> CascadeError:
     """Return the error for a backbone or bundle with another hash than the cascade names."""
     return CascadeError(
-        f"'{path}': '{member}' is not the one that the cascade was saved with (its hash differs). Copy the package "
-        "again, or write it anew."
+        f"'{path}': {quoted(member)} is not the one that the cascade was saved with (its hash differs). Copy the "
+        "package again, or write it anew."
     )
 
 

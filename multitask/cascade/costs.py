@@ -20,9 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from multitask.cascade.errors import CascadeError
 from multitask.data.batches import BatchView
 from patches.names import unknown_name_message
+from patches.options import is_number
 from patches.patch import PatchedModel
+from patches.quoting import quoted, shortened
 
 MACS, MILLISECONDS = "MACs", "ms"
+MOST_PIXELS = 8192
+"""Largest side of the images that a model reads."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,19 @@ class View:
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> "View":
-        """Make a view from the preprocessing that a bundle describes."""
-        BatchView(preprocessing["resolution"], preprocessing["mean"], preprocessing["std"])  # checks the values
-        return cls(preprocessing["resolution"], tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+        """Make a view from the preprocessing that a bundle describes.
+
+        Raises:
+            KeyError: the preprocessing has no resolution, mean or std.
+            ValueError: one of them is no usable number.
+        """
+        resolution, mean, std = (preprocessing[key] for key in ("resolution", "mean", "std"))
+        if type(resolution) is not int or resolution > MOST_PIXELS:
+            raise CascadeError(f"resolution={quoted(resolution)}: expected a whole number up to {MOST_PIXELS}.")
+        if not all(isinstance(values, list | tuple) and all(map(is_number, values)) for values in (mean, std)):
+            raise CascadeError(f"mean={quoted(mean)} and std={quoted(std)}: expected three numbers each.")
+        BatchView(resolution, mean, std)  # checks the values
+        return cls(resolution, tuple(mean), tuple(std))
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,8 @@ class Costs:
         for model, cost in self.alone.items():
             if not (math.isfinite(cost) and cost > 0):
                 raise CascadeError(
-                    f"Model '{model}': found a cost of {cost} {self.unit}, expected a number above 0. Correct it."
+                    f"Model '{shortened(model)}': found a cost of {cost} {shortened(self.unit)}, expected a number "
+                    "above 0. Correct it."
                 )
 
     def after(self, model: str, asked: Sequence[str]) -> float:

@@ -17,6 +17,8 @@ FEATURES: tuple[Score, ...] = SCORES[:3]
 """The scores that the predictor reads, in this order."""
 CHUNK_VALUES = 1 << 18
 """Number of logits that are processed at once, so that they stay in the processor's cache."""
+LARGEST_EXPONENT = 700.0
+"""About the largest number whose exponential is a float."""
 SMALLEST = 1e-300
 """Replaces a value of zero, which has no logarithm."""
 TEMPERATURE_IMAGES = 10_000
@@ -54,6 +56,7 @@ class Rule:
 
     def threshold_text(self, threshold: float) -> str:
         """Describe a threshold in the unit of the score, for example as a probability."""
+        threshold = max(threshold, -LARGEST_EXPONENT)  # below it, `exp` overflows
         if self.score in ("top_probability", "predictor"):
             name = "top probability" if self.score == "top_probability" else "chance of being right"
             return f"{name} ≥ {1 / (1 + math.exp(-threshold)):.4f}"

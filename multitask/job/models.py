@@ -4,9 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
+import torch
+
 import patches
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
+from patches.weights import is_weights_file
 
 
 def backbone_key(spec: JobSpec) -> str:
@@ -14,18 +17,19 @@ def backbone_key(spec: JobSpec) -> str:
 
     Without a weights file some of the values are drawn at random, so the key then has the seed.
     """
-    from_file = (spec.backbone.weights or "").endswith((".safetensors", ".pth", ".pt"))
+    from_file = is_weights_file(spec.backbone.weights or "")
     return json.dumps([asdict(spec.backbone), None if from_file else spec.seed])
 
 
 def load_backbone(spec: JobSpec, weights: str | None) -> patches.Backbone:
-    """Load the job's backbone.
+    """Load the job's backbone in float32, in which the server keeps and trains all values.
 
     Args:
-        weights: the spec's weights; None where only the structure is needed.
+        weights: the spec's weights, of any floating dtype; None where only the structure is needed.
     """
     backbone = spec.backbone
-    return patches.load_backbone(backbone.name, weights, backbone.num_classes, seed=spec.seed, **backbone.options)
+    loaded = patches.load_backbone(backbone.name, weights, backbone.num_classes, seed=spec.seed, **backbone.options)
+    return loaded.to(torch.float32)
 
 
 def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> patches.PatchedModel:

@@ -23,6 +23,7 @@ from multitask.job import Job, LoadedInputs
 from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointStore
 from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
+from multitask.run.finite import check_finite
 from multitask.run.live import STATUS, Request, read_status, requests
 from multitask.run.monitor import RunMonitor
 from multitask.run.tasks import read_tasks, record_of, warn_of_other_tables, write_tasks
@@ -242,8 +243,13 @@ class Training:
             self._request = None
 
     def _take(self, records: Any, evaluations: list[Evaluation], progress: Any) -> None:
-        """Record what an engine reports: new steps, new evaluations and the counters."""
+        """Record what an engine reports: new steps, new evaluations and the counters.
+
+        Raises:
+            TrainingError: an evaluated version holds NaN or infinity.
+        """
         for evaluation in evaluations:
+            check_finite(self._job, evaluation)
             if self._is_best(evaluation):
                 self._write_version("best", evaluation)
         self._monitor.update(records, evaluations, progress)

@@ -3,7 +3,6 @@
 A low-rank side network collects the inputs of blocks and adds the sum to the outputs of the last blocks.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,8 @@ from torch.nn import functional
 from patches.backbone import Backbone
 from patches.errors import PatchError
 from patches.layers import PatchConvolution, draw_truncated_linear, grid, recomputed
-from patches.options import SWITCH, check_choice, check_whole
+from patches.options import SWITCH, check_choice, check_whole, is_number
+from patches.quoting import quoted
 from patches.side import SideMethod, SideNetwork
 
 RANKS = {"vit_b_16": 2, "swin_b": 4}
@@ -65,8 +65,8 @@ class DTL(SideMethod):
             self.rank = RANKS[copy.name]
         check_whole("first_block", self.first_block, 1, copy.num_blocks)
         check_whole("rank", self.rank, 1, None)
-        if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):
-            raise PatchError(f"Option beta={self.beta!r}: use a number above 0 (the paper's is 100).")
+        if not (is_number(self.beta) and self.beta > 0):
+            raise PatchError(f"Option beta={quoted(self.beta)}: use a number above 0 (the paper's is 100).")
         check_choice("readout", self.readout, ("patch_mean", "class_token"))
         check_choice("theta", self.theta, SWITCH)
         if self.readout == "class_token" and copy.name == "swin_b":

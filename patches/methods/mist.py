@@ -21,6 +21,8 @@ from patches.structure import seeded
 
 BLOCKS = ("attention", "mlp", "depthwise")
 READOUTS = ("class_token", "mean")
+MOST_LAYERS = 256
+"""Largest number of residual blocks, so that no option asks for minutes of building. The paper has 4."""
 EPSILON = 1e-6
 """The ε of LayerNorm, as in ViT."""
 
@@ -70,7 +72,7 @@ class Mist(SideMethod):
         if self.k is None:
             self.k = backbone_options["num_layers"]
         check_whole("k", self.k, 0, backbone_options["num_layers"])
-        check_whole("layers", self.layers, 1, None)
+        check_whole("layers", self.layers, 1, MOST_LAYERS)
         check_whole("rank", self.rank, 1, None)
         check_choice("block", self.block, BLOCKS)
         check_choice("gather", self.gather, SWITCH)

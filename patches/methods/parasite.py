@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
-from patches.options import SWITCH, check_choice
+from patches.options import SWITCH, check_choice, is_number
+from patches.quoting import quoted
 from patches.side import SideMethod, SideNetwork
 from patches.structure import alias, copy_structure
 
@@ -59,7 +60,8 @@ class Parasite(SideMethod):
             )
         if (self.ratio is None) == (self.target_percent is None):
             raise PatchError(
-                f"Options ratio={self.ratio} and target_percent={self.target_percent} of patch method 'parasite': "
+                f"Options ratio={quoted(self.ratio)} and target_percent={quoted(self.target_percent)} of patch method "
+                "'parasite': "
                 "give one of the two, for example ratio=0.09."
             )
         check_choice("init", self.init, ("slice", "random"))
@@ -73,8 +75,10 @@ class Parasite(SideMethod):
 
     def _checked(self, ratio: float) -> Decimal:
         """Return the ratio as an exact decimal number."""
-        if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise PatchError(f"Option ratio={ratio!r} of patch method 'parasite': use a number above 0 and up to 1.")
+        if not (is_number(ratio) and 0 < ratio <= 1):
+            raise PatchError(
+                f"Option ratio={quoted(ratio)} of patch method 'parasite': use a number above 0 and up to 1."
+            )
         # Decimal keeps the digits as they were written. With a binary float, floor(0.29 * 100) would be 28.
         return Decimal(str(ratio))
 
@@ -93,10 +97,10 @@ class Parasite(SideMethod):
 
         possible = [ratio for ratio in RATIOS if int(ratio * _narrowest(copy)) > 0]
         low, high = percent(possible[0]), percent(possible[-1])
-        if not isinstance(target, int | float) or not low <= target <= high:
+        if not (is_number(target) and low <= target <= high):
             raise PatchError(
-                f"Option target_percent={target!r} of patch method 'parasite': on '{copy.name}' with {classes} classes "
-                f"use a number from {low:.2f} (ratio {possible[0]}) to {high:.1f} (ratio 1)."
+                f"Option target_percent={quoted(target)} of patch method 'parasite': on '{copy.name}' with {classes} "
+                f"classes use a number from {low:.2f} (ratio {possible[0]}) to {high:.1f} (ratio 1)."
             )
         first, last = 0, len(possible) - 1  # the percentages rise with the ratio
         while last - first > 1:

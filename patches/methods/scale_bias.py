@@ -7,6 +7,7 @@ from torch import nn
 
 from patches.backbone import NORM_LAYERS, Backbone
 from patches.errors import PatchError
+from patches.quoting import quoted
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ScaleBias:
     def __post_init__(self) -> None:
         if self.statistics not in ("batch", "source"):
             raise PatchError(
-                f"Option statistics={self.statistics!r} of patch method 'scale_bias': use batch or source."
+                f"Option statistics={quoted(self.statistics)} of patch method 'scale_bias': use batch or source."
             )
 
     def attach(self, copy: Backbone) -> None:

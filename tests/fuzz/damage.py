@@ -10,7 +10,23 @@ DEEP = "@deep@"
 TWICE = "@twice@"
 """A key that `as_text` replaces by the key of the entry before it."""
 NUMBERS = (0, 1, -1, 2, 7, 255, 10**3, 10**6, 10**9, 10**18, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-300, 1e308)
-TEXTS = ("", "x", "0.5", "1e3", "nan", "\ud800", "\0", "é", "../../x", "full", "mist", "x" * 300, "ab" * 20_000)
+TEXTS = (
+    "",
+    "x",
+    "name",
+    "weights",
+    "0.5",
+    "1e3",
+    "nan",
+    "\ud800",
+    "\0",
+    "é",
+    "../../x",
+    "full",
+    "mist",
+    "x" * 300,
+    "ab" * 20_000,
+)
 METHODS = (
     "full+full",
     "full+last_layer",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import patches
 from patches import BundleError, PatchedModel
 from patches.bundle import UNSEALED, seal
-from tests.patches.helpers import SMALL, bits, images, small_backbone, train
+from tests.patches.helpers import SMALL, bits, images, small_backbone, small_transformer, train
 
 BACKBONE = small_backbone()
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,12 +63,15 @@ def test_a_round_trip_is_bit_exact(tmp_path: Path, method: str, options: dict) -
 
 
 @QUICK
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8), st.sampled_from([torch.float32, torch.float64]))
-def test_any_bit_pattern_survives(tmp_path: Path, patterns: list[int], dtype: torch.dtype) -> None:
-    """Any bit pattern includes NaNs with every payload, infinities, subnormals and -0.0."""
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_finite_bit_pattern_survives(tmp_path: Path, patterns: list[float], dtype: torch.dtype) -> None:
+    """These include subnormals and -0.0. Two finite float32 numbers side by side are a finite float64 number."""
     backbone = BACKBONE if dtype == torch.float32 else small_backbone(dtype)
     model = patches.attach(backbone, "scale_bias+last_layer", 3)
-    words = torch.tensor(patterns, dtype=torch.int64).to(torch.int32)
+    words = torch.tensor(patterns, dtype=torch.float32).view(torch.int32)
     for tensor in model.private_state().values():
         raw = tensor.detach().view(-1).view(torch.int32) if tensor.dim() else tensor.detach().view(1).view(torch.int32)
         raw.copy_(words.repeat(raw.numel() // len(words) + 1)[: raw.numel()])
@@ -234,17 +237,26 @@ def test_a_rewritten_bundle_is_as_good_as_new(tmp_path: Path, whole: bytes) -> N
         (lambda m: m.update(options=[]), "missing, unknown or ill-typed"),
         (lambda m: m.update(num_classes=4), "missing, unknown or ill-typed"),
         (lambda m: m.update(backbone={}), "missing, unknown or ill-typed"),
+        (lambda m: m["backbone"]["options"].update(weights="x"), "missing, unknown or ill-typed"),
         (lambda m: m.update(fixed_head={"seed": 6}), "missing, unknown or ill-typed"),
         (lambda m: m["fixed_head"].update(sha256="0" * 64), "use the torch version that wrote the bundle"),
         (lambda m: m["fixed_head"].update(seed=7), "use the torch version that wrote the bundle"),
-        (lambda m: m["fixed_head"].update(seed="six"), "one that does not"),
+        (lambda m: m["fixed_head"].update(seed="six"), "missing, unknown or ill-typed"),
+        (lambda m: m["fixed_head"].update(seed=True), "missing, unknown or ill-typed"),
+        (lambda m: m.update(format=True), "missing, unknown or ill-typed"),
+        (lambda m: m.update(classes=["a", "b", 3]), "missing, unknown or ill-typed"),
+        (lambda m: m["tensors"]["features.0.1.weight"].update(shape=[32.0]), "other tensors than the manifest lists"),
+        (lambda m: m.update(classes=["a", "b", "\ud800"]), "surrogates not allowed"),
+        (lambda m: m.update(metrics={"top1": float("nan")}), "NaN, which is no finite number"),
+        (lambda m: m.update(metrics=nested(40)), "more than 32 lists and dicts inside each other"),
+        (lambda m: m.update(method="+".join(["full"] * 1000)), "names 'full' twice"),
         (lambda m: m["fixed_head"].update(seed=2**80), "one that does not"),
         (lambda m: m.update(head="private"), "a fixed head"),
         (lambda m: m.update(method="scale_bais"), "Did you mean 'scale_bias'"),
         (lambda m: m.update(method="norm_statistics", options={}), "one that does not"),
         (lambda m: m.update(options={"statistics": []}), "statistics=[]"),
         (lambda m: m.update(options={"seed": 1}), "one that does not"),
-        (lambda m: m["tensors"].popitem(), "the tensors are not those the manifest lists"),
+        (lambda m: m["tensors"].popitem(), "other tensors than the manifest lists"),
         (lambda m: m["backbone"].update(content_hash="0" * 64), f"found {BACKBONE.content_hash()}"),
         (lambda m: m["backbone"].update(name="resnet18"), "expected backbone 'resnet18', found 'mobilenet_v2'"),
         (lambda m: m["backbone"]["options"].update(width_mult=0.5), "with width_mult=0.5, found width_mult=1.0"),
@@ -256,6 +268,10 @@ def test_a_manifest_that_does_not_fit_is_refused(
     assert message in refused(tmp_path / "other.patch", rewritten(whole, change))
 
 
+def nested(levels: int) -> dict:
+    return {"deeper": nested(levels - 1)} if levels else {}
+
+
 @pytest.mark.parametrize("value", [torch.zeros(31), torch.zeros(32, dtype=torch.float64)])
 def test_tensors_of_another_shape_or_dtype_are_refused(tmp_path: Path, whole: bytes, value: torch.Tensor) -> None:
     name = "features.0.1.weight"
@@ -263,6 +279,132 @@ def test_tensors_of_another_shape_or_dtype_are_refused(tmp_path: Path, whole: by
     tensors = safetensors.torch.load(whole) | {name: value}
     data = rewritten(whole, lambda m: m["tensors"].update({name: described}), tensors)
     assert f"Private tensor '{name}': expected shape [32] float32" in refused(tmp_path / "other.patch", data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path, whole: bytes, value: float) -> None:
+    name = "features.0.1.weight"
+    model = trained()
+    with torch.no_grad():
+        model.private_state()[name][7] = value
+    with pytest.raises(BundleError, match=f"NaN or infinity in tensor '{name}'"):
+        save(model, tmp_path / "task.patch")
+    assert not (tmp_path / "task.patch").exists()
+
+    tensors = safetensors.torch.load(whole)
+    tensors[name][7] = value
+    assert f"NaN or infinity in tensor '{name}'" in refused(
+        tmp_path / "task.patch", rewritten(whole, lambda _: None, tensors)
+    )
+
+
+def relaid(whole: bytes, change: Callable[[dict], object]) -> bytes:
+    """Return the bundle with another header over the same tensor bytes, and with the hash that fits them."""
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8:end])
+    manifest = json.loads(header["__metadata__"]["manifest"]) | {"payload_sha256": UNSEALED}
+    header["__metadata__"]["manifest"] = json.dumps(manifest, separators=(",", ":"))
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return seal(struct.pack("<Q", len(text)) + text + whole[end:])[0]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (lambda start, end: [start + 4, end + 4], "leaves a hole"),
+        (lambda start, end: [start - 4, end - 4], "overlaps the one before it"),
+        (lambda start, end: [start, end + 4], "ill-formed entry"),
+        (lambda start, end: [float(start), end], "ill-formed entry"),
+    ],
+)
+def test_tensors_that_overlap_or_leave_a_hole_are_refused(
+    tmp_path: Path, whole: bytes, offsets: Callable[[int, int], list], message: str
+) -> None:
+    def move(header: dict) -> None:
+        entry = header["features.2.conv.1.1.weight"]
+        entry["data_offsets"] = offsets(*entry["data_offsets"])
+
+    (tmp_path / "same.patch").write_bytes(relaid(whole, lambda _: None))
+    patches.load_bundle(tmp_path / "same.patch", BACKBONE)
+    assert message in refused(tmp_path / "moved.patch", relaid(whole, move))
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path: Path, whole: bytes) -> None:
+    name = "features.0.1.weight"
+
+    def forget(header: dict) -> None:
+        manifest = json.loads(header["__metadata__"]["manifest"])
+        del header[name], manifest["tensors"][name]
+        header["__metadata__"]["manifest"] = json.dumps(manifest, separators=(",", ":"))
+
+    assert "leaves a hole" in refused(tmp_path / "hole.patch", relaid(whole, forget))
+    longer = relaid(whole + b"\0" * 4, lambda _: None)
+    assert "of which the tensors fill" in refused(tmp_path / "longer.patch", longer)
+
+
+def test_a_manifest_that_names_a_key_twice_is_refused(tmp_path: Path, whole: bytes) -> None:
+    def double(header: dict) -> None:
+        text = header["__metadata__"]["manifest"]
+        header["__metadata__"]["manifest"] = text[:-1] + ',"method":"full"}'
+
+    assert "the key 'method' twice" in refused(tmp_path / "double.patch", relaid(whole, double))
+
+
+SIDE = {"mist": "small_vit", "dtl_plus": "small_vit", "parasite": "mobilenet"}
+"""Side method -> the network that it is tried on."""
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("mist", {"rank": 10**6}),
+        ("mist", {"rank": 10**18}),
+        ("mist", {"rank": 10**30}),
+        ("mist", {"layers": 10**6}),
+        ("dtl_plus", {"rank": 10**7}),
+        ("dtl_plus", {"kernel_size": 10**6}),
+        ("dtl_plus", {"beta": True}),
+        ("dtl_plus", {"beta": 10**400}),
+        ("parasite", {"ratio": True}),
+        ("parasite", {"ratio": "0.1"}),
+        ("parasite", {"ratio": None, "target_percent": 1e308}),
+        ("parasite", {"init": "slice" * 10**5}),
+    ],
+)
+def test_a_bundle_cannot_ask_for_more_than_its_tensors(
+    tmp_path: Path, method: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = small_transformer("small_vit") if SIDE[method] == "small_vit" else BACKBONE
+    model = patches.attach(backbone, method, 3, **({"ratio": 0.5} if method == "parasite" else {}))
+    whole = save(model, tmp_path / "task.patch")
+    data = rewritten(whole, lambda manifest: manifest["options"].update(options))
+    patches.load_bundle(tmp_path / "task.patch", backbone)
+
+    # The real patch is not even begun: what a bundle asks for is compared on the meta device.
+    monkeypatch.setattr("patches.bundle.attach", None)
+    assert len(refused(tmp_path / "task.patch", data, backbone)) < 1000
+
+
+def test_a_message_quotes_little_of_what_a_bundle_says(tmp_path: Path, whole: bytes) -> None:
+    long = "ab" * 1_000
+    changes: list[Callable[[dict], object]] = [
+        lambda m: m.update(format=long),
+        lambda m: m.update(method=long),
+        lambda m: m.update(method="scale_bias", options={long: long}),
+        lambda m: m.update(options={"statistics": [long] * 30}),
+        lambda m: m.update(head=long),
+        lambda m: m["fixed_head"].update(sha256=long),
+        lambda m: m["backbone"].update(name=long),
+        lambda m: m["backbone"].update(content_hash=long),
+        lambda m: m["backbone"]["options"].update({long: long}),
+        lambda m: m["backbone"]["options"].update(width_mult={long: [long]}),
+        lambda m: m["tensors"].update({long: long}),
+    ]
+    for change in changes:
+        message = refused(tmp_path / "long.patch", rewritten(whole, change))
+        assert len(message) < 1000
+        assert long[:201] not in message
 
 
 def test_another_backbone_is_refused(tmp_path: Path, whole: bytes) -> None:

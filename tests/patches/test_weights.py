@@ -1,7 +1,10 @@
 """Weights from files and from torchvision."""
 
+import json
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,6 @@ def test_a_fresh_process_finds_the_same_hash(tmp_path: Path) -> None:
 
 
 def patches_json(backbone: patches.Backbone) -> str:
-    import json
-
     return json.dumps(backbone.architecture())
 
 
@@ -110,6 +111,118 @@ def test_a_file_that_holds_more_than_tensors(tmp_path: Path) -> None:
     torch.save(small_backbone().network, tmp_path / "pickle.pt")
     with pytest.raises(BackboneError, match="cannot be read"):
         load(tmp_path / "pickle.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_values_that_are_not_finite_are_refused_by_the_tensors_name(tmp_path: Path, suffix: str, value: float) -> None:
+    state = {name: tensor.clone() for name, tensor in small_backbone().network.state_dict().items()}
+    state["features.0.1.running_var"][3] = value
+    path = tmp_path / f"backbone.{suffix}"
+    safetensors.torch.save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    with pytest.raises(BackboneError, match=r"tensor 'features\.0\.1\.running_var' holds NaN or infinity"):
+        load(path)
+
+
+def test_fetched_values_that_are_not_finite_are_refused(download: dict[str, torch.Tensor]) -> None:
+    download["features.0.1.weight"][0] = float("nan")
+    with pytest.raises(BackboneError, match=r"tensor 'features\.0\.1\.weight' holds NaN or infinity"):
+        patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (7, torch.zeros(1), "holds a Tensor under 7"),
+        ("epoch", 3, "holds a int under 'epoch'"),
+        ("x" * 10_000, None, "holds a NoneType under 'xxx"),
+        ("sparse", torch.zeros(2, 2).to_sparse(), "holds a Tensor under 'sparse'"),
+        ("hollow", torch.zeros(2, device="meta"), "holds a Tensor under 'hollow'"),
+        (EXTRA, torch.zeros(1).expand(10**6, 10**6), f"unexpected, 1 in all, first '{EXTRA}'"),
+    ],
+)
+def test_an_entry_that_is_no_plain_tensor_is_named(tmp_path: Path, name: Any, value: Any, message: str) -> None:
+    torch.save({**small_backbone().network.state_dict(), name: value}, tmp_path / "odd.pth")
+    with pytest.raises(BackboneError) as error:
+        load(tmp_path / "odd.pth")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_an_object_that_is_no_tensor_is_named_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    torch.save({"model": small_backbone().network.state_dict(), "path": tmp_path}, tmp_path / "object.pth")
+    with pytest.raises(BackboneError) as error:
+        load(tmp_path / "object.pth")
+    assert "it holds pathlib.PosixPath, and only tensors are unpickled" in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+class Zeros:
+    """Unpickles as 2 GB of zeros, from a file of a few bytes."""
+
+    def __reduce__(self) -> tuple:
+        return bytearray, (2 * 10**9,)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_short_file_cannot_make_gigabytes(tmp_path: Path, new: bool) -> None:
+    torch.save({"zeros": Zeros()}, tmp_path / "zeros.pth", _use_new_zipfile_serialization=new)
+    with pytest.raises(BackboneError, match=r"it holds .*bytearray, and only tensors are unpickled"):
+        load(tmp_path / "zeros.pth")
+
+
+def test_a_file_of_an_old_torch_is_read(tmp_path: Path) -> None:
+    backbone = small_backbone()
+    torch.save(backbone.network.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert load(tmp_path / "old.pth").content_hash() == backbone.content_hash()
+
+
+def test_a_compressed_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    torch.save({"zeros": torch.zeros(10_000)}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for member in stored.namelist():
+            small.writestr(member, stored.read(member))
+    with pytest.raises(BackboneError, match="which is compressed or encrypted"):
+        load(tmp_path / "small.pth")
+
+
+def test_a_changed_byte_in_a_tensor_is_found_by_its_checksum(tmp_path: Path) -> None:
+    state = small_backbone().network.state_dict()
+    torch.save(state, tmp_path / "backbone.pth")
+    data = bytearray((tmp_path / "backbone.pth").read_bytes())
+    data[data.index(state["classifier.1.weight"].numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "backbone.pth").write_bytes(data)
+    with pytest.raises(BackboneError, match=r"cannot be read: no whole .* \(Bad CRC-32"):
+        load(tmp_path / "backbone.pth")
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "overlap.safetensors"
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("one", "other")}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+    with pytest.raises(BackboneError, match="tensor 'other', which overlaps the one before it"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 10**9},
+        {"last_channel": 10**9},
+        {"width_mult": 1e6},
+        {"inverted_residual_setting": [[1, 8, 10**6, 1]]},
+        {"inverted_residual_setting": 5},
+    ],
+)
+def test_options_cannot_ask_for_more_than_the_file_holds(tmp_path: Path, options: dict) -> None:
+    small_backbone().save(tmp_path / "backbone.safetensors")
+    with pytest.raises(BackboneError, match=r"does not fit|cannot be built") as error:
+        load(tmp_path / "backbone.safetensors", **options)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
@@ -183,5 +296,5 @@ def test_fetched_weights_are_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_
     fetched.parent.mkdir()
     torch.save(small_backbone().network, fetched)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(BackboneError, match="Weights only load failed"):
+    with pytest.raises(BackboneError, match=r"it holds torchvision.*MobileNetV2, and only tensors"):
         patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from multitask.cascade import Costs, Predictions
+from multitask.cascade import Cascade, Costs, OperatingPoint, Predictions
 from multitask.cascade.greedy import MIN_GAP, Candidate, Stage
 from multitask.cascade.rules import Rule
 
@@ -104,3 +104,17 @@ def exact_cost(
 
     assert MIN_GAP < 0.05  # so that every distinct score of small_instance may be a threshold
     return best((1 << count) - 1, frozenset())
+
+
+def made_cascade() -> Cascade:
+    """A cascade with every kind of rule, without a fit."""
+    costs = Costs("MACs", {"large": 90.0, "middle": 25.0, "small": 10.0}, {("middle", "small"): 5.0})
+    predictor = Rule("predictor", 1.5, (0.5, 0.25, -0.5), 0.125)
+    stages = (
+        Stage("small", Rule("top_probability"), 2.5, 10.0, 200, 190),
+        Stage("middle", predictor, -0.5, 20.0, 100, 90),
+        Stage("large", Rule("top2_gap"), None, 90.0, 100, 80),
+    )
+    alone = (Stage("small", Rule("entropy", 0.5), None, 10.0, 400, 300),)
+    points = (OperatingPoint(0.8, alone), OperatingPoint(1.0, stages))
+    return Cascade(points, 1, "large", costs, 0.0025, latency=costs, fitted_on=("0123456789abcdef",))

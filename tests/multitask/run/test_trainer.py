@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,29 @@ def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpe
     client = MlflowClient(f"sqlite:///{spec.run_directory.parent}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert {run.info.status for run in runs} == {"FAILED"}
+
+
+@pytest.mark.parametrize("spoilt", ["value", "metric"])
+def test_a_run_never_finishes_with_numbers_that_are_not_finite(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    def engine(job: Job, driver: Driver) -> Outcome:
+        evaluation = told(job, 8, 90.0)
+        if spoilt == "metric":
+            evaluation.metrics["cars"]["loss"] = float("nan")
+        else:
+            values = evaluation.groups["private:cars"].values.copy()
+            values[0] = float("inf")
+            evaluation.groups["private:cars"] = replace(evaluation.groups["private:cars"], values=values)
+        driver.watch([], [evaluation], job.progress)
+        return Outcome(versions={"last": evaluation})
+
+    monkeypatch.setitem(ENGINES, "local", engine)
+    spec = make_spec()
+    found = "the validation metrics of task 'cars'" if spoilt == "metric" else r"tensor '[a-z0-9.]+' of task 'cars'"
+    with pytest.raises(multitask.TrainingError, match=f"Version 8 .* NaN or infinity in {found}"):
+        multitask.train(spec)
+    assert not {"result.json", "best.safetensors", "last.safetensors"} & set(os.listdir(spec.run_directory))
 
 
 @pytest.mark.parametrize(
