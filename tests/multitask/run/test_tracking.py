@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import multitask
-from multitask.run.tracking import PARAM_CHARS, Tracker, flatten, shorten
+from multitask.run.mlflow_store import PARAM_CHARS, shorten
+from multitask.run.tracking import Tracker, flatten
 
 mlflow = pytest.importorskip("mlflow")
 Client = mlflow.MlflowClient
