@@ -119,7 +119,7 @@ class MlflowStore:
             case Tag():
                 client.set_tag(self._run_of(record.task), record.name, record.value)
             case Text():
-                client.log_text(self._run_of(None), record.text, record.name)
+                self._send_text(self._run_of(None), record.name, record.text)
             case Artifact():
                 self._send_artifact(record)
             case End():
@@ -132,10 +132,24 @@ class MlflowStore:
                 for run_id in (*self._children(found).values(), record.run_id):
                     client.set_terminated(run_id, "FAILED")
 
+    def _send_text(self, run_id: str, name: str, text: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_text(text, encoding="utf-8")
+            self._artifacts_of(run_id).log_artifact(str(path))
+
+    def _artifacts_of(self, run_id: str) -> Any:
+        """Return MLflow's repository of a run's artifacts. The client's own is that of the run's first place for ever."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(self._opened().get_run(run_id).info.artifact_uri, tracking_uri=self._uri)
+
     def _send_artifact(self, record: Artifact) -> None:
         path = self._folder / record.path
-        if path.exists():
-            self._opened().log_artifact(self._run_of(record.task), str(path))
+        if path.is_dir():
+            self._artifacts_of(self._run_of(record.task)).log_artifacts(str(path), path.name)
+        elif path.exists():
+            self._artifacts_of(self._run_of(record.task)).log_artifact(str(path))
         else:
             log.warning("MLflow does not get '%s', which was removed before it was sent.", path)
 
@@ -201,7 +215,7 @@ class MlflowStore:
         params = self._params if task is None else self._task_params.get(task, {})
         client.log_batch(run_id, params=[Param(name, shorten(value)) for name, value in params.items()])
         if any(len(value) > PARAM_CHARS for value in params.values()):
-            client.log_text(run_id, json.dumps(params, indent=2, ensure_ascii=False), "params.json")
+            self._send_text(run_id, "params.json", json.dumps(params, indent=2, ensure_ascii=False))
         self.runs[task] = run_id
 
     def _opened(self) -> "MlflowClient":

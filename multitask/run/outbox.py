@@ -14,14 +14,14 @@ from patches.files import write_atomic
 
 OUTBOX = "tracking.jsonl"
 """File in the run directory with the records that MLflow does not have yet, a line of JSON each."""
-TAKEN_BYTES = 1 << 20
-"""Size of the part of the file that is sent at once."""
+TAKEN_BYTES = 1 << 16
+"""Size of the part of the file that is sent at once, which is about a thousand numbers."""
 PAUSE_S = 1.0
 """Time between two looks for new records."""
 LONGEST_PAUSE_S = 60.0
 """Longest time between two attempts while MLflow cannot be reached."""
 AGAIN_S = 0.5
-"""Time between two attempts while somebody waits for them."""
+"""Time between two attempts while somebody waits for them; otherwise the first of doubling times."""
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,8 @@ class Sender:
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._asked: list[threading.Event] = []
         self._trouble: Exception | None = None
+        self._parts = 0  # sent so far
+        self._warned = False
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
@@ -135,28 +137,43 @@ class Sender:
         self._thread.start()
 
     def flush(self, timeout_s: float) -> Exception | None:
-        """Send what waits now, and return the error that prevents it, or None."""
-        done = threading.Event()
+        """Send what waits now, and return the error that prevents it, or None.
+
+        Args:
+            timeout_s: longest time without any part of it being sent.
+        """
+        done, parts = threading.Event(), self._parts
         with self._lock:
             self._asked.append(done)
         self._wake.set()
-        if not done.wait(timeout_s):
-            return TimeoutError(f"it has not answered for {timeout_s:.0f} seconds")
+        while not done.wait(timeout_s):
+            if parts == self._parts:
+                return TimeoutError(f"it has not answered for {timeout_s:.0f} seconds")
+            parts = self._parts
         return self._trouble
 
-    def settle(self, first_s: float, again_s: float) -> Exception | None:
+    def settle(self, timeout_s: float, again_s: float) -> Exception | None:
         """Send what waits now, with several attempts, and return the error that prevents it, or None.
 
         Args:
-            first_s: longest time of the first attempt.
+            timeout_s: as for `flush`.
             again_s: time in which a failed attempt is repeated.
         """
         deadline = time.monotonic() + again_s
-        trouble = self.flush(first_s)
-        while trouble is not None and not isinstance(trouble, TimeoutError) and time.monotonic() < deadline:
+        while (trouble := self.flush(timeout_s)) is not None and time.monotonic() < deadline:
             time.sleep(AGAIN_S)
-            trouble = self.flush(max(AGAIN_S, deadline - time.monotonic()))
         return trouble
+
+    def warn(self, trouble: Exception) -> None:
+        """Say once that records cannot be sent now."""
+        if not self._warned and not self._stopped:
+            self._warned = True
+            log.warning(
+                "MLflow cannot be reached (%s). Training does not wait for it: the records are kept in %s and sent "
+                "later.",
+                in_short(trouble),
+                self._outbox.path,
+            )
 
     def stop(self) -> None:
         """End the thread after its present attempt. The outbox stays as it is."""
@@ -165,25 +182,22 @@ class Sender:
         self._wake.set()
 
     def _work(self) -> None:
-        pause_s = PAUSE_S
+        failures = 0
         while not self._stopped:
             self._wake.clear()
             with self._lock:
                 asked, self._asked = self._asked, []
             trouble = self._attempt()
-            if trouble is not None and self._trouble is None and not self._stopped:
-                log.warning(
-                    "MLflow cannot be reached (%s). Nothing waits for it: its records are kept in %s and sent later.",
-                    in_short(trouble),
-                    self._outbox.path,
-                )
-            elif trouble is None and self._trouble is not None:
+            if trouble is not None and not asked:  # who asks warns himself
+                self.warn(trouble)
+            elif trouble is None and self._warned:
+                self._warned = False
                 log.warning("MLflow can be reached again, and has all records.")
             self._trouble = trouble
             for event in asked:
                 event.set()
-            pause_s = PAUSE_S if trouble is None else min(2 * pause_s, LONGEST_PAUSE_S)
-            self._wake.wait(pause_s)
+            failures = 0 if trouble is None else failures + 1
+            self._wake.wait(min(AGAIN_S * 2.0 ** min(failures, 10), LONGEST_PAUSE_S) if failures else PAUSE_S)
 
     def _attempt(self) -> Exception | None:
         """Send everything that waits, and return the error that prevents it, or None."""
@@ -193,6 +207,7 @@ class Sender:
                 records, place = taken
                 self._send(records)
                 self._outbox.sent(place)
+                self._parts += 1
         except Exception as error:  # of any kind: the store's, the network's, the disk's
             return error
         return None

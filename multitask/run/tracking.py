@@ -22,12 +22,12 @@ from multitask.run.records import Artifact, End, Lost, Metrics, Open, Point, Sta
 
 TAG_CHARS = 8000
 NON_FINITE_TAG = "multitask.non_finite"
-FIRST_S = 60.0
-"""Longest time for the first answer of MLflow: its import and a new SQLite file take several seconds."""
-START_S = 10.0
-"""Time in which the start is repeated, if MLflow cannot be reached. After that the training starts without it."""
-END_S = 10.0
-"""Time in which MLflow has to take the last records when a training ends."""
+START_S = 120.0
+"""Longest wait for MLflow's first answer. On a busy machine its import and a new SQLite file take a minute."""
+END_S = 30.0
+"""Longest wait at the end of a training, while MLflow takes none of the last records."""
+AGAIN_S = 5.0
+"""Time in which these two are tried again, if MLflow cannot be reached."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Tracker:
     """Record a training in MLflow: `with Tracker(...) as tracker: tracker.log_steps("pets", records)`.
 
     Leaving the block ends the run and its children as FINISHED, on KeyboardInterrupt as KILLED and on any other
-    exception as FAILED. If MLflow cannot be reached, at the start or later, a warning says so and nothing else happens:
+    exception as FAILED. If MLflow cannot be reached, at the start or later, a warning says so and the training goes on:
     the records wait in a file, and are sent as soon as MLflow can be reached again, or by `send_waiting`.
 
     Args:
@@ -104,7 +104,7 @@ class Tracker:
         outbox = Outbox(self._folder / OUTBOX)
         self._sender = Sender(outbox, self._store.send)
         self._sender.start()
-        trouble = self._sender.settle(FIRST_S, START_S)
+        trouble = self._sender.flush(START_S)
         if isinstance(trouble, TrackingError):
             self._sender.stop()
             raise trouble
@@ -112,8 +112,10 @@ class Tracker:
         outbox.add(Open(tasks=list(self._tasks), time_ms=_now_ms()))
         if self._spec_text is not None:
             outbox.add(Text(name="spec.yaml", text=self._spec_text))
-        if trouble is None:
-            self._sender.settle(FIRST_S, 0)
+        if not isinstance(trouble, TimeoutError):
+            trouble = self._sender.settle(START_S, AGAIN_S)
+        if trouble is not None:
+            self._sender.warn(trouble)
         return self
 
     def __exit__(
@@ -122,7 +124,7 @@ class Tracker:
         status: Status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         self._notes().add(End(status=status, time_ms=_now_ms()))
         try:
-            trouble = self._sender.settle(END_S, END_S)
+            trouble = self._sender.settle(END_S, AGAIN_S)
         except KeyboardInterrupt:
             trouble = TimeoutError("the wait for it was interrupted")
         self._sender.stop()
