@@ -139,7 +139,7 @@ class MlflowStore:
             self._artifacts_of(run_id).log_artifact(str(path))
 
     def _artifacts_of(self, run_id: str) -> Any:
-        """Return MLflow's repository of a run's artifacts. The client's own is that of the run's first place for ever."""
+        """Return the repository of a run's artifacts. The client's own stays at the place where it was used first."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         return get_artifact_repository(self._opened().get_run(run_id).info.artifact_uri, tracking_uri=self._uri)

@@ -135,6 +135,7 @@ def track(directory: Path) -> tuple[int, str | None]:
         TrackingError: MLflow still does not take the records.
     """
     directory = directory.resolve()
+    read_status(directory)  # so that a directory without a run stays as it is
     with claiming(directory):
         status = read_status(directory)
         if status["state"] == "running":
