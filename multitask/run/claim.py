@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from multitask.run.directory import RunError
@@ -67,7 +68,7 @@ def check_new(directory: Path, overwrite: bool) -> None:
         )
     ended = "result.json" in names
     if not overwrite and (ended or status is not None):
-        go_on = "" if ended else f" go on with it (multitask train --resume {directory}),"
+        go_on = "" if ended else f" go on with it (multitask train --resume {quote(str(directory))}),"
         raise SpecError(
             f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or use --overwrite."
         )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -84,7 +85,7 @@ def train(
     if store.where() is not None and not overwrite:
         raise SpecError(
             f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
-            f"with that run (multitask train --resume {directory}), or use --overwrite."
+            f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
         )
     job = Job(spec, loaded=trial.loaded)
     training = _training(directory, job, store, console, None, trial)
@@ -173,7 +174,7 @@ def _tracker(directory: Path, spec: JobSpec, status: Mapping[str, Any] | None, t
         params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
         tasks=_task_params(spec),
         folder=directory,
-        send_later=f"multitask track {directory}",
+        send_later=f"multitask track {quote(str(directory))}",
         spec_text=dump_yaml(spec),
         parent_run_id=trial.parent_run_id,
         resume_run_id=None if status is None else status["mlflow_run_id"],
@@ -250,14 +251,16 @@ class Training:
         if outcome.paused:
             raise Stopped(
                 f"Stopped; the checkpoint is {self._store.where()}. "
-                f"Go on with: multitask train --resume {self._directory}"
+                f"Go on with: multitask train --resume {quote(str(self._directory))}"
             )
         self._finish(outcome, time.perf_counter() - start)
 
     def _explained(self, error: TrainingError) -> TrainingError:
         """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
         where = self._store.where()
-        hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
+        hint = (
+            f"The last checkpoint is {where}; `multitask train --resume {quote(str(self._directory))}` goes on from it."
+        )
         message = f"Run '{self._job.spec.name}': {error}" + (f"\n{hint}" if where is not None else "")
         return type(error)(message, error.about)
 
