@@ -114,12 +114,24 @@ def train(
         run = multitask.resume(resume) if resume is not None else multitask.train(spec, overwrite=overwrite)  # type: ignore[arg-type]
     except multitask.Stopped as stop:
         print(stop, file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_status) from None
     if json_output:
         print(json.dumps(run.result))
         return
     _show_metrics(f"Validation of the best version ({run.result['best']['version']})", run.result["best"]["tasks"])
     print(f"{run.directory}\nNext: multitask export {run.directory}")
+
+
+@app.command()
+def track(run: Annotated[Path, typer.Argument(help="The directory of a run that has ended or stopped.")]) -> None:
+    """Send MLflow what it could not be told while the run was trained."""
+    from multitask.run.trainer import track
+
+    sent, run_id = track(run)
+    print(
+        f"MLflow has everything of the run in {run}: {sent} records were sent"
+        + (f" to its run {run_id}" if sent else "")
+    )
 
 
 @app.command()

@@ -36,7 +36,7 @@ def sweep(
         result = run_sweep(spec, go_on=resume, mlflow_uri=mlflow_uri)
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.exit_status) from None
     found = rows(result.outcomes)
     best = None if result.choice is None else result.choice.trial.number
     if json_output:

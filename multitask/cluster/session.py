@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +31,16 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
+    with _own_sigterm_handler():
+        _connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Start Ray on this machine if the address is "local", else join the cluster at the address."""
     if address == "local":
         # By default Ray keeps up to a hundred unused objects for a second. Meanwhile it puts new gradients and values
         # into memory that was never used before, with a page fault for every 4 KiB.
@@ -36,10 +48,6 @@ def ray_session() -> Iterator[None]:
         start_ray()
     else:
         ray.init(address=address, runtime_env={"env_vars": {RUN_PROCESS: "1"}}, **OPTIONS)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def start_ray(**options: Any) -> None:
@@ -61,6 +69,15 @@ def start_ray(**options: Any) -> None:
             if not tries_left:
                 raise
             log.warning("Ray did not start on this machine and is started again. (%s)", error)
+
+
+@contextlib.contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep the handler of SIGTERM that a run has set. Ray sets one that ends its processes before a checkpoint."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -53,10 +53,16 @@ class RunMonitor:
     """Show a run's progress in bars, and record it in MLflow, in the status file and in the run's result."""
 
     def __init__(
-        self, directory: Path, tracker: Tracker, console: Console | None, status: Mapping[str, Any] | None
+        self,
+        directory: Path,
+        job: Job,
+        tracker: Tracker,
+        console: Console | None,
+        status: Mapping[str, Any] | None,
     ) -> None:
         """Args:
         directory: the run directory.
+        job: the job at its start; `change_tasks` replaces it.
         console: console of the progress bars; standard error by default.
         status: content of the status file, if the run goes on from an earlier start.
         """
@@ -65,9 +71,14 @@ class RunMonitor:
         self._live = LiveStatus(directory)
         self.rejected_calls = 0
         """Number of pushes and joins that came from unknown workers or from replaced processes."""
-        self._tasks = {} if status is None else {name: _TaskStatus(**task) for name, task in status["tasks"].items()}
+        tasks = {} if status is None else {name: _TaskStatus(**task) for name, task in status["tasks"].items()}
+        self._take_job(job, tasks)
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
+
+    def begin(self) -> None:
+        """Write the first status, by which this process claims the run directory."""
+        self._write("running", now=True)
 
     @contextlib.contextmanager
     def showing(self, job: Job) -> Iterator[None]:
@@ -86,12 +97,10 @@ class RunMonitor:
 
     def change_tasks(self, job: Job) -> None:
         """Show the tasks of this job: tasks that it does not have are removed, and new ones are added."""
-        self._job = job
-        steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
-        self._tasks = {name: self._tasks.get(name) or _TaskStatus(steps[name]) for name in steps}
-        for name in self._bar_of.keys() - steps.keys():
+        self._take_job(job, self._tasks)
+        for name in self._bar_of.keys() - self._tasks.keys():
             self._bars.remove_task(self._bar_of.pop(name))
-        for name in steps.keys() - self._bar_of.keys():
+        for name in self._tasks.keys() - self._bar_of.keys():
             status = self._tasks[name]
             self._bar_of[name] = self._bars.add_task(name, total=status.steps, completed=status.made, state="starting")
         self._write("running", now=True)
@@ -149,6 +158,12 @@ class RunMonitor:
             }
             for name, status in self._tasks.items()
         }
+
+    def _take_job(self, job: Job, tasks: Mapping[str, _TaskStatus]) -> None:
+        """Take over a job, and what is known of its tasks."""
+        self._job = job
+        steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
+        self._tasks = {name: tasks.get(name) or _TaskStatus(steps[name]) for name in steps}
 
     def _note_steps(self, name: str, news: list[StepRecord]) -> None:
         status = self._tasks[name]

@@ -1,14 +1,12 @@
 """Training from start to end: start or resume a job, follow it, change its tasks, and write its run directory."""
 
-import contextlib
+import json
 import logging
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -22,10 +20,14 @@ from multitask.errors import TrainingError
 from multitask.job import Job, LoadedInputs
 from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointStore
+from multitask.run.claim import check_new, check_stopped, claiming, empty
 from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
 from multitask.run.finite import check_finite
 from multitask.run.live import STATUS, Request, read_status, requests
+from multitask.run.mlflow_store import sqlite_uri
 from multitask.run.monitor import RunMonitor
+from multitask.run.paths import absolute, moved
+from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
 from multitask.run.tasks import read_tasks, record_of, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
 from multitask.server.messages import Evaluation, mean_top1
@@ -34,10 +36,6 @@ from multitask.spec.reading import dump_spec, dump_yaml, load_spec
 from multitask.spec.schema import JobSpec
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(KeyboardInterrupt):
-    """Training stopped on Ctrl-C and left a checkpoint. The message says how to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +80,25 @@ def train(
         Stopped: the user pressed Ctrl-C, or the sweep asked for a stop. A second Ctrl-C does not wait for the
             checkpoint.
     """
-    spec = load_spec(spec)
-    directory = spec.run_directory.resolve()
-    _check_directory(directory, overwrite)
+    spec = absolute(load_spec(spec))
+    directory = spec.run_directory
+    check_new(directory, overwrite)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     if store.where() is not None and not overwrite:
         raise SpecError(
             f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
-            f"with that run (multitask train --resume {directory}), or use --overwrite."
+            f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
         )
     job = Job(spec, loaded=trial.loaded)
-    if directory.exists():
-        shutil.rmtree(directory)
-    store.clear()
-    directory.mkdir(parents=True)
-    write_spec(directory / "spec.yaml", job.spec)
-    write_tasks(directory, job)
-    return _training(directory, job, store, console, None, trial).run()
+    training = _training(directory, job, store, console, None, trial)
+    with claiming(directory):
+        check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
+        empty(directory)
+        store.clear()
+        write_spec(directory / "spec.yaml", job.spec)
+        write_tasks(directory, job)
+        training.claim()
+    return training.run()
 
 
 def resume(directory: Path, *, console: Console | None = None, trial: Trial = ALONE) -> Run:
@@ -113,26 +113,47 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
         The errors of `train`.
     """
     directory = directory.resolve()
-    if not (directory / "spec.yaml").is_file():
-        raise RunError(f"'{directory}' holds no run (no spec.yaml). Name a directory that `multitask train` uses.")
-    if (directory / "result.json").is_file():
-        raise RunError(f"The run in '{directory}' has ended; there is nothing left to train. Next: multitask export.")
-    # There is no status file if the driver was lost before it wrote one.
-    status = read_status(directory) if (directory / STATUS).is_file() else None
-    if status is not None and status["state"] == "running":
-        raise RunError(
-            f"The run in '{directory}' is running, in process {status['process']} on '{status['host']}'. "
-            "Stop that process first (Ctrl-C)."
-        )
-    # The directory may have moved, or the spec may name it relative to another working directory.
-    spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
+    check_stopped(directory)
+    spec = moved(load_spec(directory / "spec.yaml"), directory)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     records = read_tasks(directory)
     kept = {task.name: record_of(task, records).classes for task in spec.tasks}
     job = Job(spec, store.latest(), trial.loaded, kept)
     warn_of_other_tables(job, records)
-    write_tasks(directory, job)
-    return _training(directory, job, store, console, status, trial).run()
+    with claiming(directory):
+        status = check_stopped(directory)  # again, because another process may have claimed it meanwhile
+        write_spec(directory / "spec.yaml", job.spec)
+        write_tasks(directory, job)
+        training = _training(directory, job, store, console, status, trial)
+        training.claim()
+    return training.run()
+
+
+def track(directory: Path) -> tuple[int, str | None]:
+    """Send MLflow the records that it could not take while a run was trained.
+
+    The MLflow run of a killed driver, which nobody has ended, is marked as failed.
+
+    Args:
+        directory: the run directory.
+    Returns:
+        The number of records that were sent, and the id of the MLflow run.
+    Raises:
+        RunError: there is no run, or it is running and sends its records itself.
+        TrackingError: MLflow still does not take the records.
+    """
+    directory = directory.resolve()
+    read_status(directory)  # so that a directory without a run stays as it is
+    with claiming(directory):
+        status = read_status(directory)
+        if status["state"] == "running":
+            raise RunError(f"The run in '{directory}' is running, and sends its records as soon as MLflow takes them.")
+        tracker = _tracker(directory, moved(load_spec(directory / "spec.yaml"), directory), status, ALONE)
+        sent = tracker.send_waiting(lost=status["state"] == "lost")
+        if tracker.run_id != status["mlflow_run_id"]:
+            content = json.loads((directory / STATUS).read_text())
+            write_json(directory / STATUS, {**content, "mlflow_run_id": tracker.run_id})
+    return sent, tracker.run_id
 
 
 def _training(
@@ -148,18 +169,23 @@ def _training(
     Args:
         status: content of the status file, if the run goes on from an earlier start.
     """
-    spec = job.spec
-    tracker = Tracker(
-        spec.tracking.uri or f"sqlite:///{directory.parent}/mlflow.db",
+    tracker = _tracker(directory, job.spec, status, trial)
+    return Training(directory, job, store, tracker, RunMonitor(directory, job, tracker, console, status), trial)
+
+
+def _tracker(directory: Path, spec: JobSpec, status: Mapping[str, Any] | None, trial: Trial) -> Tracker:
+    return Tracker(
+        spec.tracking.uri or sqlite_uri(directory.parent / "mlflow.db"),
         spec.tracking.experiment,
         spec.name,
         params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
         tasks=_task_params(spec),
+        folder=directory,
+        send_later=f"multitask track {quote(str(directory))}",
         spec_text=dump_yaml(spec),
         parent_run_id=trial.parent_run_id,
         resume_run_id=None if status is None else status["mlflow_run_id"],
     )
-    return Training(directory, job, store, tracker, RunMonitor(directory, tracker, console, status), trial)
 
 
 class Training:
@@ -186,21 +212,25 @@ class Training:
         self._interrupted = False
         self._request: tuple[Request, Job] | None = None
 
+    def claim(self) -> None:
+        """Write that this process runs the training now."""
+        self._monitor.begin()
+
     def run(self) -> Run:
         """Train until the end, and return the finished run."""
-        start = time.perf_counter()
         with (
-            self._tracker,
-            _first_interrupt(self.interrupt),
+            sigterm_as_ctrl_c(),
+            first_interrupt(self.interrupt),
             self._monitor.showing(self._job),
             log_to(self._directory / LOG, self._job.spec.name),
         ):
-            where = self._store.where() or "the start"
-            log.info("Starts from %s, engine %s.", where, self._job.spec.engine.name)
-            for line in describe(self._job.caches):
-                self._monitor.say(line)
             try:
-                outcome = self._run_engine()
+                with self._tracker:
+                    self._train()
+            except Stopped:
+                log.info("Stopped, with a checkpoint.")
+                self._monitor.end("stopped")
+                raise
             except TrainingError as error:
                 log.error("%s", error, extra=error.about)
                 self._monitor.end("failed", str(error))
@@ -209,21 +239,35 @@ class Training:
                 log.error("%r", error)
                 self._monitor.end("failed", repr(error))
                 raise
-            if outcome.paused:
-                log.info("Stopped, with a checkpoint.")
-                self._monitor.end("stopped")
-                raise Stopped(
-                    f"Stopped; the checkpoint is {self._store.where()}. "
-                    f"Go on with: multitask train --resume {self._directory}"
-                )
-            self._finish(outcome, time.perf_counter() - start)
             log.info("Finished.")
+            self._monitor.end("finished")
         return Run(self._directory)
+
+    def _train(self) -> None:
+        """Let the engine train, and write the result.
+
+        Raises:
+            Stopped: the user or the sweep asked for a stop.
+        """
+        start = time.perf_counter()
+        self._monitor.change_tasks(self._job)  # with the id of the MLflow run, which is known now
+        log.info("Starts from %s, engine %s.", self._store.where() or "the start", self._job.spec.engine.name)
+        for line in describe(self._job.caches):
+            self._monitor.say(line)
+        outcome = self._run_engine()
+        if outcome.paused:
+            raise Stopped(
+                f"Stopped; the checkpoint is {self._store.where()}. "
+                f"Go on with: multitask train --resume {quote(str(self._directory))}"
+            )
+        self._finish(outcome, time.perf_counter() - start)
 
     def _explained(self, error: TrainingError) -> TrainingError:
         """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
         where = self._store.where()
-        hint = f"The last checkpoint is {where}; `multitask train --resume {self._directory}` goes on from it."
+        hint = (
+            f"The last checkpoint is {where}; `multitask train --resume {quote(str(self._directory))}` goes on from it."
+        )
         message = f"Run '{self._job.spec.name}': {error}" + (f"\n{hint}" if where is not None else "")
         return type(error)(message, error.about)
 
@@ -330,7 +374,6 @@ class Training:
             "rejected_calls": self._monitor.rejected_calls,
             "tasks": self._monitor.summary(),
         }
-        self._monitor.end("finished")
         write_json(self._directory / "result.json", result)
         self._tracker.log_artifact(self._directory / "result.json")
 
@@ -354,42 +397,3 @@ def _changed(spec: JobSpec, request: Request) -> JobSpec:
 
 def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:
     return {task["name"]: task for task in dump_spec(spec)["tasks"]}
-
-
-@contextlib.contextmanager
-def _first_interrupt(call: Callable[[], None]) -> Iterator[None]:
-    """Handle the first Ctrl-C by calling a function. The next Ctrl-C has its usual effect."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        call()
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # only the main thread may handle signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _check_directory(directory: Path, overwrite: bool) -> None:
-    """Check that a run may be written to this directory.
-
-    Raises:
-        SpecError: the directory has a run, which only `overwrite` replaces, or files that belong to no run.
-    """
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not (directory / "spec.yaml").is_file():
-        raise SpecError(
-            f"Run directory '{directory}' holds other files and no run. Name another directory with `directory`."
-        )
-    ended = (directory / "result.json").is_file()
-    if not overwrite and (ended or (directory / STATUS).is_file()):
-        go_on = "" if ended else f" go on with it (multitask train --resume {directory}),"
-        raise SpecError(
-            f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or use --overwrite."
-        )

@@ -30,7 +30,7 @@ class TrialActor(tune.Trainable):
     """
 
     def setup(  # type: ignore[override] # `tune.with_parameters` passes `loaded` and `parent_run_id`
-        self, config: Mapping[str, Any], loaded: LoadedInputs, parent_run_id: str
+        self, config: Mapping[str, Any], loaded: LoadedInputs, parent_run_id: str | None
     ) -> None:
         """Prepare the first trial.
 

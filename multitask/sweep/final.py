@@ -35,9 +35,11 @@ class Verdict:
         return mean_top1(self.tasks.values())
 
 
-def stopped(directory: Path) -> Stopped:
+def stopped(directory: Path, exit_status: int = Stopped.exit_status) -> Stopped:
     """Return the exception that says that a sweep was interrupted, and how to continue it."""
-    return Stopped(f"Stopped. Continue with the same command and --resume; everything is in {directory}")
+    stop = Stopped(f"Stopped. Continue with the same command and --resume; everything is in {directory}")
+    stop.exit_status = exit_status
+    return stop
 
 
 def run_to_its_end(spec: JobSpec, tracker: Tracker, console: Console) -> Run:
@@ -55,8 +57,8 @@ def run_to_its_end(spec: JobSpec, tracker: Tracker, console: Console) -> Run:
         if (directory / "spec.yaml").is_file():
             return resume(directory, console=console, trial=nested)
         return train(spec, console=console, trial=nested)
-    except Stopped:
-        raise stopped(directory.parent) from None
+    except Stopped as stop:
+        raise stopped(directory.parent, stop.exit_status) from None
 
 
 def retrained_spec(choice: Choice, sweep: str, directory: Path) -> JobSpec:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from multitask.run.mlflow_store import sqlite_uri
 from multitask.spec.errors import SpecError, quoted, shortened
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.schema import JobSpec
@@ -87,7 +88,7 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
     raw |= {"name": f"{spec.name}_{number:04d}", "directory": str(directory / "trials" / f"{number:04d}")}
     tracking = raw.get("tracking") or {}
     if isinstance(tracking, dict):
-        raw["tracking"] = {**tracking, "uri": tracking.get("uri") or f"sqlite:///{directory.parent}/mlflow.db"}
+        raw["tracking"] = {**tracking, "uri": tracking.get("uri") or sqlite_uri(directory.parent / "mlflow.db")}
     if repeat:
         raw["seed"] = raw.get("seed", 0) + repeat
     if weights is not None:

@@ -16,6 +16,7 @@ from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
 from multitask.report.pages import write_sweep_report
 from multitask.run.directory import RunError, write_json
+from multitask.run.stopping import sigterm_as_ctrl_c
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
@@ -46,7 +47,8 @@ class SweepResult:
     """The best setting, or None if there is no setting of which all trials have finished."""
     verdict: Verdict | None
     """The result on the test tables, or None if they were not read."""
-    mlflow_run_id: str
+    mlflow_run_id: str | None
+    """MLflow's id of the sweep's run, or None if MLflow could not be reached."""
 
 
 def run_sweep(
@@ -78,7 +80,7 @@ def run_sweep(
     plans = plan_trials(spec, weights)
     loaded = _check_jobs(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
-    with ray_session():
+    with sigterm_as_ctrl_c(), ray_session():
         places = reserve([plan.spec for plan in plans], list(RayCluster().nodes().values()), spec.concurrent, trials)
         tracker = _make_tracker(spec, plans[0].spec.tracking, trials)
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
@@ -123,6 +125,7 @@ def _conclude(
         Stopped: the sweep is not complete; raised after everything has been written.
     """
     directory, choice = spec.run_directory, choose(outcomes)
+    write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})  # perhaps MLflow could not be reached before
     if complete and choice is not None and verdict is None:
         verdict = _retrain_and_test(spec, choice, directory, tracker, console)
     if outcomes:
@@ -227,6 +230,8 @@ def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Track
         spec.name,
         params={"space": _space(spec), "trials": trials},
         tasks={},
+        folder=spec.run_directory,
+        send_later="the same command and --resume",
         spec_text=to_yaml(dump_sweep(spec)),
         resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,
     )

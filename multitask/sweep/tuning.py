@@ -32,7 +32,7 @@ def run_trials(
     search: "Suggestions | None",
     loaded: LoadedInputs,
     concurrent: int,
-    parent_run_id: str,
+    parent_run_id: str | None,
     console: Console,
 ) -> bool:
     """Have Tune run every trial that has not ended, and return whether all of them came to their end.
@@ -42,7 +42,7 @@ def run_trials(
         search: the searcher that suggests the trials, if the sweep has one.
         loaded: tables and backbones that the trials share.
         concurrent: number of trials that run at the same time.
-        parent_run_id: the MLflow run of the sweep.
+        parent_run_id: the MLflow run of the sweep, if MLflow can be reached.
         console: where the live table is shown.
     """
     asha = spec.scheduler if isinstance(spec.scheduler, AshaScheduler) else None

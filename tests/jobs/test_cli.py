@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from multitask import Stopped, train
 from multitask.run.directory import write_spec
 from multitask.run.live import read_status
+from multitask.run.stopping import first_interrupt, sigterm_as_ctrl_c
 from multitask.server.messages import PushRejectedError
 from multitask.server.parameter_server import ParameterServer
 from multitask.spec.reading import dump_spec
@@ -111,6 +112,24 @@ def test_ctrl_c_ends_training_with_status_130_and_says_how_to_go_on(
     assert stopped.returncode == 130
     assert f"multitask train --resume {spec.run_directory}" in stopped.stderr
     assert json.loads(multitask("status", spec.run_directory, "--json").stdout)["state"] == "stopped"
+
+
+def test_sigterm_ends_training_with_status_143(spec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        with sigterm_as_ctrl_c(), first_interrupt(lambda: None):
+            signal.raise_signal(signal.SIGTERM)
+            raise Stopped("Go on with: multitask train --resume")
+
+    monkeypatch.setattr("multitask.train", stopped, raising=False)
+    ended = multitask("train", spec_file)
+    assert (ended.returncode, ended.stderr) == (143, "Go on with: multitask train --resume\n")
+
+
+def test_track_sends_what_waits(tmp_path: Path) -> None:
+    failed = multitask("track", tmp_path)
+    assert failed.returncode == 1
+    assert "holds no run" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tasks_join_and_leave_a_running_job(make_spec: Callable[..., JobSpec], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ from multitask.job.job import Job
 from multitask.job.tables import open_split
 from multitask.run.directory import Run, RunError
 from multitask.run.live import ask, read_status
+from multitask.run.trainer import Trial, train
+from multitask.server.messages import Evaluation
 from multitask.server.progress import Progress
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec
@@ -197,6 +200,48 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
     assert (whole.directory / "last.safetensors").read_bytes() == (run.directory / "last.safetensors").read_bytes()
     with pytest.raises(RunError, match="has ended"):
         multitask.resume(directory)
+
+
+def test_a_moved_run_goes_on_where_it_is_and_leaves_the_old_place_alone(
+    make_spec: MakeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = make_spec({"pets": {}}, steps=50)
+    old, new = spec.run_directory, tmp_path / "other place, 50%" / "moved"
+    thread = interrupt_when(old, lambda status: status["tasks"]["pets"]["made"] > 0)
+    with pytest.raises(multitask.Stopped):
+        multitask.train(spec)
+    thread.join()
+    new.parent.mkdir()
+    shutil.move(old, new)
+    before = {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")}
+
+    run = multitask.resume(new)
+
+    assert run.result["last"]["round"] == 50
+    assert (run.directory, run.spec.directory) == (new, str(new))
+    assert {path: path.stat().st_mtime_ns for path in old.parent.rglob("*")} == before
+    assert "a new MLflow run begins" in caplog.text
+    client = MlflowClient(f"sqlite:///{new.parent}/mlflow.db")
+    assert client.get_run(run.result["mlflow_run_id"]).info.status == "FINISHED"
+
+
+def test_a_job_that_is_started_again_while_it_trains_is_refused_and_unharmed(make_spec: MakeSpec) -> None:
+    spec = make_spec({"pets": {}}, steps=4)
+    refused: list[str] = []
+
+    def start_again(_: Evaluation) -> None:
+        for overwrite in (False, True):
+            with pytest.raises(SpecError, match="is running, in process") as caught:
+                multitask.train(spec, overwrite=overwrite)
+            refused.append(str(caught.value))
+        with pytest.raises(RunError, match="is running, in process"):
+            multitask.resume(spec.run_directory)
+
+    run = train(spec, trial=Trial(on_evaluation=start_again))
+
+    assert len(refused) == 4
+    assert run.result["last"]["round"] == 4
+    assert (run.directory / "log.jsonl").read_text().count("Starts from") == 1
 
 
 def test_a_run_whose_driver_lives_cannot_be_resumed_and_one_whose_driver_is_gone_is_lost(make_spec: MakeSpec) -> None:

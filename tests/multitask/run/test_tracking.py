@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 import multitask
-from multitask.run.tracking import PARAM_CHARS, Tracker, flatten, shorten
+from multitask.run import outbox, tracking
+from multitask.run.mlflow_store import PARAM_CHARS, MlflowStore, TrackingError, shorten, sqlite_uri
+from multitask.run.outbox import OUTBOX
+from multitask.run.tracking import Tracker, flatten
+from tests.conftest import wait_until
 
 mlflow = pytest.importorskip("mlflow")
 Client = mlflow.MlflowClient
@@ -71,9 +75,9 @@ def test_a_run_whose_process_is_gone_can_be_ended_with_its_tasks(uri: str) -> No
 
         sweep.end_lost(lost.run_id)
 
-        client = Client(tracking_uri=uri)
-        statuses = [client.get_run(i).info.status for i in (lost.run_id, lost.task_run_id("pets"), sweep.run_id)]
-    assert statuses == ["FAILED", "FAILED", "RUNNING"]
+    client = Client(tracking_uri=uri)
+    statuses = [client.get_run(i).info.status for i in (lost.run_id, lost.task_run_id("pets"), sweep.run_id)]
+    assert statuses == ["FAILED", "FAILED", "FINISHED"]
 
 
 def test_an_unknown_parent_is_refused(uri: str) -> None:
@@ -212,26 +216,26 @@ def test_leaving_the_block_ends_the_run_and_its_children(uri: str, error: BaseEx
     assert statuses() == [status] * 3
 
 
-def test_a_start_that_fails_leaves_no_run_running(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"\['a_b'\]"), tracker(uri, tasks={"pets": {}, "cars": {"a+b": 1, "a_b": 2}}):
-        pass
-
-    client = Client(tracking_uri=uri)
-    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
-    assert len(runs) == 3
-    assert {run.info.status for run in runs} == {"FAILED"}
+def test_params_that_cannot_be_told_apart_are_refused_before_anything_is_opened(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"\['a_b'\]"):
+        tracker(uri, tasks={"pets": {}, "cars": {"a+b": 1, "a_b": 2}})
 
 
-def test_the_end_of_the_run_does_not_hide_what_ended_it(uri: str) -> None:
+def test_the_end_of_the_run_does_not_hide_what_ended_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "AGAIN_S", 0.0)
+
     def work() -> None:
         with tracker(uri) as tracked:
             for run_id in (tracked.run_id, tracked.task_run_id("pets"), tracked.task_run_id("cars")):
                 Client(tracking_uri=uri).delete_run(run_id)  # a deleted run cannot be ended
             raise ZeroDivisionError("the training failed")
 
-    with pytest.raises(ZeroDivisionError, match="the training failed") as caught:
+    with pytest.raises(ZeroDivisionError, match="the training failed"):
         work()
-    assert "could not mark run 'three tasks' as FAILED" in caught.value.__notes__[0]
+    assert "1 records of run 'three tasks' are not in MLflow" in caplog.text
+    assert "deleted" in caplog.text
 
 
 def test_long_params_are_cut_with_a_mark_and_kept_whole_beside(uri: str, tmp_path: Path) -> None:
@@ -284,11 +288,8 @@ def test_a_uri_that_cannot_work_names_one_that_does(uri: str) -> None:
 
 
 def test_an_experiment_that_cannot_be_used_says_why(uri: str) -> None:
-    with (
-        pytest.raises(ValueError, match="'Default' is MLflow's own"),
-        Tracker(uri, "Default", "x", params={}, tasks={}),
-    ):
-        pass
+    with pytest.raises(ValueError, match="'Default' is MLflow's own"):
+        Tracker(uri, "Default", "x", params={}, tasks={})
     client = Client(tracking_uri=uri)
     client.delete_experiment(client.create_experiment("demo"))
     with pytest.raises(ValueError, match="mlflow experiments restore"), tracker(uri):
@@ -308,6 +309,7 @@ def test_an_experiment_that_another_process_made_meanwhile_is_used(uri: str, mon
 
 
 def test_a_busy_store_is_asked_again(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "AGAIN_S", 0.01)
     busy = mlflow.exceptions.MlflowException("locked", error_code=mlflow.protos.databricks_pb2.TEMPORARILY_UNAVAILABLE)
     log_batch, failures = Client.log_batch, [busy, busy]
 
@@ -319,7 +321,7 @@ def test_a_busy_store_is_asked_again(uri: str, monkeypatch: pytest.MonkeyPatch) 
     with tracker(uri) as tracked:
         monkeypatch.setattr(Client, "log_batch", sometimes)
         tracked.log_metrics("pets", {"top1": 1.0}, step=0)
-    assert failures == []
+        wait_until(lambda: failures == [])
     assert Client(tracking_uri=uri).get_run(tracked.task_run_id("pets")).data.metrics == {"top1": 1.0}
 
 
@@ -341,6 +343,148 @@ def test_threads_may_share_a_tracker(uri: str) -> None:
     for task in ("pets", "cars"):
         history = client.get_metric_history(tracked.task_run_id(task), "loss")
         assert sorted((m.step, m.value) for m in history) == [(step, step / 7) for step in range(steps)]
+
+
+@pytest.mark.parametrize("path", ["/tmp/a%20b/mlflow.db", "/tmp/runs?new/mlflow.db", "runs/50%25/mlflow.db"])
+def test_a_path_that_mlflow_would_read_as_another_one_is_refused(path: str) -> None:
+    with pytest.raises(TrackingError, match="Rename the directory, or set tracking"):
+        sqlite_uri(Path(path))
+
+
+def test_a_uri_with_a_code_for_a_character_is_refused() -> None:
+    with pytest.raises(TrackingError, match="parts of a URI"):
+        tracker("sqlite:////tmp/a%20b/mlflow.db")
+
+
+def histories(client: Any, tracked: Tracker) -> dict[str, list[tuple[int, float]]]:
+    """Losses of each task, as MLflow has them."""
+    found = {}
+    for task in ("pets", "cars"):
+        run_id = tracked.task_run_id(task)
+        found[task] = [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")]
+    return found
+
+
+def test_what_mlflow_misses_waits_on_disk_and_is_sent_later(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "AGAIN_S", 0.0)
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    with tracker(uri, folder=folder, send_later="multitask track RUN") as tracked:
+        tracked.log_steps("pets", [{"step": 0, "loss": 2.0}])
+        wait_until(lambda: not (folder / OUTBOX).exists())
+        (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
+        tracked.log_steps("pets", [{"step": 1, "loss": 1.0}])
+        tracked.log_steps("cars", [{"step": 0, "loss": 0.5}])
+        tracked.log_artifact(folder / "result.json")
+
+    assert f"4 records of run 'three tasks' are not in MLflow at {uri}" in caplog.text
+    assert "mlflow.db' is gone" in caplog.text
+    assert "send them with: multitask track RUN" in caplog.text
+    assert not (tmp_path / "mlflow.db").exists(), "no empty database stands in for the one that was moved"
+    later = tracker(uri, folder=folder, resume_run_id=tracked.run_id)
+    (tmp_path / "away.db").rename(tmp_path / "mlflow.db")
+    assert later.send_waiting() == 4
+    assert later.send_waiting() == 0
+
+    client = Client(tracking_uri=uri)
+    assert histories(client, tracked) == {"pets": [(0, 2.0), (1, 1.0)], "cars": [(0, 0.5)]}
+    ids = [tracked.run_id, tracked.task_run_id("pets"), tracked.task_run_id("cars")]
+    assert [client.get_run(run_id).info.status for run_id in ids] == ["FINISHED"] * 3
+    assert {file.path for file in client.list_artifacts(tracked.run_id)} == {"result.json"}
+    assert {path.name for path in folder.iterdir()} == {"result.json"}
+
+
+def test_a_run_that_began_without_mlflow_gets_there_later(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "AGAIN_S", 0.0)
+    with monkeypatch.context() as away:
+
+        def fail(*_: Any) -> None:
+            raise ConnectionError("nobody answers")
+
+        away.setattr(MlflowStore, "send", fail)
+        with tracker(uri, folder=tmp_path, params={"seed": 1}, spec_text="seed: 1") as tracked:
+            assert "MLflow cannot be reached (nobody answers). Training does not wait for it" in caplog.text
+            assert (tracked.run_id, tracked.task_run_id("pets")) == (None, None)
+            tracked.log_steps("pets", [{"step": 0, "loss": 2.0}])
+        later = tracker(uri, folder=tmp_path, params={"seed": 1})
+        with pytest.raises(TrackingError, match=r"4 records .* still wait .*nobody answers\. Try again"):
+            later.send_waiting()
+
+    with tracker(uri, folder=tmp_path, params={"seed": 1}) as later:  # the run is resumed
+        later.log_steps("cars", [{"step": 0, "loss": 0.5}])
+
+    client = Client(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    assert {run.info.run_id for run in runs} == {later.run_id, later.task_run_id("pets"), later.task_run_id("cars")}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert client.get_run(later.run_id).data.params == {"seed": "1"}
+    assert histories(client, later) == {"pets": [(0, 2.0)], "cars": [(0, 0.5)]}
+
+
+def test_the_run_of_a_killed_process_is_ended(uri: str, tmp_path: Path) -> None:
+    with tracker(uri, tasks={}, folder=tmp_path):
+        pass
+    killed = tracker(uri, folder=tmp_path)
+    killed.__enter__()  # never left
+
+    tracker(uri, folder=tmp_path, resume_run_id=killed.run_id).send_waiting(lost=True)
+
+    client = Client(tracking_uri=uri)
+    ids = [killed.run_id, killed.task_run_id("pets"), killed.task_run_id("cars")]
+    assert [client.get_run(run_id).info.status for run_id in ids] == ["FAILED"] * 3
+
+
+def test_an_answer_that_is_lost_opens_no_second_run(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_run, lost = Client.create_run, [True, True]
+
+    def unanswered(self: Any, *args: Any, **options: Any) -> Any:
+        run = create_run(self, *args, **options)
+        if lost and lost.pop():
+            raise ConnectionError("the answer is lost")
+        return run
+
+    monkeypatch.setattr(Client, "create_run", unanswered)
+    with tracker(uri) as tracked:
+        pass
+
+    assert lost == []
+    client = Client(tracking_uri=uri)
+    assert len(client.search_runs([client.get_experiment_by_name("demo").experiment_id])) == 3
+    assert client.get_run(tracked.run_id).info.status == "FINISHED"
+
+
+def test_where_the_old_run_is_not_a_new_one_begins_with_a_warning(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    with tracker(uri, resume_run_id="0123456789abcdef0123456789abcdef") as tracked:
+        tracked.log_steps("pets", [{"step": 7, "loss": 1.0}])
+
+    assert f"MLflow at {uri} does not have run 0123456789abcdef0123456789abcdef" in caplog.text
+    assert "a new MLflow run begins" in caplog.text
+    assert histories(Client(tracking_uri=uri), tracked)["pets"] == [(7, 1.0)]
+
+
+def test_a_store_that_was_moved_with_its_artifacts_writes_nothing_to_the_old_place(uri: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new 50%"
+    old.mkdir()
+    shutil.move(uri.removeprefix("sqlite:///"), old / "mlflow.db")
+    with tracker(f"sqlite:///{old}/mlflow.db", spec_text="seed: 0") as before:
+        pass
+    old.rename(new)
+    (new / "late.txt").write_text("late")
+
+    with tracker(f"sqlite:///{new}/mlflow.db", resume_run_id=before.run_id) as after:
+        after.log_artifact(new / "late.txt")
+
+    assert after.run_id == before.run_id
+    assert not old.exists()
+    client, there = Client(tracking_uri=after.tracking_uri), tmp_path / "download"
+    there.mkdir()
+    client.download_artifacts(after.run_id, "", str(there))
+    assert {path.name for path in there.iterdir()} == {"spec.yaml", "late.txt"}
 
 
 def _train(uri: str, offset: int, start: Any, answers: Any) -> None:
