@@ -102,7 +102,8 @@ def open_package(
         backbone = load_backbone(identity["name"], str(weights), **identity["options"]).to(device)
         if backbone.content_hash() != identity["content_hash"]:
             raise _other(path, BACKBONE)
-        models, views, classes = {}, {}, set()
+        models, views = {}, {}
+        classes: set[tuple[str, ...]] = set()
         for model, bundle in bundles.items():
             info = inspect_bundle(bundle)
             if info.payload_sha256 != hashes.get(model):

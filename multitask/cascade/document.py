@@ -151,8 +151,9 @@ def _check_point(point: OperatingPoint, cascade: Cascade) -> None:
                 f"stage {number} of a point has threshold {stage.threshold}, but the last stage, and it alone, has no "
                 "threshold"
             )
-        if not 0 <= stage.right <= stage.answered <= MOST_IMAGES:
-            raise CascadeError(f"stage {number} of a point is right on more images than it answers, or on less than 0")
+        # A stage may be right on more images than it answers: such cascades were made by hand with version 0.1.
+        if not (0 <= stage.right <= MOST_IMAGES and 0 <= stage.answered <= MOST_IMAGES):
+            raise CascadeError(f"stage {number} of a point answers less than 0 images, or more than {MOST_IMAGES}")
         if rule.temperature <= 0 or (rule.score == "predictor" and len(rule.weights) != len(FEATURES)):
             raise CascadeError(f"stage {number} of a point has the ill-formed rule {quoted(rule)}")
         for costs in (cascade.costs, cascade.latency):
