@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,15 +16,21 @@ from multitask.data.predictions import predictions_writer
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, table_batches
+from multitask.run.records import (
+    RESULT_REMEDY,
+    VERSION_REMEDY,
+    RunError,
+    RunResult,
+    VersionFacts,
+    checked,
+    damaged,
+    read_json,
+)
 from multitask.spec.reading import dump_yaml, load_spec
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import write_atomic
 
 Version = Literal["best", "last"]
-
-
-class RunError(ValueError):
-    """A directory does not have the run that was expected. The message says what is missing and how to make it."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +51,40 @@ class Run:
         """Open the directory of a finished run.
 
         Raises:
-            RunError: the directory has no finished run.
+            RunError: the directory has no finished run, or its result is damaged.
+            SpecError: its spec is damaged.
         """
         self.directory = directory
-        if not (directory / "result.json").is_file():
+        path = directory / "result.json"
+        if not path.exists():
             raise RunError(
                 f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
             )
         self.spec = load_spec(directory / "spec.yaml")
-        self.result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+        self.result: dict[str, Any] = read_json(path, RESULT_REMEDY)
+        checked(RunResult, self.result, path, RESULT_REMEDY)
 
     def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
         """Load the backbone of one version of the run, and every task's model on it.
 
         Returns:
             The backbone, and task -> its model in eval mode.
+        Raises:
+            RunError: the file of that version is missing or damaged, or does not fit the run's spec.
         """
-        tensors = load_file(self.directory / f"{version}.safetensors")
+        path = self.directory / f"{version}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, error, VERSION_REMEDY) from error
         backbone = load_backbone(self.spec, weights=None)
-        backbone.network.load_state_dict(_below("backbone/", tensors))
-        models = {}
-        for task in self.spec.tasks:
-            models[task.name] = attach_task(backbone, task, self.spec).eval()
-            models[task.name].load_private_state(_below(f"tasks/{task.name}/", tensors))
+        models = {task.name: attach_task(backbone, task, self.spec).eval() for task in self.spec.tasks}
+        try:
+            backbone.network.load_state_dict(_below("backbone/", tensors))
+            for name, model in models.items():
+                model.load_private_state(_below(f"tasks/{name}/", tensors))
+        except (RuntimeError, patches.PatchError) as error:  # tensors are missing or have other shapes
+            raise damaged(path, f"its tensors do not fit spec.yaml ({error})", VERSION_REMEDY) from error
         return backbone, models
 
     def export(self, version: Version = "best", to: Path | None = None) -> Export:
@@ -166,9 +183,17 @@ def write_version(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the version, the round and the metrics (`tasks`) of a file that `write_version` wrote."""
-    with safe_open(path, "pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["about"])
+    """Return the version, the round and the metrics (`tasks`) of a file that `write_version` wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise damaged(path, repr(error), VERSION_REMEDY) from error
+    checked(VersionFacts, about, path, VERSION_REMEDY)
     return about
 
 

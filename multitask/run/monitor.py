@@ -5,7 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from multitask.job.job import Job
 from multitask.run.live import LiveStatus
+from multitask.run.records import TaskStatus
 from multitask.run.tracking import Tracker
 from multitask.server import progress as server_progress
 from multitask.server.messages import Evaluation, StepRecord
@@ -21,32 +22,6 @@ from multitask.server.messages import Evaluation, StepRecord
 SPEED_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _TaskStatus:
-    """The counts and measurements of a task, as the status file has them."""
-
-    steps: int
-    """Number of steps that all its workers together have to make."""
-    made: int = 0
-    """Number of steps that they have made."""
-    pushes: int = 0
-    """Number of pushes that were applied to the shared tensors."""
-    staleness: int = 0
-    """Sum of the staleness of these pushes."""
-    redone: int = 0
-    lost: int = 0
-    rejected: int = 0
-    skipped: int = 0
-    """Number of images that could not be decoded."""
-    bad_images: list[str] = field(default_factory=list)
-    processes: dict[str, int] = field(default_factory=dict)
-    """Worker -> id of the process that made its last step."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """Validation metrics of each evaluated version, with its round as `step`."""
-    latest: dict[str, float] = field(default_factory=dict)
-    """Loss, rate, staleness and images per second of the last step."""
 
 
 class RunMonitor:
@@ -65,7 +40,7 @@ class RunMonitor:
         self._live = LiveStatus(directory)
         self.rejected_calls = 0
         """Number of pushes and joins that came from unknown workers or from replaced processes."""
-        self._tasks = {} if status is None else {name: _TaskStatus(**task) for name, task in status["tasks"].items()}
+        self._tasks = {} if status is None else {name: TaskStatus(**task) for name, task in status["tasks"].items()}
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
 
@@ -88,7 +63,7 @@ class RunMonitor:
         """Show the tasks of this job: tasks that it does not have are removed, and new ones are added."""
         self._job = job
         steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
-        self._tasks = {name: self._tasks.get(name) or _TaskStatus(steps[name]) for name in steps}
+        self._tasks = {name: self._tasks.get(name) or TaskStatus(steps[name]) for name in steps}
         for name in self._bar_of.keys() - steps.keys():
             self._bars.remove_task(self._bar_of.pop(name))
         for name in steps.keys() - self._bar_of.keys():
@@ -205,7 +180,7 @@ class RunMonitor:
         self._live.write(content, now=now)
 
 
-def _line(status: _TaskStatus) -> str:
+def _line(status: TaskStatus) -> str:
     """Return the text beside a task's progress bar."""
     if not status.latest:
         return "starting"

@@ -13,6 +13,10 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Classes = Annotated[int, Field(ge=1, le=2**20)]
+"""Number of outputs of a head. The limit keeps a slip, or a hostile request, from filling the memory."""
+Pixels = Annotated[int, Field(ge=8, le=2**13)]
+"""Side of an image."""
 ResourceAmount = Annotated[float, Field(ge=0.0001, allow_inf_nan=False)]
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^([A-Za-z0-9.-]+/)?{LABEL}$")]

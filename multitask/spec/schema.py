@@ -10,10 +10,12 @@ from multitask.spec.engines import AsyncSpec, EngineSpec
 from multitask.spec.fields import (
     STRICT,
     Amount,
+    Classes,
     Count,
     LabelKey,
     LabelValue,
     Name,
+    Pixels,
     Rate,
     ResourceAmount,
     Share,
@@ -33,7 +35,7 @@ class BackboneSpec:
     """A key of patches.backbones()."""
     weights: str | None = None
     """A torchvision weight name, or a .safetensors or .pth file. Without it the weights are random."""
-    num_classes: Count = 1000
+    num_classes: Classes = 1000
     """Number of outputs of the backbone's own head. Tasks without `num_classes` share this head."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the backbone's constructor, for example `width_mult`."""
@@ -49,9 +51,9 @@ class TaskSpec:
     """Name of the patch method, or several names joined by '+'."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the patch method."""
-    num_classes: Count | None = None
+    num_classes: Classes | None = None
     """Number of outputs of the task's own head. Without it the task uses the backbone's head."""
-    resolution: Annotated[int, Field(ge=8)]
+    resolution: Pixels
     """Side of the square images, in pixels. A list in a file stands for one task per entry: NAME@96, NAME@128, ..."""
     batch_size: Count = 64
     """Number of images in one forward pass."""
