@@ -16,7 +16,7 @@ from multitask.data.predictions import predictions_writer
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, table_batches
-from multitask.run.records import (
+from multitask.run.files import (
     RESULT_REMEDY,
     VERSION_REMEDY,
     RunError,
@@ -26,6 +26,7 @@ from multitask.run.records import (
     damaged,
     read_json,
 )
+from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_yaml, load_spec
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import write_atomic
@@ -51,8 +52,7 @@ class Run:
         """Open the directory of a finished run.
 
         Raises:
-            RunError: the directory has no finished run, or its result is damaged.
-            SpecError: its spec is damaged.
+            RunError: the directory has no finished run, or its result or its spec is damaged.
         """
         self.directory = directory
         path = directory / "result.json"
@@ -60,7 +60,7 @@ class Run:
             raise RunError(
                 f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
             )
-        self.spec = load_spec(directory / "spec.yaml")
+        self.spec = read_spec(directory / "spec.yaml")
         self.result: dict[str, Any] = read_json(path, RESULT_REMEDY)
         checked(RunResult, self.result, path, RESULT_REMEDY)
 
@@ -200,6 +200,21 @@ def read_about(path: Path) -> dict[str, Any]:
 def write_spec(path: Path, spec: JobSpec) -> None:
     """Write a job spec as YAML, completely or not at all."""
     write_atomic(path, dump_yaml(spec).encode())
+
+
+def read_spec(path: Path) -> JobSpec:
+    """Read the job spec that a run has written.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        return load_spec(path)
+    except SpecError as error:
+        raise RunError(
+            f"The run's spec cannot be read: {error!s:.600} Give '{path}' the content with which the run began: "
+            "its MLflow run keeps it as spec.yaml."
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

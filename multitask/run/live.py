@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multitask.run.directory import write_json
-from multitask.run.records import STATUS_REMEDY, RunError, checked_status, read_json
+from multitask.run.files import STATUS_REMEDY, RunError, checked_status, read_json
 from patches.files import read_regular
 
 STATUS = "status.json"
@@ -43,16 +43,19 @@ class LiveStatus:
         self._path = directory / STATUS
         self._content: Mapping[str, Any] = {}
         self._written = -WRITE_EVERY_S
-        self._fails = False
+        self._fails: bool | None = None
+        """Whether the last write failed; None before the first one."""
         self._lock = threading.Lock()
         process = os.getpid()
         self._writer = {"process": process, "process_start": _start_of(process), "host": socket.gethostname()}
 
     def write(self, content: Mapping[str, Any], *, now: bool = False) -> None:
-        """Replace the file's content. A file that cannot be written ends no run: a warning says so, once.
+        """Replace the file's content. A file that cannot be written later ends no run: a warning says so, once.
 
         Args:
             now: write at once; otherwise the file is written at most once a second.
+        Raises:
+            OSError: the file cannot be written for the first time.
         """
         with self._lock:
             if now or time.monotonic() - self._written >= WRITE_EVERY_S:
@@ -63,6 +66,8 @@ class LiveStatus:
         try:
             write_json(self._path, {**self._content, **self._writer, "updated": time.time()})
         except OSError as error:  # the next write tries again
+            if self._fails is None:
+                raise
             if not self._fails:
                 log.warning("The status cannot be written, so that it shows an earlier state: %s", error)
             self._fails = True

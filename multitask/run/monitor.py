@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from multitask.job.job import Job
+from multitask.run.files import TaskStatus
 from multitask.run.live import LiveStatus
-from multitask.run.records import TaskStatus
 from multitask.run.tracking import Tracker
 from multitask.server import progress as server_progress
 from multitask.server.messages import Evaluation, StepRecord

@@ -24,7 +24,7 @@ from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointError, CheckpointStore
 from multitask.job.room import check_room
 from multitask.job.writing import keep_trying
-from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
+from multitask.run.directory import Run, RunError, read_about, read_spec, write_json, write_spec, write_version
 from multitask.run.live import STATUS, Request, Requests, read_status
 from multitask.run.monitor import RunMonitor
 from multitask.run.tracking import Tracker
@@ -109,7 +109,7 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
         directory: the run directory.
         console, trial: as for `train`.
     Raises:
-        RunError: there is no run, or it has ended, or it is running.
+        RunError: there is no run, or it has ended, or it is running, or one of its files is damaged.
         CheckpointError: all its checkpoints are damaged.
         The errors of `train`.
     """
@@ -126,7 +126,7 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
             "Stop that process first (Ctrl-C)."
         )
     # The directory may have moved, or the spec may name it relative to another working directory.
-    spec = replace(load_spec(directory / "spec.yaml"), directory=str(directory))
+    spec = replace(read_spec(directory / "spec.yaml"), directory=str(directory))
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     job = Job(spec, store.latest(), trial.loaded)
     return _training(directory, job, store, console, status, trial).run()
@@ -284,12 +284,12 @@ class Training:
         """Make the run directory anew if somebody has removed it, or the spec in it, so that the run can end there."""
         path = self._directory / "spec.yaml"
         if not path.exists():
+            keep_trying(f"'{path}'", lambda: write_spec(path, self._job.spec))
             log.warning(
-                "'%s' was removed while the run goes on, and is made anew. What was in it is gone: checkpoints are "
-                "written when they are next due, and the best version is chosen from now on.",
+                "'%s' was removed while the run goes on, and was made anew. If the whole folder was removed, the next "
+                "checkpoint is written when it is due, and the best version is chosen from now on.",
                 path,
             )
-            keep_trying(f"'{path}'", lambda: write_spec(path, self._job.spec))
 
     def interrupt(self) -> None:
         """Let all workers stop after their step, with a checkpoint; then `run` raises Stopped."""

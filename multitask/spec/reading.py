@@ -121,8 +121,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SpecError(f"Job spec '{path}' is not a file. Name a YAML file, for example one of jobs/specs/.")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise SpecError(f"{path}: expected keys and values at the top, found {type(raw).__name__}.")

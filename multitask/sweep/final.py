@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from multitask.run.directory import Run, Version, evaluate_models, write_json
-from multitask.run.records import checked, read_json
+from multitask.run.files import checked, read_json
 from multitask.run.tracking import Tracker
 from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.server.messages import mean_top1

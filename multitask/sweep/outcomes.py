@@ -14,8 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from multitask.run.directory import write_spec
+from multitask.run.files import RESULT_REMEDY, RunResult, checked, read_json
 from multitask.run.live import STATUS, read_status
-from multitask.run.records import RESULT_REMEDY, RunResult, checked, read_json
 from multitask.spec.schema import JobSpec
 from multitask.sweep.plan import TrialPlan, short_names
 from patches.files import write_atomic

@@ -17,7 +17,7 @@ from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
 from multitask.report.pages import write_sweep_report
 from multitask.run.directory import RunError, write_json
-from multitask.run.records import checked, read_json
+from multitask.run.files import checked, read_json
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec

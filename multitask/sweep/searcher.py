@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from ray.tune.search.optuna import OptunaSearch
 
 from multitask.run.directory import write_json
-from multitask.run.records import checked, read_json
+from multitask.run.files import checked, read_json
 from multitask.sweep.actor import METRIC
 from multitask.sweep.outcomes import read_outcome
 from multitask.sweep.plan import TrialPlan

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from multitask.run import live
+from multitask.run.files import RunError
 from multitask.run.live import REQUEST_BYTES, REQUESTS, STATUS, LiveStatus, Requests, ask, read_status
-from multitask.run.records import RunError
 from tests.conftest import wait_until
 
 CONTENT: dict[str, Any] = {
@@ -50,14 +51,22 @@ def test_nothing_is_written_before_the_driver_has_a_state(tmp_path: Path, monkey
 def test_a_status_that_cannot_be_written_is_said_once_and_written_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    status = LiveStatus(tmp_path / "run")
-    (tmp_path / "run").write_bytes(b"")
+    directory = tmp_path / "run"
+    status = LiveStatus(directory)
+    directory.write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        status.write(CONTENT, now=True)
+    directory.unlink()
+    status.write(CONTENT, now=True)
+
+    shutil.rmtree(directory)
+    directory.write_bytes(b"")
     for _ in range(3):
         status.write(CONTENT, now=True)
     assert ["cannot be written" in record.getMessage() for record in caplog.records] == [True]
-    (tmp_path / "run").unlink()
+    directory.unlink()
     status.write(CONTENT, now=True)
-    assert read_status(tmp_path / "run")["state"] == "running"
+    assert read_status(directory)["state"] == "running"
 
 
 def test_a_status_of_version_0_1_is_read_in_todays_words(tmp_path: Path) -> None:
