@@ -122,6 +122,12 @@ def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(
     assert [path for path in folder.rglob(".*") if path.is_file()] == []
 
 
+def test_an_import_that_was_killed_before_it_had_a_plan_begins_anew(import_work: Work, tmp_path: Path) -> None:
+    (tmp_path / "table" / ".import").mkdir(parents=True)
+    import_work.do(tmp_path)
+    assert import_work.check(tmp_path)
+
+
 # The works.
 
 

@@ -142,15 +142,16 @@ def checked(kind: type[Record], content: Any, where: str | Path, remedy: str) ->
         RunError: a value is missing or has another type.
     """
     try:
-        return _adapter(kind).validate_python(content)
+        record: Record = _adapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise damaged(where, f"{place!a:.100}: {first['msg']}", remedy) from None
+    return record
 
 
 @cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -24,7 +24,8 @@ from tests.conftest import store_of
 from tests.disk import full_disk
 
 MakeSpec = Callable[..., JobSpec]
-RunWith = Callable[[Callable[[Job, Driver], None]], Run]
+Disturb = Callable[[Job, Driver], None]
+RunWith = Callable[..., Run]
 
 
 def told(job: Job, version: int, top1: float) -> Evaluation:
@@ -42,12 +43,13 @@ def run_with(job: Job, monkeypatch: pytest.MonkeyPatch) -> RunWith:
     """Run the job, without MLflow, on an engine that reports one evaluation, then does as it is told, and ends."""
     monkeypatch.setattr("multitask.job.writing.WAITS_S", (0.001,))
 
-    def run_with(disturb: Callable[[Job, Driver], None]) -> Run:
+    def run_with(disturb: Disturb, at_the_end: Disturb = lambda *_: None) -> Run:
         def engine(job: Job, driver: Driver) -> Outcome:
             driver.watch([], [told(job, 1, 90.0)], job.progress)
             disturb(job, driver)
             last = told(job, 2, 50.0)
             driver.watch([], [last], job.progress)
+            at_the_end(job, driver)
             return Outcome(versions={"last": last})
 
         monkeypatch.setitem(ENGINES, "local", engine)
@@ -88,6 +90,7 @@ def test_a_best_version_that_is_damaged_or_gone_is_chosen_anew(run_with: RunWith
 
     assert run_with(damage).result["best"]["version"] == 2
     assert run_with(lambda *_: None).result["best"]["version"] == 1  # without damage
+    assert run_with(lambda *_: None, at_the_end=damage).result["best"]["version"] == 2
 
 
 def test_a_file_in_the_checkpoints_place_ends_the_run_with_what_to_do(job: Job, run_with: RunWith) -> None:
