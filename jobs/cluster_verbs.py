@@ -187,7 +187,7 @@ def read_status_there(run: Path, address: str) -> dict[str, Any]:
             f"The cluster's head has no run in '{run}'. Give the run's directory on the cluster: STORAGE/NAME, with "
             "the --storage that `multitask submit` had."
         )
-    return judge_status(status)
+    return judge_status(status, run / STATUS)
 
 
 def connect(address: str | None) -> "JobSubmissionClient":

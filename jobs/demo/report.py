@@ -9,6 +9,7 @@ from rich.table import Table
 from multitask.report import comparison, plots
 from multitask.report.comparison import UNKNOWN, Mode
 from multitask.report.pages import environment, inline, write_cascade_pictures
+from patches.files import write_atomic
 
 Results = Mapping[str, Any]
 """Content of results.json; the functions below name the keys that they read."""
@@ -101,7 +102,7 @@ def write_report(results: Results, directory: Path) -> Path:
     rows = modes(results)
     figures = _figures(results, [mode for mode in rows if mode.mean is not None])
     for figure in figures:
-        (directory / f"{figure.name}.png").write_bytes(figure.light)
+        write_atomic(directory / f"{figure.name}.png", figure.light)
     cascade = results.get("cascade")
     if cascade is not None:
         write_cascade_pictures(cascade, directory)
@@ -121,7 +122,7 @@ def write_report(results: Results, directory: Path) -> Path:
         cascade=cascade,
     )
     path = directory / "report.html"
-    path.write_text(html, encoding="utf-8")
+    write_atomic(path, html.encode())
     return path
 
 

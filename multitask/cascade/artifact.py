@@ -46,6 +46,7 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
     Raises:
         CascadeError: a file is missing in the folder, or the bundles have different classes.
         patches.BundleError: a bundle is damaged.
+        DiskFullError: the disk is full.
     """
     folder = Path(export)
     bundles = {model: folder / f"{model}.patch" for model in cascade.models}
@@ -58,7 +59,8 @@ def save_package(cascade: Cascade, path: str | os.PathLike[str], export: str | o
         "backbone": next(iter(infos.values())).backbone,
         "bundles": {model: info.payload_sha256 for model, info in infos.items()},
     }
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as package:
+    size_bytes = sum(needed.stat().st_size for needed in (folder / BACKBONE, *bundles.values()))
+    with atomic_file(path, size_bytes) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as package:
         package.writestr(MANIFEST, _text(manifest))
         package.write(folder / BACKBONE, BACKBONE)
         for model, bundle in bundles.items():

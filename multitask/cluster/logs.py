@@ -3,8 +3,10 @@
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 LOG = "log.jsonl"
@@ -37,10 +39,29 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class LogFile(WatchedFileHandler):
+    """A log file that the run can do without: lines that cannot be written are left out.
+
+    If the file is removed, the next line begins it anew.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_to(path: Path, run: str) -> Iterator[None]:
     """Append the log records of this package to a file while the block runs. Warnings are still shown on stderr."""
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = LogFile(path, encoding="utf-8")
     file.setFormatter(JsonLines(lambda: {"run": run}))
     handlers: list[logging.Handler] = [file]
     if not PACKAGE.hasHandlers():  # logging itself would have shown warnings; errors are raised too

@@ -23,6 +23,7 @@ from multitask.data.format import ROWS_PER_SHARD, Row, check_classes, write_inde
 from multitask.data.orientation import without_orientation
 from multitask.data.sources import Source
 from multitask.data.storage import DataError, Location, locate
+from patches.files import DiskFullError
 
 NOTES, PLAN = ".import", "plan.json"
 """Folder of the notes about finished shards, and the file in it that describes the import."""
@@ -108,6 +109,7 @@ def import_table(
     Raises:
         DataError: `target` contains another table or another unfinished import, an image cannot be read, or an option
             is out of range.
+        DiskFullError: the disk is full. The same call goes on once there is room.
     """
     where = locate(target)
     classes = check_classes(source.classes, source.name)
@@ -130,6 +132,7 @@ def import_table(
         write_index(
             table, classes, [entry for shard, entry in zip(shards, entries, strict=True) if shard.table == name]
         )
+    notes.delete(PLAN)  # the import is done: without its plan, what is left of the notes means nothing
     notes.remove()
     return {name: len(rows) for name, rows in tables.items()}
 
@@ -165,19 +168,35 @@ def _begin(target: Location, notes: Location, plan: dict[str, Any]) -> None:
         DataError: `target` contains another unfinished import, or files that no import left there.
     """
     if notes.size(PLAN) is not None:
-        found = json.loads(notes.read(PLAN))
+        found = _read_note(notes, PLAN)
         differing = sorted(key for key in plan if found.get(key) != plan[key])
         if differing:
             raise DataError(
                 f"{target.where}: found an unfinished import with other {', '.join(differing)}, expected the same "
                 "values, so that it can go on. Repeat the command that started it, or remove the folder."
             )
-    elif target.names():
+    elif set(target.names()) - {NOTES}:  # the notes alone are those of an import that was killed at its start
         raise DataError(
             f"{target.where}: found a folder that is not empty, expected a new one. Choose another, or remove it first."
         )
     else:
         notes.write_json(PLAN, plan)
+
+
+def _read_note(notes: Location, name: str) -> dict[str, Any]:
+    """Read the plan of an import, or the note about a finished shard.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        note: dict[str, Any] = dict(json.loads(notes.read(name)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{notes.where}/{name}: found a damaged note of an unfinished import ({error!s:.200}). Remove the whole "
+            "folder of the import, and start it again."
+        ) from error
+    return note
 
 
 def _write_all(
@@ -194,7 +213,7 @@ def _write_all(
     """
     notes = target.join(NOTES)
     noted = set(notes.names())
-    entries = {i: json.loads(notes.read(shard.note)) for i, shard in enumerate(shards) if shard.note in noted}
+    entries = {i: _read_note(notes, shard.note) for i, shard in enumerate(shards) if shard.note in noted}
     done, total = sum(entry["rows"] for entry in entries.values()), sum(len(shard.rows) for shard in shards)
     on_rows(done, total)
     shared_source = ray.put(source)
@@ -217,7 +236,7 @@ def _write_all(
                 ray.cancel(call)
             if running:  # wait, so that no task writes any more after the error is raised
                 ray.wait(list(running), num_returns=len(running))
-            raise error.cause if isinstance(error.cause, DataError) else error from None
+            raise error.cause if isinstance(error.cause, DataError | DiskFullError) else error from None
         done += entries[number]["rows"]
         on_rows(done, total)
     return [entries[i] for i in range(len(shards))]

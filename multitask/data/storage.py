@@ -5,12 +5,14 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
+
+from patches.files import naming_full_disk
 
 BLOCK_BYTES = 1 << 22
 """Bytes that are read at once while a file is hashed."""
@@ -104,30 +106,40 @@ class Location:
 
         On a local disk, the content goes to a temporary file in the same directory, which is synchronised and then
         renamed. An object store shows an upload only when it is complete.
+
+        Raises:
+            DiskFullError: the disk is full.
+            OSError: the directory cannot be written.
         """
         self.filesystem.create_dir(self.root, recursive=True)
         target = f"{self.root}/{name}"
         local = isinstance(self.filesystem, pa.fs.LocalFileSystem)
         path = f"{self.root}/.{name}.{secrets.token_hex(4)}{PARTIAL}" if local else target
         stream = self.filesystem.open_output_stream(path)
-        try:
-            yield Sink(stream)
-            stream.close()
-            if local:
-                _synchronise(path)
-                os.replace(path, target)
-                _synchronise(self.root)
-        except BaseException:
-            # Closing an Arrow stream always completes the upload, so the incomplete object has to be deleted.
-            stream.close()
-            self.filesystem.delete_file(path)
-            raise
+        sink = Sink(stream)
+        with naming_full_disk(f"{self.where}/{name}", lambda: sink.bytes):
+            try:
+                yield sink
+                stream.close()
+                if local:
+                    _synchronise(path)
+                    os.replace(path, target)
+                    _synchronise(self.root)
+            except BaseException:
+                # Closing an Arrow stream always completes the upload, so the incomplete object has to be deleted. On a
+                # full disk the closing may fail again, and a folder that was removed has nothing to delete.
+                with suppress(OSError):
+                    stream.close()
+                with suppress(OSError):
+                    self.filesystem.delete_file(path)
+                raise
 
     def remove_partial(self) -> None:
         """Delete the incomplete files that a killed process left behind."""
         for name in self.names():
             if name.endswith(PARTIAL):
-                self.filesystem.delete_file(f"{self.root}/{name}")
+                with suppress(FileNotFoundError):  # another process has removed it
+                    self.filesystem.delete_file(f"{self.root}/{name}")
 
     def delete(self, name: str) -> None:
         """Delete one file."""
@@ -147,12 +159,12 @@ class Sink:
         self._stream = stream
         self._digest = hashlib.sha256()
         self.bytes = 0
-        """Number of bytes written so far."""
+        """Number of bytes that were given to be written so far."""
 
     def write(self, content: Any) -> int:
+        self.bytes += len(content)
         self._stream.write(content)
         self._digest.update(content)
-        self.bytes += len(content)
         return len(content)
 
     def tell(self) -> int:

@@ -1,15 +1,20 @@
 """Checkpoints: one file with everything that a run needs to go on. It is written completely or not at all."""
 
+import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from multitask.data.storage import locate
+from multitask.data.storage import DataError, locate
+from multitask.job.writing import keep_trying
 from multitask.server.messages import is_finite
 from multitask.server.progress import Progress
 
@@ -44,6 +49,10 @@ class Checkpoint:
         return {n.removeprefix(prefix): float(count) for n, count in self.tensors.items() if n.startswith(prefix)}
 
 
+class _DamagedError(ValueError):
+    """A file is not a complete checkpoint. The message says why."""
+
+
 class CheckpointStore:
     """A folder of checkpoints, which are numbered in the order of writing. Only the last few are kept."""
 
@@ -58,16 +67,26 @@ class CheckpointStore:
         one."""
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write a checkpoint, remove the oldest ones beyond the number to keep, and return the path of the new one."""
+        """Write a checkpoint, remove the oldest ones beyond the number to keep, and return the path of the new one.
+
+        Raises:
+            TrainingError: the folder cannot be written, and was not mended within a minute.
+        """
+        progress = json.dumps(checkpoint.progress.to_json())
+        metadata = {"format": FORMAT, "progress": progress, "sha256": _digest(progress, checkpoint.tensors)}
+        content = save(checkpoint.tensors, metadata)
+        return keep_trying(f"The checkpoint in '{self._uri}'", lambda: self._write(content))
+
+    def _write(self, content: bytes) -> str:
         folder = locate(self._uri)
         folder.remove_partial()
         numbers = self._numbers()
         number = numbers[-1] + 1 if numbers else 0
-        metadata = {"format": FORMAT, "progress": json.dumps(checkpoint.progress.to_json())}
-        folder.write(_name(number), save(checkpoint.tensors, metadata))
+        folder.write(_name(number), content)
         self._damaged.discard(number)
         for old in numbers[: len(numbers) + 1 - self._keep]:
-            folder.delete(_name(old))
+            with suppress(FileNotFoundError):  # somebody has removed it
+                folder.delete(_name(old))
         return f"{self._uri}/{_name(number)}"
 
     def latest(self) -> Checkpoint | None:
@@ -77,33 +96,33 @@ class CheckpointStore:
         that is killed can leave an incomplete one.
 
         Raises:
-            CheckpointError: all checkpoints are damaged, or the last one has an unknown format.
+            CheckpointError: all checkpoints are damaged, the last one has an unknown format, or the folder cannot be
+                read.
         """
         self._damaged.clear()
-        for number in reversed(self._numbers()):
+        for number in reversed(self._listed()):
             where = f"{self._uri}/{_name(number)}"
-            content = locate(self._uri).read(_name(number))
             try:
-                tensors = load(content)
-                size = int.from_bytes(content[:8], "little")
-                metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-            except (SafetensorError, ValueError, KeyError) as error:
-                log.warning("%s: this checkpoint is not complete (%s). The one before it is tried.", where, error)
+                return _parsed(self._read(_name(number)), where)
+            except _DamagedError as error:
+                log.warning("%s: this checkpoint is damaged (%s). The one before it is tried.", where, error)
                 self._damaged.add(number)
-                continue
-            if metadata["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{where}: found format {metadata['format']}, expected {FORMAT}. Go on with the version of "
-                    "multitask that wrote it."
-                )
-            return Checkpoint(Progress.from_json(json.loads(metadata["progress"])), tensors)
         if self._damaged:
             raise CheckpointError(
                 f"{self._uri}: expected a complete checkpoint, found only damaged files "
-                f"({', '.join(map(_name, sorted(self._damaged)))}). Restore one of them from a copy, or remove these "
-                "files to go on from the start."
+                f"({', '.join(map(_name, sorted(self._damaged)[-5:]))}). Restore one of them from a copy, or remove "
+                "these files to go on from the start."
             )
         return None
+
+    def _read(self, name: str) -> bytes:
+        folder = locate(self._uri)
+        if folder.size(name) is None:  # reading a pipe would wait for ever
+            raise _DamagedError("it is not a file")
+        try:
+            return folder.read(name)
+        except (DataError, OSError) as error:
+            raise _DamagedError(str(error)) from error
 
     def clear(self) -> None:
         """Remove all checkpoints, for a run that starts from the beginning."""
@@ -112,14 +131,71 @@ class CheckpointStore:
             locate(self._uri).delete(_name(number))
 
     def where(self) -> str | None:
-        """Return the path of the last checkpoint that `latest` did not find damaged, or None."""
-        numbers = self._numbers()
+        """Return the path of the last checkpoint that `latest` did not find damaged, or None.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        numbers = self._listed()
         return f"{self._uri}/{_name(numbers[-1])}" if numbers else None
 
+    def _listed(self) -> list[int]:
+        """Return `_numbers` for a reader.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        try:
+            return self._numbers()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._uri}: expected a folder of checkpoints that can be read, found none ({error}). If something "
+                "else is in its place, move that away and put the folder back."
+            ) from error
+
     def _numbers(self) -> list[int]:
+        """Return the numbers of the checkpoints that `latest` did not find damaged, in ascending order."""
         matches = (_NAME.match(name) for name in locate(self._uri).names())
         return sorted({int(match[1]) for match in matches if match} - self._damaged)
 
 
 def _name(number: int) -> str:
     return f"checkpoint-{number:06d}.safetensors"
+
+
+def _parsed(content: bytes, where: str) -> Checkpoint:
+    """Return the checkpoint that a file holds.
+
+    Raises:
+        CheckpointError: the file has another format.
+        _DamagedError: the file is not complete, or has changed since it was written.
+    """
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+        version, progress = metadata["format"], metadata["progress"]
+        # Checkpoints of version 0.1 have no digest.
+        whole = "sha256" not in metadata or metadata["sha256"] == _digest(progress, tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _DamagedError(f"{error!r:.200}") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{where}: found format {version!r:.20}, expected {FORMAT}. Go on with the version of multitask that wrote "
+            "it."
+        )
+    if not whole:
+        raise _DamagedError("its content has changed since it was written")
+    try:
+        return Checkpoint(Progress.from_json(json.loads(progress)), tensors)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"its progress cannot be read: {error!s:.200}") from error
+
+
+def _digest(progress: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, in hexadecimal digits, of everything that a checkpoint holds."""
+    digest = hashlib.sha256(progress.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import patches
+from multitask.job.checkpoint import CheckpointError
 from multitask.server.layout import Layout, flatten, make_layout, named_tensors, tensor_roles
 from multitask.server.messages import GroupValues, as_tensor
 
@@ -63,21 +64,40 @@ class Group:
         return found
 
     def restored(self, tensors: Mapping[str, Tensor]) -> "Group":
-        """Return this group with the tensors of a checkpoint. A tensor that the checkpoint lacks keeps its value."""
+        """Return this group with the tensors of a checkpoint. A tensor that the checkpoint lacks keeps its value.
+
+        Raises:
+            CheckpointError: a tensor has another shape than the job's.
+        """
         values, counters = self.values.clone(), self.counters.clone()
         for name, view in self.layout.tensors(values, counters).items():
-            view.copy_(tensors.get(f"values/{self.owner}/{name}", view))
+            _copy(tensors, f"values/{self.owner}/{name}", view)
         slots: dict[str, Tensor] = {}
         scalars: dict[str, float] = {}
         kinds = {tuple(name.split("/", 2)[:2]) for name in tensors}
         for slot in self.layout.trained_slots():
             for prefix, kind in kinds:
-                tensor = tensors.get(f"{prefix}/{kind}/{self.owner}/{slot.name}")
-                if tensor is not None and prefix == "slots":
-                    slot.view(slots.setdefault(kind, torch.zeros(self.layout.trained))).copy_(tensor)
-                elif tensor is not None and prefix == "scalars":
-                    scalars[kind] = float(tensor)
+                name = f"{prefix}/{kind}/{self.owner}/{slot.name}"
+                if name in tensors and prefix == "slots":
+                    _copy(tensors, name, slot.view(slots.setdefault(kind, torch.zeros(self.layout.trained))))
+                elif name in tensors and prefix == "scalars":
+                    scalars[kind] = float(tensors[name])
         return replace(self, values=values, counters=counters, slots=slots, scalars=scalars)
+
+
+def _copy(tensors: Mapping[str, Tensor], name: str, to: Tensor) -> None:
+    """Copy a tensor of a checkpoint, if the checkpoint has it.
+
+    Raises:
+        CheckpointError: it has another shape.
+    """
+    tensor = tensors.get(name, to)
+    if tensor.shape != to.shape:
+        raise CheckpointError(
+            f"The checkpoint has shape {tuple(tensor.shape)} for '{name}', and the job has {tuple(to.shape)}. Give the "
+            "run's spec.yaml the content with which the run began, or start a new run."
+        )
+    to.copy_(tensor)
 
 
 def plan_groups(

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from multitask.report import plots
+from patches.files import write_atomic
 
 
 def environment(*packages: str) -> jinja2.Environment:
@@ -47,16 +48,16 @@ def write_cascade_report(title: str, section: Mapping[str, Any], directory: Path
     write_cascade_pictures(section, directory)
     html = environment().get_template("cascade.html").render(title=title, cascade=section, colours=[])
     path = directory / "cascade.html"
-    path.write_text(html, encoding="utf-8")
+    write_atomic(path, html.encode())
     return path
 
 
 def write_cascade_pictures(section: Mapping[str, Any], directory: Path) -> None:
     """Write the figures of a section about a cascade as PNG files, and `stages.png` if the section has a sheet."""
     for figure in section["figures"]:
-        (directory / f"{figure.name}.png").write_bytes(figure.light)
+        write_atomic(directory / f"{figure.name}.png", figure.light)
     if section["sheet"] is not None:
-        (directory / "stages.png").write_bytes(section["sheet"])
+        write_atomic(directory / "stages.png", section["sheet"])
 
 
 def write_sweep_report(title: str, section: Mapping[str, Any], directory: Path) -> Path:
@@ -69,5 +70,5 @@ def write_sweep_report(title: str, section: Mapping[str, Any], directory: Path) 
     """
     html = environment().get_template("sweep.html").render(title=title, sweep=section)
     path = directory / "report.html"
-    path.write_text(html, encoding="utf-8")
+    write_atomic(path, html.encode())
     return path

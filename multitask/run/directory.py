@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -17,7 +17,17 @@ from multitask.errors import RunError
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, table_batches
+from multitask.run.files import (
+    RESULT_REMEDY,
+    VERSION_REMEDY,
+    RunResult,
+    VersionFacts,
+    checked,
+    damaged,
+    read_json,
+)
 from multitask.run.tasks import read_tasks, record_of
+from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_yaml, load_spec
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import write_atomic
@@ -43,15 +53,17 @@ class Run:
         """Open the directory of a finished run.
 
         Raises:
-            RunError: the directory has no finished run.
+            RunError: the directory has no finished run, or its result or its spec is damaged.
         """
         self.directory = directory
-        if not (directory / "result.json").is_file():
+        path = directory / "result.json"
+        if not path.exists():
             raise RunError(
                 f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
             )
-        self.spec = load_spec(directory / "spec.yaml")
-        self.result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+        self.spec = read_spec(directory / "spec.yaml")
+        self.result: dict[str, Any] = read_json(path, RESULT_REMEDY)
+        checked(RunResult, self.result, path, RESULT_REMEDY)
         self._tasks = read_tasks(directory)
 
     def models(self, version: Version = "best") -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
@@ -59,16 +71,24 @@ class Run:
 
         Returns:
             The backbone, and task -> its model in eval mode, with the class list that the task began with.
+        Raises:
+            RunError: the file of that version is missing or damaged, or does not fit the run's spec.
         """
-        tensors = load_file(self.directory / f"{version}.safetensors")
+        path = self.directory / f"{version}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, error, VERSION_REMEDY) from error
         backbone = load_backbone(self.spec, weights=None)
-        backbone.network.load_state_dict(_below("backbone/", tensors))
-        models = {}
-        for task in self.spec.tasks:
-            models[task.name] = attach_task(backbone, task, self.spec).eval()
-            models[task.name].load_private_state(_below(f"tasks/{task.name}/", tensors))
-            if task.name in self._tasks:
-                models[task.name].classes = self._tasks[task.name].classes
+        models = {task.name: attach_task(backbone, task, self.spec).eval() for task in self.spec.tasks}
+        try:
+            backbone.network.load_state_dict(_below("backbone/", tensors))
+            for name, model in models.items():
+                model.load_private_state(_below(f"tasks/{name}/", tensors))
+        except (RuntimeError, patches.PatchError) as error:  # tensors are missing or have other shapes
+            raise damaged(path, f"its tensors do not fit spec.yaml ({error})", VERSION_REMEDY) from error
+        for name in models.keys() & self._tasks.keys():
+            models[name].classes = self._tasks[name].classes
         return backbone, models
 
     def export(self, version: Version = "best", to: Path | None = None) -> Export:
@@ -172,15 +192,38 @@ def write_version(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the version, the round and the metrics (`tasks`) of a file that `write_version` wrote."""
-    with safe_open(path, "pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["about"])
+    """Return the version, the round and the metrics (`tasks`) of a file that `write_version` wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise damaged(path, repr(error), VERSION_REMEDY) from error
+    checked(VersionFacts, about, path, VERSION_REMEDY)
     return about
 
 
 def write_spec(path: Path, spec: JobSpec) -> None:
     """Write a job spec as YAML, completely or not at all."""
     write_atomic(path, dump_yaml(spec).encode())
+
+
+def read_spec(path: Path) -> JobSpec:
+    """Read the job spec that a run has written.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        return load_spec(path)
+    except SpecError as error:
+        raise RunError(
+            f"The run's spec cannot be read: {error!s:.600} Give '{path}' the content with which the run began: "
+            "its MLflow run keeps it as spec.yaml."
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

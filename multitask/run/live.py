@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multitask.run.directory import RunError, write_json
-from multitask.server.progress import with_current_names
+from multitask.run.directory import write_json
+from multitask.run.files import STATUS_REMEDY, RunError, checked_status, read_json
+from patches.files import read_regular
 
 STATUS = "status.json"
 REQUESTS = "requests"
@@ -26,6 +28,12 @@ SILENT_S = 60.0
 """Time without a write after which a driver on another machine counts as lost."""
 POLL_S = 0.2
 """Time between two looks at a file that another process writes."""
+REQUEST_BYTES = 1 << 20
+"""Largest size of a request."""
+ANSWER_CHARS = 1000
+"""Greatest length of the error in an answer."""
+
+log = logging.getLogger(__name__)
 
 
 class LiveStatus:
@@ -35,15 +43,19 @@ class LiveStatus:
         self._path = directory / STATUS
         self._content: Mapping[str, Any] = {}
         self._written = -WRITE_EVERY_S
+        self._fails: bool | None = None
+        """Whether the last write failed; None before the first one."""
         self._lock = threading.Lock()
         process = os.getpid()
         self._writer = {"process": process, "process_start": _start_of(process), "host": socket.gethostname()}
 
     def write(self, content: Mapping[str, Any], *, now: bool = False) -> None:
-        """Replace the file's content.
+        """Replace the file's content. A file that cannot be written later ends no run: a warning says so, once.
 
         Args:
             now: write at once; otherwise the file is written at most once a second.
+        Raises:
+            OSError: the file cannot be written for the first time.
         """
         with self._lock:
             if now or time.monotonic() - self._written >= WRITE_EVERY_S:
@@ -51,7 +63,16 @@ class LiveStatus:
                 self._write()
 
     def _write(self) -> None:
-        write_json(self._path, {**self._content, **self._writer, "updated": time.time()})
+        try:
+            write_json(self._path, {**self._content, **self._writer, "updated": time.time()})
+        except OSError as error:  # the next write tries again
+            if self._fails is None:
+                raise
+            if not self._fails:
+                log.warning("The status cannot be written, so that it shows an earlier state: %s", error)
+            self._fails = True
+        else:
+            self._fails = False
         self._written = time.monotonic()
 
     @contextlib.contextmanager
@@ -61,7 +82,7 @@ class LiveStatus:
 
         def beat() -> None:
             while not ended.wait(BEAT_S):
-                with self._lock, contextlib.suppress(OSError):  # the disk may be full; the next beat tries again
+                with self._lock:
                     if self._content and time.monotonic() - self._written >= BEAT_S:
                         self._write()
 
@@ -78,25 +99,29 @@ def read_status(directory: Path) -> dict[str, Any]:
     """Read a run's status file, and judge it with `judge_status`.
 
     Raises:
-        RunError: no run was started in this directory.
+        RunError: no run was started in this directory, or its status file is damaged.
     """
     path = directory / STATUS
-    if not path.is_file():
+    if not path.exists():
         raise RunError(
             f"'{directory}' holds no run ({STATUS} is missing). Name a directory that `multitask train` uses."
         )
-    return judge_status(json.loads(path.read_text()))
+    return judge_status(read_json(path, STATUS_REMEDY), path)
 
 
-def judge_status(status: Mapping[str, Any]) -> dict[str, Any]:
+def judge_status(status: Any, where: str | Path) -> dict[str, Any]:
     """Complete the content of a status file with `silent_s`, the seconds since it was written, and with lost drivers.
 
     The state "running" becomes "lost" if the driver's process on this machine is gone, or if a driver on another
     machine has not written for a minute. Keys of version 0.1 get their present names.
+
+    Args:
+        where: name of the file in messages.
+    Raises:
+        RunError: the content is not that of a status file.
     """
-    judged = {**with_current_names(status), "silent_s": max(0.0, time.time() - status["updated"])}
-    if "tasks" in judged:
-        judged["tasks"] = {name: with_current_names(task) for name, task in judged["tasks"].items()}
+    judged = checked_status(status, where)
+    judged["silent_s"] = max(0.0, time.time() - judged["updated"])
     if judged["state"] == "running" and not _is_alive(judged):
         judged["state"] = "lost"
     return judged
@@ -139,19 +164,77 @@ class Request:
     remove: str | None
     """Name of the task to remove; None in a request to add one."""
 
-    def answer(self, error: str | None = None) -> None:
+
+class Requests:
+    """The requests in a run directory.
+
+    Anybody may have written the files, so nothing in them can stop the run: what is no request is answered with an
+    error and set aside, under another ending.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._folder = directory / REQUESTS
+        self._settled: set[str] = set()
+        """Names of the files that were dealt with and could not be removed."""
+
+    def waiting(self) -> list[Request]:
+        """Return the requests that are not answered yet, the oldest first."""
+        found = []
+        for path in self._paths():
+            try:
+                found.append((path.lstat().st_mtime, _read_request(path)))
+            except FileNotFoundError:  # the process that asked has removed its request
+                continue
+            except (OSError, ValueError, RecursionError) as error:
+                self._settle(path, f"'{path.name}' is no request: {error!s:.200}")
+        return [request for _, request in sorted(found, key=lambda one: one[0])]
+
+    def answer(self, request: Request, error: str | None = None) -> None:
         """Answer that the change was made, or give the error that prevented it."""
-        write_json(self.path.with_suffix(".answer"), {"error": error})
-        self.path.unlink(missing_ok=True)  # the process that asked may have removed its request
+        self._settle(request.path, error and error[:ANSWER_CHARS], remove=True)
+
+    def _paths(self) -> list[Path]:
+        if self._folder.is_symlink():  # files elsewhere are none of this run's
+            return []
+        try:
+            names = os.listdir(self._folder)
+        except OSError:  # nobody has asked for anything, or something else has the folder's name
+            return []
+        return [self._folder / name for name in names if name.endswith(".json") and name not in self._settled]
+
+    def _settle(self, path: Path, error: str | None, *, remove: bool = False) -> None:
+        """Write an answer, and remove the request or set it aside."""
+        try:
+            write_json(path.with_suffix(".answer"), {"error": error})
+        except OSError as problem:
+            log.warning("A request cannot be answered: %s", problem)
+        try:
+            if remove:
+                path.unlink(missing_ok=True)  # the process that asked may have removed its request
+            else:
+                log.warning("%s. It is set aside.", error)
+                path.rename(path.with_suffix(".rejected"))
+        except OSError as problem:
+            log.warning("A request cannot be removed, and is not read again: %s", problem)
+            self._settled.add(path.name)
 
 
-def requests(directory: Path) -> list[Request]:
-    """Return the requests that are not answered yet, the oldest first."""
-    found = []
-    for path in (directory / REQUESTS).glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # the process that asked has removed its request
-            found.append((path.stat().st_mtime, Request(path, **json.loads(path.read_text()))))
-    return [request for _, request in sorted(found, key=lambda one: one[0])]
+def _read_request(path: Path) -> Request:
+    """Read a request.
+
+    Raises:
+        FileNotFoundError: it was removed.
+        OSError, ValueError, RecursionError: the file is not a request.
+    """
+    content = json.loads(read_regular(path, REQUEST_BYTES))
+    if not isinstance(content, dict) or content.keys() - {"attach", "remove"}:
+        raise ValueError("expected the keys 'attach' and 'remove'")
+    attach, remove = content.get("attach"), content.get("remove")
+    if (attach is None) == (remove is None):
+        raise ValueError("expected a value for either 'attach' or 'remove'")
+    if not isinstance(attach, dict | None) or not isinstance(remove, str | None):
+        raise ValueError("expected a task under 'attach', or a name under 'remove'")
+    return Request(path, attach, remove)
 
 
 def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str | None = None) -> None:
@@ -166,9 +249,14 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
             f"The run in '{directory}' is {state}. Tasks are added to and removed from running jobs only; "
             f"`multitask train --resume {directory}` resumes a job that stopped."
         )
-    (directory / REQUESTS).mkdir(exist_ok=True)
     path = directory / REQUESTS / f"{uuid.uuid4().hex}.json"
-    write_json(path, {"attach": attach and dict(attach), "remove": remove})
+    try:
+        write_json(path, {"attach": attach and dict(attach), "remove": remove})
+    except OSError as error:
+        raise RunError(
+            f"The run in '{directory}' goes on unchanged, because the request cannot be written: {error}. Put a folder "
+            f"that can be written in the place of '{path.parent}'."
+        ) from error
     answer = path.with_suffix(".answer")
     while not answer.is_file():
         time.sleep(POLL_S)
@@ -176,7 +264,7 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
         if state != "running" and not answer.is_file():
             path.unlink(missing_ok=True)
             raise RunError(f"The run in '{directory}' is {state} and did not make the change.")
-    error = json.loads(answer.read_text())["error"]
+    error = read_json(answer, "See `multitask status` for whether the change was made.")["error"]
     answer.unlink()
     if error:
         raise RunError(f"The run in '{directory}' goes on unchanged: {error}")

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from multitask.job.job import Job
+from multitask.run.files import TaskStatus
 from multitask.run.live import LiveStatus
 from multitask.run.tracking import Tracker
 from multitask.server import progress as server_progress
@@ -21,32 +22,6 @@ from multitask.server.messages import Evaluation, StepRecord
 SPEED_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _TaskStatus:
-    """The counts and measurements of a task, as the status file has them."""
-
-    steps: int
-    """Number of steps that all its workers together have to make."""
-    made: int = 0
-    """Number of steps that they have made."""
-    pushes: int = 0
-    """Number of pushes that were applied to the shared tensors."""
-    staleness: int = 0
-    """Sum of the staleness of these pushes."""
-    redone: int = 0
-    lost: int = 0
-    rejected: int = 0
-    skipped: int = 0
-    """Number of images that could not be decoded."""
-    bad_images: list[str] = field(default_factory=list)
-    processes: dict[str, int] = field(default_factory=dict)
-    """Worker -> id of the process that made its last step."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """Validation metrics of each evaluated version, with its round as `step`."""
-    latest: dict[str, float] = field(default_factory=dict)
-    """Loss, rate, staleness and images per second of the last step."""
 
 
 class RunMonitor:
@@ -71,7 +46,7 @@ class RunMonitor:
         self._live = LiveStatus(directory)
         self.rejected_calls = 0
         """Number of pushes and joins that came from unknown workers or from replaced processes."""
-        tasks = {} if status is None else {name: _TaskStatus(**task) for name, task in status["tasks"].items()}
+        tasks = {} if status is None else {name: TaskStatus(**task) for name, task in status["tasks"].items()}
         self._take_job(job, tasks)
         self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
         self._versions = {int(point["version"]) for task in self._tasks.values() for point in task.curve}
@@ -159,11 +134,11 @@ class RunMonitor:
             for name, status in self._tasks.items()
         }
 
-    def _take_job(self, job: Job, tasks: Mapping[str, _TaskStatus]) -> None:
+    def _take_job(self, job: Job, tasks: Mapping[str, TaskStatus]) -> None:
         """Take over a job, and what is known of its tasks."""
         self._job = job
         steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
-        self._tasks = {name: tasks.get(name) or _TaskStatus(steps[name]) for name in steps}
+        self._tasks = {name: tasks.get(name) or TaskStatus(steps[name]) for name in steps}
 
     def _note_steps(self, name: str, news: list[StepRecord]) -> None:
         status = self._tasks[name]
@@ -220,7 +195,7 @@ class RunMonitor:
         self._live.write(content, now=now)
 
 
-def _line(status: _TaskStatus) -> str:
+def _line(status: TaskStatus) -> str:
     """Return the text beside a task's progress bar."""
     if not status.latest:
         return "starting"

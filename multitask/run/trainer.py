@@ -19,11 +19,13 @@ from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
 from multitask.job import Job, LoadedInputs
 from multitask.job.caches import describe
-from multitask.job.checkpoint import CheckpointStore
+from multitask.job.checkpoint import CheckpointError, CheckpointStore
+from multitask.job.room import check_room
+from multitask.job.writing import keep_trying
 from multitask.run.claim import check_new, check_stopped, claiming, empty
-from multitask.run.directory import Run, RunError, read_about, write_json, write_spec, write_version
+from multitask.run.directory import Run, RunError, read_about, read_spec, write_json, write_spec, write_version
 from multitask.run.finite import check_finite
-from multitask.run.live import STATUS, Request, read_status, requests
+from multitask.run.live import STATUS, Request, Requests, read_status
 from multitask.run.mlflow_store import sqlite_uri
 from multitask.run.monitor import RunMonitor
 from multitask.run.paths import absolute, moved
@@ -76,7 +78,7 @@ def train(
         The finished run, with `result`, `models()` and `export()`.
     Raises:
         SpecError and the errors of patches and data: the job cannot run. They are raised before anything starts.
-        TrainingError: a worker failed, or the cluster has no place for it.
+        TrainingError: a worker failed, the cluster has no place for it, or a file could not be written for a minute.
         Stopped: the user pressed Ctrl-C, or the sweep asked for a stop. A second Ctrl-C does not wait for the
             checkpoint.
     """
@@ -90,6 +92,8 @@ def train(
             f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
         )
     job = Job(spec, loaded=trial.loaded)
+    if not directory.exists():
+        check_room(job)
     training = _training(directory, job, store, console, None, trial)
     with claiming(directory):
         check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
@@ -108,13 +112,13 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
         directory: the run directory.
         console, trial: as for `train`.
     Raises:
-        RunError: there is no run, or it has ended, or it is running.
+        RunError: there is no run, or it has ended, or it is running, or one of its files is damaged.
         CheckpointError: all its checkpoints are damaged.
         The errors of `train`.
     """
     directory = directory.resolve()
     check_stopped(directory)
-    spec = moved(load_spec(directory / "spec.yaml"), directory)
+    spec = moved(read_spec(directory / "spec.yaml"), directory)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     records = read_tasks(directory)
     kept = {task.name: record_of(task, records).classes for task in spec.tasks}
@@ -210,6 +214,7 @@ class Training:
         self._tracker, self._monitor = tracker, monitor
         self._cluster = RayCluster() if cluster is None else cluster
         self._interrupted = False
+        self._requests = Requests(directory)
         self._request: tuple[Request, Job] | None = None
 
     def claim(self) -> None:
@@ -264,12 +269,14 @@ class Training:
 
     def _explained(self, error: TrainingError) -> TrainingError:
         """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
-        where = self._store.where()
-        hint = (
-            f"The last checkpoint is {where}; `multitask train --resume {quote(str(self._directory))}` goes on from it."
-        )
-        message = f"Run '{self._job.spec.name}': {error}" + (f"\n{hint}" if where is not None else "")
-        return type(error)(message, error.about)
+        go_on = f"`multitask train --resume {quote(str(self._directory))}`"
+        try:
+            where = self._store.where()
+        except CheckpointError as problem:
+            hint = f"\nThe checkpoints cannot be read ({problem}) Then {go_on} goes on."
+        else:
+            hint = "" if where is None else f"\nThe last checkpoint is {where}; {go_on} goes on from it."
+        return type(error)(f"Run '{self._job.spec.name}': {error}{hint}", error.about)
 
     def _run_engine(self) -> Outcome:
         """Run the engine until the job ends or is interrupted. Each change of its tasks starts the engine again."""
@@ -280,7 +287,7 @@ class Training:
             recoveries += outcome.recoveries
             outcome.recoveries = recoveries
             if self._request is not None and not outcome.paused:
-                self._request[0].answer("the run has ended.")
+                self._requests.answer(self._request[0], "the run has ended.")
             if self._request is None or not outcome.paused:
                 return outcome
             self._change_tasks(*self._request)
@@ -307,13 +314,36 @@ class Training:
         decides, and not the server, because a server that went back to a checkpoint does not know the evaluations after
         that checkpoint.
         """
-        best = self._directory / "best.safetensors"
-        tasks = read_about(best)["tasks"] if best.is_file() else {}
+        tasks = self._best_tasks() or {}
         return tasks.keys() != evaluation.metrics.keys() or evaluation.mean_top1 > mean_top1(tasks.values())
+
+    def _best_tasks(self) -> dict[str, dict[str, float]] | None:
+        """Return the metrics of the best version on disk, or None if there is none that can be read."""
+        best = self._directory / "best.safetensors"
+        if not best.exists():
+            return None
+        try:
+            tasks: dict[str, dict[str, float]] = read_about(best)["tasks"]
+        except RunError as error:
+            log.warning("The best version is chosen anew, because the one before cannot be read: %s", error)
+            return None
+        return tasks
 
     def _write_version(self, name: str, version: Evaluation) -> None:
         about = {"version": version.version, "round": version.round, "tasks": version.metrics}
-        write_version(self._directory / f"{name}.safetensors", *self._job.state(version.groups), about)
+        path, tensors = self._directory / f"{name}.safetensors", self._job.state(version.groups)
+        keep_trying(f"'{path}'", lambda: write_version(path, *tensors, about))
+
+    def _keep_directory(self) -> None:
+        """Make the run directory anew if somebody has removed it, or the spec in it, so that the run can end there."""
+        path = self._directory / "spec.yaml"
+        if not path.exists():
+            keep_trying(f"'{path}'", lambda: write_spec(path, self._job.spec))
+            log.warning(
+                "'%s' was removed while the run goes on, and was made anew. If the whole folder was removed, the next "
+                "checkpoint is written when it is due, and the best version is chosen from now on.",
+                path,
+            )
 
     def interrupt(self) -> None:
         """Let all workers stop after their step, with a checkpoint; then `run` raises Stopped."""
@@ -322,16 +352,17 @@ class Training:
 
     def _wants_pause(self) -> bool:
         """Return whether to pause: after Ctrl-C, if the sweep asks, or to change the job's tasks on a valid request."""
+        self._keep_directory()
         if self._interrupted or self._trial.wants_stop() or self._request is not None:
             return True
-        for request in requests(self._directory):
+        for request in self._requests.waiting():
             try:
                 # The changed job is built before the pause: an error is answered while training goes on, and only this
                 # process reads and checks a new task's data.
                 job = self._job.changed(_changed(self._job.spec, request))
                 check_places(self._cluster, job.spec)
             except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
-                request.answer(str(error) or repr(error))
+                self._requests.answer(request, str(error) or repr(error))
             else:
                 self._request = request, job
                 return True
@@ -345,22 +376,25 @@ class Training:
             before = self._job.restored(checkpoint)
             backbone, private = before.state({name: group.state() for name, group in before.groups.items()})
             path = self._directory / "removed" / f"{request.remove}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            write_version(path, backbone, {request.remove: private[request.remove]}, {})
+            tensors = {request.remove: private[request.remove]}
+            keep_trying(f"'{path}'", lambda: write_version(path, backbone, tensors, {}))
         spec = changed.spec
         self._job = changed.changed(spec, checkpoint)
         write_tasks(self._directory, self._job)
-        write_spec(self._directory / "spec.yaml", spec)
+        keep_trying("The spec", lambda: write_spec(self._directory / "spec.yaml", spec))
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)
         self._tracker.add_tasks(_task_params(spec))
         self._monitor.change_tasks(self._job)
         log.info("The tasks are now %s.", ", ".join(task.name for task in spec.tasks))
-        request.answer()
+        self._requests.answer(request)
 
     def _finish(self, outcome: Outcome, seconds: float) -> None:
         """Write the last version and the run's result."""
+        self._keep_directory()
         self._write_version("last", outcome.versions["last"])
+        if self._best_tasks() is None:  # it was removed or damaged while the run went on
+            self._write_version("best", outcome.versions.get("best", outcome.versions["last"]))
         result: dict[str, Any] = {
             version: read_about(self._directory / f"{version}.safetensors") for version in ("last", "best")
         }
@@ -374,8 +408,9 @@ class Training:
             "rejected_calls": self._monitor.rejected_calls,
             "tasks": self._monitor.summary(),
         }
-        write_json(self._directory / "result.json", result)
-        self._tracker.log_artifact(self._directory / "result.json")
+        path = self._directory / "result.json"
+        keep_trying(f"'{path}'", lambda: write_json(path, result))
+        self._tracker.log_artifact(path)
 
 
 def _changed(spec: JobSpec, request: Request) -> JobSpec:

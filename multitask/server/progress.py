@@ -1,13 +1,16 @@
 """Progress of a run: the counters that the server keeps, and that a checkpoint stores beside the tensors."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Self
 
 RENAMED = {"refused": "rejected", "turned_away": "rejected_calls"}
 """Name of a counter in the files of version 0.1 -> its name now."""
+FRACTION = re.compile(r"[0-9]{1,1000}(/0*[1-9][0-9]{0,999})?")
+"""Text of the rounds in a checkpoint. Without its limit, a short text such as 1e999999999 would fill the memory."""
 
 
 @dataclass
@@ -68,18 +71,30 @@ class Progress:
         return asdict(self) | {"rounds": str(self.rounds), "best_top1": best}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Return the counters that `to_json` wrote, in this version or in version 0.1."""
-        content = with_current_names(content)
-        best = content["best_top1"]
-        changed = {
-            "rounds": Fraction(content["rounds"]),
-            "workers": {
-                name: WorkerProgress(**with_current_names(worker)) for name, worker in content["workers"].items()
-            },
-            "best_top1": -math.inf if best is None else best,
+    def from_json(cls, content: Any) -> Self:
+        """Return the counters that `to_json` wrote, in this version or in version 0.1.
+
+        Raises:
+            ValueError: the content is something else. The message says what.
+        """
+        content = _fields(cls, content, "the progress")
+        workers = {
+            name: WorkerProgress(**_counts(_fields(WorkerProgress, worker, f"worker {_shown(name)}")))
+            for name, worker in _mapping(content.pop("workers"), "workers").items()
         }
-        return cls(**{**content, **changed})
+        first_round = _counts(_mapping(content.pop("first_round"), "first_round"))
+        rounds, best = content.pop("rounds"), content.pop("best_top1")
+        if not isinstance(rounds, str) or not FRACTION.fullmatch(rounds):
+            raise ValueError(f"rounds is {_shown(rounds)}, expected a fraction such as '7/2'")
+        if best is not None and (type(best) not in (int, float) or not 0 <= best <= 100):
+            raise ValueError(f"best_top1 is {_shown(best)}, expected percent or null")
+        return cls(
+            **_counts(content),
+            workers=workers,
+            first_round=first_round,
+            rounds=Fraction(rounds),
+            best_top1=-math.inf if best is None else best,
+        )
 
     def with_workers(self, workers: Mapping[str, str]) -> "Progress":
         """Return the progress for another set of workers: new workers start at step 0, workers that left are forgotten.
@@ -101,3 +116,35 @@ class Progress:
 def with_current_names(counters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counters of a checkpoint or a status under their current names; version 0.1 used other names."""
     return {RENAMED.get(name, name): value for name, value in counters.items()}
+
+
+def _fields(kind: type, content: Any, name: str) -> dict[str, Any]:
+    """Return the values of a dataclass that JSON holds, under their current names.
+
+    Raises:
+        ValueError: a field is missing, or there is a key that is no field.
+    """
+    found = with_current_names(_mapping(content, name))
+    expected = {field.name for field in fields(kind)}
+    if found.keys() != expected:
+        raise ValueError(f"{name} has other keys than expected: {_shown(sorted(found.keys() ^ expected))}")
+    return found
+
+
+def _mapping(content: Any, name: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is {_shown(content)}, expected keys and values")
+    return content
+
+
+def _counts(found: dict[str, Any]) -> dict[str, int]:
+    """Check that all values are whole numbers from 0 on."""
+    for name, value in found.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{_shown(name)} is {_shown(value)}, expected a whole number from 0 on")
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it may stand in a message."""
+    return f"{value!a:.60}"

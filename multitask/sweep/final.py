@@ -1,12 +1,12 @@
 """The steps after the choice: train the setting on train and validation tables together, and read the test tables."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from multitask.run.directory import Run, Version, evaluate_models, write_json
+from multitask.run.files import checked, read_json
 from multitask.run.tracking import Tracker
 from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.server.messages import mean_top1
@@ -86,6 +86,13 @@ def measure(directory: Path, choice: Choice, retrained: Run | None) -> Verdict:
 
 
 def read_verdict(directory: Path) -> Verdict | None:
-    """Return the result on the test tables that a sweep has written, or None if it has not read them."""
+    """Return the result on the test tables that a sweep has written, or None if it has not read them.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     path = directory / TEST
-    return Verdict(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.exists():
+        return None
+    remedy = "Restore it from a copy. Without this file, the sweep reads the test tables again when it goes on."
+    return checked(Verdict, read_json(path, remedy), path, remedy)

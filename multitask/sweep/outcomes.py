@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from multitask.run.directory import write_spec
+from multitask.run.files import RESULT_REMEDY, RunResult, checked, read_json
 from multitask.run.live import STATUS, read_status
 from multitask.spec.schema import JobSpec
 from multitask.sweep.plan import TrialPlan, short_names
@@ -64,9 +65,13 @@ class Choice:
 
 
 def read_outcome(plan: TrialPlan) -> TrialOutcome:
-    """Read the outcome of a trial from the files that it has written."""
+    """Read the outcome of a trial from the files that it has written.
+
+    Raises:
+        RunError: one of the files is damaged.
+    """
     failure = failure_file(plan)
-    error = failure.read_text() if failure.is_file() else None
+    error = failure.read_text(errors="replace") if failure.is_file() else None
     if not (plan.directory / STATUS).is_file():
         return TrialOutcome(plan=plan, state="waiting" if error is None else "failed", error=error)
     status = read_status(plan.directory)
@@ -81,8 +86,8 @@ def read_outcome(plan: TrialPlan) -> TrialOutcome:
     result = plan.directory / "result.json"
     if not result.is_file():
         return replace(outcome, state="failed") if error is not None else outcome
-    content = json.loads(result.read_text())
-    trained, seconds = content["trained_parameters"], content["seconds"]
+    found = checked(RunResult, read_json(result, RESULT_REMEDY), result, RESULT_REMEDY)
+    trained, seconds = found.trained_parameters, found.seconds
     return replace(outcome, state="finished", trained_parameters=trained, seconds=seconds, error=None)
 
 

@@ -16,6 +16,7 @@ from multitask.job.models import load_backbone
 from multitask.job.tables import open_split
 from multitask.report.pages import write_sweep_report
 from multitask.run.directory import RunError, write_json
+from multitask.run.files import checked, read_json
 from multitask.run.stopping import sigterm_as_ctrl_c
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
@@ -223,6 +224,8 @@ def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
 def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Tracker:
     """Start the MLflow run of the sweep, or reopen the one of its earlier start."""
     state = spec.run_directory / STATE
+    remedy = "Without this file the sweep goes on in a new MLflow run, so move it away."
+    earlier = checked(dict[str, str], read_json(state, remedy), state, remedy) if state.exists() else {}
     assert tracking.uri is not None, "`plan_trials` has set it"
     return Tracker(
         tracking.uri,
@@ -233,7 +236,7 @@ def _make_tracker(spec: SweepSpec, tracking: TrackingSpec, trials: int) -> Track
         folder=spec.run_directory,
         send_later="the same command and --resume",
         spec_text=to_yaml(dump_sweep(spec)),
-        resume_run_id=json.loads(state.read_text())["mlflow_run_id"] if state.is_file() else None,
+        resume_run_id=earlier.get("mlflow_run_id"),
     )
 
 

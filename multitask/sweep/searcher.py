@@ -1,6 +1,5 @@
 """Settings that Optuna suggests while a sweep runs, through Ray Tune."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from ray.tune.search.optuna import OptunaSearch
 
 from multitask.run.directory import write_json
+from multitask.run.files import checked, read_json
 from multitask.sweep.actor import METRIC
 from multitask.sweep.outcomes import read_outcome
 from multitask.sweep.plan import TrialPlan
@@ -32,12 +32,14 @@ class Suggestions(OptunaSearch):
 
         Args:
             plan: makes a trial from its number and setting; an error that it raises ends the sweep.
+        Raises:
+            RunError: the file of the settings is damaged.
         """
         assert isinstance(spec.searcher, OptunaSearcher)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table shows the trials
         self._plan, self._dimensions = plan, spec.dimensions
         self._file = spec.run_directory / SETTINGS
-        self._settings: list[dict[str, Any]] = json.loads(self._file.read_text()) if self._file.is_file() else []
+        self._settings = read_settings(self._file)
         self._trials: dict[str, TrialPlan] = {}
         super().__init__(
             {key: _distribution(dimension) for key, dimension in spec.dimensions.items()},
@@ -111,6 +113,16 @@ class NumberedSampler(BaseSampler):
 
     def sample_independent(self, *about: Any) -> Any:
         return self._tpe.sample_independent(*about)
+
+
+def read_settings(path: Path) -> list[dict[str, Any]]:
+    """Return the settings of an earlier start, in the order of the trials.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    remedy = "Restore it from a copy, or start the sweep in a new directory."
+    return checked(list[dict[str, Any]], read_json(path, remedy), path, remedy) if path.exists() else []
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

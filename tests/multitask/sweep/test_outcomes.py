@@ -1,7 +1,6 @@
 """Outcomes of trials, and the choice among them."""
 
 import csv
-import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from multitask.run.directory import write_json
+from multitask.run.directory import RunError, write_json
 from multitask.spec.reading import load_spec
 from multitask.sweep.figures import Point, draw, series, write_figures
+from multitask.sweep.final import read_verdict
 from multitask.sweep.outcomes import (
     TrialOutcome,
     choices,
@@ -23,6 +23,7 @@ from multitask.sweep.outcomes import (
     write_tables,
     write_winner,
 )
+from multitask.sweep.searcher import read_settings
 from tests.multitask.sweep.conftest import MakeOutcome
 
 
@@ -112,8 +113,12 @@ def test_the_tables_have_a_row_for_each_trial(make_outcome: MakeOutcome, tmp_pat
 
 def write_status(outcome: TrialOutcome, state: str) -> None:
     curves = {"pets": [(2, 40.0), (4, 60.0)], "cars": [(2, 50.0)]}
-    tasks = {name: {"curve": [{"step": s, "top1": t} for s, t in curve]} for name, curve in curves.items()}
-    status = {"state": state, "tasks": tasks, "mlflow_run_id": "f00d", "error": None}
+    tasks = {
+        name: {"steps": 4, "curve": [{"step": s, "version": s, "top1": t} for s, t in curve]}
+        for name, curve in curves.items()
+    }
+    about = {"name": "trial", "engine": "local", "mlflow_run_id": "f00d", "error": None}
+    status = {**about, "state": state, "tasks": tasks}
     outcome.plan.directory.mkdir(parents=True)
     # The process of the trial was killed: no process has this number.
     writer = {"process": 2**30, "host": socket.gethostname(), "updated": 0.0}
@@ -129,7 +134,9 @@ def test_a_trials_state_is_read_from_its_files(make_outcome: MakeOutcome) -> Non
     failure_file(failed.plan).parent.mkdir(parents=True, exist_ok=True)
     failure_file(failed.plan).write_text("no such table")
     failure_file(finished.plan).write_text("at its first try")
-    (finished.plan.directory / "result.json").write_text(json.dumps({"trained_parameters": 7, "seconds": 2.5}))
+    version = {"version": 4, "round": 4, "tasks": {}}
+    result = {"last": version, "best": version, "trained_parameters": 7, "seconds": 2.5}
+    write_json(finished.plan.directory / "result.json", result)
 
     found = [read_outcome(outcome.plan) for outcome in (waiting, lost, failed, finished, stopped, cut)]
 
@@ -138,6 +145,25 @@ def test_a_trials_state_is_read_from_its_files(make_outcome: MakeOutcome) -> Non
     # One evaluation lacks a task, because the driver was killed while it wrote.
     assert found[1].curve == ((2, 45.0),)
     assert (found[3].trained_parameters, found[3].seconds, found[3].mlflow_run_id) == (7, 2.5, "f00d")
+
+
+def test_damaged_files_of_a_sweep_are_named_with_what_to_do(make_outcome: MakeOutcome, tmp_path: Path) -> None:
+    outcome = make_outcome(0, 50.0)
+    write_status(outcome, "finished")
+    write_json(outcome.plan.directory / "result.json", {"seconds": "long"})
+    with pytest.raises(RunError, match=r"0000/result\.json' is damaged: 'last'.*Restore it"):
+        read_outcome(outcome.plan)
+    write_json(outcome.plan.directory / "status.json", [])
+    with pytest.raises(RunError, match=r"0000/status\.json' is damaged.*--resume"):
+        read_outcome(outcome.plan)
+
+    (tmp_path / "test.json").write_text('{"trial": 0}')
+    with pytest.raises(RunError, match=r"test\.json' is damaged: 'directory'.*reads the test tables again"):
+        read_verdict(tmp_path)
+    (tmp_path / "settings.json").write_text('[{"rate": 0.1}, 3]')
+    with pytest.raises(RunError, match=r"settings\.json' is damaged: '1'.*Restore it"):
+        read_settings(tmp_path / "settings.json")
+    assert read_settings(tmp_path / "nothing.json") == []
 
 
 def test_figures_show_each_methods_best_setting_at_each_rate(make_outcome: MakeOutcome, tmp_path: Path) -> None:

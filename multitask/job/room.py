@@ -1,0 +1,46 @@
+"""The room on disk that a run needs."""
+
+import shutil
+from pathlib import Path
+
+from multitask.job.job import Job
+from multitask.spec.errors import SpecError
+
+SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 2, "sgd": 1}
+"""Optimizer -> buffers of the size of the trained tensors that it keeps."""
+GB = 1e9
+
+
+def check_room(job: Job) -> None:
+    """Check that a new run's checkpoints and versions have room on their disks.
+
+    Raises:
+        SpecError: they have not. The message says what is needed and what is free.
+    """
+    spec = job.spec
+    folders = [(spec.run_directory, version_bytes(job) * 3)]  # best, last, and one that replaces the best
+    if "://" not in spec.checkpoint_folder:
+        folders.append((Path(spec.checkpoint_folder), checkpoint_bytes(job) * (spec.checkpoints.keep + 1)))
+    needed: dict[int, int] = {}
+    for folder, size in folders:
+        there = next(path for path in folder.absolute().parents if path.is_dir())
+        disk = there.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + size
+        free = shutil.disk_usage(there).free
+        if needed[disk] > free:
+            raise SpecError(
+                f"'{folder}': the run's checkpoints and versions take {needed[disk] / GB:.3g} GB on this disk, and "
+                f"{free / GB:.3g} GB are free. Make room, or name another folder with `directory` or `checkpoints.uri`."
+            )
+
+
+def version_bytes(job: Job) -> int:
+    """Return the size of a file of one version: the tensors of all tasks together."""
+    return 4 * sum(group.layout.size for group in job.groups.values())
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """Return the size of a checkpoint: the tensors of the groups that training changes, with the optimizer's slots."""
+    slots = SLOTS[job.spec.optimizer.name]
+    changed = [group.layout for group in job.groups.values() if group.layout.pushed]
+    return 4 * sum(layout.size + slots * layout.trained for layout in changed)
