@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from multitask.run.records import Artifact, End, Lost, Metrics, Open, Record, Tag, Text
+from multitask.run.records import Artifact, End, Lost, Metrics, Open, Point, Record, Tag, Text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,7 +104,7 @@ class MlflowStore:
     def _send_metrics(self, records: Iterable[Metrics]) -> None:
         from mlflow.entities import Metric
 
-        points = defaultdict(list)
+        points: defaultdict[str | None, list[Point]] = defaultdict(list)
         for record in records:
             points[record.task] += record.points
         for task, values in points.items():
@@ -193,7 +193,7 @@ class MlflowStore:
             return
         self.runs = {None: self._run_id, **self._children(found)}
 
-    def _children(self, run: Any) -> dict[str, str]:
+    def _children(self, run: Any) -> dict[str | None, str]:
         children = self._opened().search_runs([run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
         return {c.data.tags[TASK_TAG]: c.info.run_id for c in children if c.data.tags.get(TASK_TAG)}
 

@@ -52,6 +52,7 @@ class Outbox:
         with self._lock:
             self._write()
             if not self.path.is_file():
+                self._sent = 0
                 return None
             with open(self.path, "rb") as file:
                 file.seek(self._sent)

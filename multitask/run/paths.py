@@ -61,8 +61,8 @@ def _changed(spec: JobSpec, directory: Path, reads: Change, writes: Change) -> J
         writes: changes the path of a file or folder that training writes.
     """
 
-    def local(path: str | None, change: Change) -> str | None:
-        return path if path is None or "://" in path else str(change(Path(path)))
+    def local(path: str, change: Change) -> str:
+        return path if "://" in path else str(change(Path(path)))
 
     weights, uri = spec.backbone.weights, spec.tracking.uri
     if weights is not None and weights.endswith(FILE_TYPES):
@@ -71,7 +71,11 @@ def _changed(spec: JobSpec, directory: Path, reads: Change, writes: Change) -> J
         uri, database = resolve(uri)
         uri = uri if database is None else uri.replace(str(database), str(writes(database)), 1)
     tasks = tuple(
-        replace(task, data=local(task.data, reads), cache_features=local(task.cache_features, writes))
+        replace(
+            task,
+            data=local(task.data, reads),
+            cache_features=task.cache_features and local(task.cache_features, writes),
+        )
         for task in spec.tasks
     )
     return replace(
@@ -79,6 +83,6 @@ def _changed(spec: JobSpec, directory: Path, reads: Change, writes: Change) -> J
         directory=str(directory),
         backbone=replace(spec.backbone, weights=weights),
         tasks=tasks,
-        checkpoints=replace(spec.checkpoints, uri=local(spec.checkpoints.uri, writes)),
+        checkpoints=replace(spec.checkpoints, uri=spec.checkpoints.uri and local(spec.checkpoints.uri, writes)),
         tracking=replace(spec.tracking, uri=uri),
     )
