@@ -210,7 +210,8 @@ class _Refused(yaml.MarkedYAMLError):
     """The text may be YAML, but no spec."""
 
 
-def _refusal(at: yaml.Node | yaml.Event, problem: str) -> _Refused:
+def _refusal(at: Any, problem: str) -> _Refused:
+    """Return the error about a node or an event, whose line the message states."""
     return _Refused(problem=problem, problem_mark=at.start_mark)
 
 
