@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.cyaml import CParser
+from yaml._yaml import CParser
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.reader import ReaderError
+from yaml.resolver import Resolver
 
 from multitask.spec.errors import SpecError, quoted, shortened
 
@@ -28,7 +32,7 @@ OF_ANY_VALUE = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map", "m
 """Tags of text, lists, mappings and `<<`. A value with another tag has to read as that tag says."""
 
 
-class _Loader(yaml.composer.Composer, CParser, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
+class _Loader(Composer, CParser, SafeConstructor, Resolver):
     """PyYAML's safe loader with its parser in C, which checks all values while they are read.
 
     The loader that is in C as a whole crashes on deep text.
@@ -36,23 +40,26 @@ class _Loader(yaml.composer.Composer, CParser, yaml.constructor.SafeConstructor,
 
     def __init__(self, text: str) -> None:
         CParser.__init__(self, text)
-        for part in (yaml.composer.Composer, yaml.constructor.SafeConstructor, yaml.resolver.Resolver):
-            part.__init__(self)
+        Composer.__init__(self)
+        SafeConstructor.__init__(self)
+        Resolver.__init__(self)
         self._depth = self._count = 0
         self._sizes: dict[yaml.Node, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Read one value, in whose size an alias counts as a copy of what it stands for.
 
         Raises:
-            _Refused: a limit is exceeded, a key stands twice, a tag does not fit its value, or an alias
-                stands within what it stands for.
+            _Refused: a limit is exceeded, a key stands twice, a tag does not fit its value, or an alias stands within
+                what it stands for.
         """
         event, before = self.peek_event(), self._count
+        assert event is not None, "the parser ends with an event of its own"
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise _refusal(event, f"found more than {MAX_DEPTH} mappings and lists within each other")
         node = super().compose_node(parent, index)
+        assert node is not None, "every event at which a value begins makes a node"
         if not isinstance(event, yaml.AliasEvent):
             self._count += 1
             self._check(node)
@@ -203,13 +210,14 @@ class _Refused(yaml.MarkedYAMLError):
     """The text may be YAML, but no spec."""
 
 
-def _refusal(at: yaml.Node | yaml.Event, problem: str) -> _Refused:
+def _refusal(at: Any, problem: str) -> _Refused:
+    """Return the error about a node or an event, whose line the message states."""
     return _Refused(problem=problem, problem_mark=at.start_mark)
 
 
 def _place(error: Exception, content: bytes) -> str:
     """Return the line of an error, as a message states it after the file's name."""
-    if isinstance(error, yaml.reader.ReaderError):
+    if isinstance(error, ReaderError):
         line = content.count(b"\n", 0, error.position)
     else:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
