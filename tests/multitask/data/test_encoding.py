@@ -83,6 +83,7 @@ def test_a_scaled_image_drops_transparency_as_training_does() -> None:
     assert (decode(tensor(limit_side(png(image), 32, "x"))).int() - 200).abs().max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns about damaged tags of a TIFF
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
 def test_whatever_is_wrong_with_an_image_that_must_be_decoded_names_it(kind: str) -> None:
     image = encode(Image.fromarray(pixels(20, 20, 3)), kind)
