@@ -168,13 +168,13 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
             "each trial before that; leave the job's `workers` out, and give each task its own"
         )
     loaded = LoadedInputs()
-    kinds = {_kind(plan.spec): plan.spec for plan in plans}.values()
-    if spec.source is not None:
-        kinds = [replace(kind, backbone=replace(kind.backbone, weights=None)) for kind in kinds]
-    jobs = [Job(kind, loaded=loaded) for kind in kinds]
+    tested = {}
+    for kind in {_kind(plan.spec): plan.spec for plan in plans}.values():
+        untrained = replace(kind, backbone=replace(kind.backbone, weights=None))
+        job = Job(kind if spec.source is None else untrained, loaded=loaded)
+        tested |= {(task.data, job.classes[task.name]): task for task in job.spec.tasks}
     if spec.test:
-        read = {(task.data, job.classes[task.name]): task for job in jobs for task in job.spec.tasks}
-        for (_, classes), task in read.items():
+        for (_, classes), task in tested.items():
             open_split(task, "test", verify=False).in_classes(classes)
     if spec.source is None:
         return loaded
