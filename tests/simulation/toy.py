@@ -159,7 +159,7 @@ class ToyJob(Job):
     def changed(self, spec: JobSpec, checkpoint: Checkpoint | None = None) -> "ToyJob":
         return ToyJob(spec, self.world, checkpoint)
 
-    def table_identities(self, task: str) -> dict[str, str]:
+    def table_identities(self, task: str) -> dict[str, str]:  # noqa: ARG002
         return {}
 
     def state(self, states: Mapping[str, GroupValues]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
