@@ -20,7 +20,7 @@ from multitask.run.directory import RunError, write_json
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
-from multitask.spec.schema import JobSpec, TrackingSpec
+from multitask.spec.schema import JobSpec, TaskSpec, TrackingSpec
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
 from multitask.sweep.outcomes import Choice, TrialOutcome, choices, choose, read_outcome, write_tables, write_winner
@@ -168,7 +168,7 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
             "each trial before that; leave the job's `workers` out, and give each task its own"
         )
     loaded = LoadedInputs()
-    tested = {}
+    tested: dict[tuple[str, tuple[str, ...]], TaskSpec] = {}
     for kind in {_kind(plan.spec): plan.spec for plan in plans}.values():
         untrained = replace(kind, backbone=replace(kind.backbone, weights=None))
         job = Job(kind if spec.source is None else untrained, loaded=loaded)
