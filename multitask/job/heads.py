@@ -38,8 +38,7 @@ def attach_tasks(
     models, tasks = {}, []
     for task in spec.tasks:
         model, wanted = attach_task(backbone, task, spec), len(classes[task.name])
-        free = model.head == "private" and task.num_classes is None and task.name not in kept
-        if free and model.num_classes != wanted:
+        if model.head == "private" and task.num_classes is None and model.num_classes != wanted:
             task = replace(task, num_classes=wanted)
             model = attach_task(backbone, task, spec)
         models[task.name] = model

@@ -21,7 +21,7 @@ from multitask.run.stopping import sigterm_as_ctrl_c
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
-from multitask.spec.schema import JobSpec, TrackingSpec
+from multitask.spec.schema import JobSpec, TaskSpec, TrackingSpec
 from multitask.spec.text import read_yaml, to_yaml
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
@@ -172,13 +172,13 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
             "each trial before that; leave the job's `workers` out, and give each task its own"
         )
     loaded = LoadedInputs()
-    kinds = {_kind(plan.spec): plan.spec for plan in plans}.values()
-    if spec.source is not None:
-        kinds = [replace(kind, backbone=replace(kind.backbone, weights=None)) for kind in kinds]
-    jobs = [Job(kind, loaded=loaded) for kind in kinds]
+    tested: dict[tuple[str, tuple[str, ...]], TaskSpec] = {}
+    for kind in {_kind(plan.spec): plan.spec for plan in plans}.values():
+        untrained = replace(kind, backbone=replace(kind.backbone, weights=None))
+        job = Job(kind if spec.source is None else untrained, loaded=loaded)
+        tested |= {(task.data, job.classes[task.name]): task for task in job.spec.tasks}
     if spec.test:
-        read = {(task.data, job.classes[task.name]): task for job in jobs for task in job.spec.tasks}
-        for (_, classes), task in read.items():
+        for (_, classes), task in tested.items():
             open_split(task, "test", verify=False).in_classes(classes)
     if spec.source is None:
         return loaded

@@ -41,6 +41,10 @@ def test_a_method_that_owns_the_head_gets_an_output_for_each_class(make_spec: Ma
     assert private["pets"]["classifier.1.weight"].shape[0] == 3
     assert torch.equal(private["cars"]["classifier.1.weight"], job.backbone.network.state_dict()["classifier.1.weight"])
     assert job.classes == {"pets": tuple(CLASSES[:3]), "cars": tuple(CLASSES)}
+    # A trial of a sweep goes on with the spec of its plan, in which the number is left out.
+    again = Job(make_spec({"pets": own}), kept={"pets": ("more", *CLASSES[:3])})
+    assert again.spec.tasks[0].num_classes is None
+    assert Job(make_spec({"pets": own}), kept={"pets": tuple(CLASSES[:3])}).spec.tasks[0].num_classes == 3
 
 
 @pytest.mark.parametrize(
