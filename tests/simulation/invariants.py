@@ -76,7 +76,7 @@ def it_ends_as_the_documents_promise(story: Story) -> Complaints:
     schedule = story.schedule
     raises = [worker_and_step(at) for at, fault in schedule.step_faults.items() if fault.kind == "raise"]
     kills = [fault for fault in schedule.faults if fault.kind not in (Kind.ADD_NODE, Kind.DELAY_CALL)]
-    for end in story.lives:
+    for life, end in enumerate(story.lives):
         if end in ("finished", "stopped"):
             continue
         if end == "killed":
@@ -88,6 +88,9 @@ def it_ends_as_the_documents_promise(story: Story) -> Complaints:
         elif end.startswith("OSError"):
             if not any(fault.kind == "fails" for fault in schedule.store_faults):
                 yield f"A file could not be written: {end}"
+        elif "without a step made" in end:
+            if len(kills) <= 3 or not _was_lost_again_and_again(story, life, end):
+                yield f"The run ended although steps were made between its losses: {end}"
         elif not any(_explains(story, end, at, len(kills)) for at in [None, *raises]):
             yield f"The run ended with an error that nothing explains: {end}"
     if raises and story.lives[-1] == "finished" and _all_present(story, raises):
@@ -98,10 +101,26 @@ def _explains(story: Story, end: str, raised: tuple[str, int] | None, kills: int
     """Return whether an error of a driver is one that the documents promise in this schedule."""
     if raised is not None:
         return f"'{raised[0]}'" in end and "cannot be learned from" in end
-    if "without a step made" in end:
-        return kills > 3
     attached = any(request.kind == "attach" for request in story.schedule.requests)
     return (kills > 0 or attached) and "did not start within" in end
+
+
+def _was_lost_again_and_again(story: Story, life: int, end: str) -> bool:
+    """Return whether the driver noted three losses, before the last one, since it last heard of a step.
+
+    Args:
+        end: the driver's error. If it is about one worker, the steps of this worker count.
+    """
+    heard_s = max(
+        (
+            news.at_s
+            for news in story.news
+            for record in news.records
+            if news.life == life and (f"'{record.worker}'" in end or "Worker '" not in end)
+        ),
+        default=0.0,
+    )
+    return sum(at_s >= heard_s for at_s in story.losses) >= 3
 
 
 def _all_present(story: Story, at: Iterable[tuple[str, int]]) -> bool:

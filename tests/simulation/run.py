@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multitask.cluster.arithmetic import Node
+from multitask.cluster.interface import Clock
 from multitask.errors import TrainingError
 from multitask.job.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from multitask.run.directory import write_json, write_spec
@@ -30,6 +33,9 @@ from tests.simulation.schedule import Request, Schedule, StoreFault
 from tests.simulation.toy import ToyJob, ToyWorld
 from tests.simulation.world import DriverKilledError, StuckError, World
 
+PACKAGE = logging.getLogger("multitask")
+LOSS = re.compile("goes on from its last checkpoint|go back to")
+"""What the driver's warning of a loss says, and no other warning."""
 LIMIT_S = 3600.0
 """Virtual seconds in which a run has to end. A user who goes on with a run that has ended early waits ten of them."""
 WAIT_S = 10.0
@@ -44,6 +50,8 @@ class News:
     """What one call of `Driver.watch` told."""
 
     life: int
+    at_s: float
+    """Virtual time."""
     records: list[StepRecord]
     evaluations: list[Evaluation]
     progress: Progress
@@ -72,6 +80,8 @@ class Story:
     """The job at the end."""
     raised: str | None = None
     """The traceback of an error that no user should see."""
+    losses: list[float] = field(default_factory=list)
+    """The virtual times at which a driver warned of a loss."""
     stuck: str | None = None
     """Who waits for what, if the run did not end."""
     leftovers: list[str] = field(default_factory=list)
@@ -85,14 +95,26 @@ class Story:
     """What happened, for `tests.simulation.trace`."""
 
 
+class LossLog(logging.Handler):
+    """Notes when the driver warns of a loss."""
+
+    def __init__(self, noted: list[float], clock: Clock) -> None:
+        super().__init__(logging.WARNING)
+        self._noted, self._clock = noted, clock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if LOSS.search(record.getMessage()):
+            self._noted.append(self._clock.monotonic())
+
+
 class Recorder:
     """Stands in for the tracker and for the monitor of a training: it keeps what it is told."""
 
     run_id = "simulated"
     rejected_calls = 0
 
-    def __init__(self, story: Story, life: int) -> None:
-        self._story, self._life = story, life
+    def __init__(self, story: Story, life: int, clock: Clock) -> None:
+        self._story, self._life, self._clock = story, life, clock
 
     def __enter__(self) -> "Recorder":
         return self
@@ -121,7 +143,8 @@ class Recorder:
         self.rejected_calls = progress.rejected_calls
         told = self._story.news
         changed = bool(told) and told[-1].job.workers != self.job.workers
-        told.append(News(self._life, records, evaluations, progress, self.job, changed))
+        at_s = self._clock.monotonic()
+        told.append(News(self._life, at_s, records, evaluations, progress, self.job, changed))
 
     def end(self, *_: Any) -> None:
         pass
@@ -188,6 +211,8 @@ class Simulation:
     def run(self) -> Story:
         """Let drivers work on the run, one after the other, until it has ended."""
         story = self.story
+        losses = LossLog(story.losses, self.cluster.clock)
+        PACKAGE.addHandler(losses)
         try:
             for life in range(LIVES):
                 if not self._live(life):
@@ -203,6 +228,7 @@ class Simulation:
             story.seconds, story.messages, story.trace = self.world.now, self.cluster.calls.sent, self.world.trace
             story.kills = sum(kind == "death" for _, kind, *_ in story.trace)
             self.world.close()
+            PACKAGE.removeHandler(losses)
         story.partial_files = [path.name for path in self.folder.rglob("*.partial")]
         return story
 
@@ -243,7 +269,7 @@ class Simulation:
             write_spec(path, spec)
         store = SimulatedStore(self, life)
         job = ToyJob(spec, self._toy, store.latest() if life else None)
-        recorder: Any = Recorder(self.story, life)
+        recorder: Any = Recorder(self.story, life, self.cluster.clock)
         self._training = Training(self.folder, job, store, recorder, recorder, cluster=self.cluster)
         self._training.run()
 
