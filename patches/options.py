@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from patches.errors import PatchError
 from patches.method import Patch
@@ -46,6 +46,6 @@ def check_choice(option: str, value: object, allowed: Sequence[str | bool]) -> N
         raise PatchError(f"Option {option}={quoted(value)}: use {', '.join(others)} or {last}.")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether the value of an option is a number that a float can hold: no switch, no NaN and no infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

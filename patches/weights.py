@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from patches.errors import BackboneError
 from patches.names import unknown_name_message
@@ -180,7 +180,7 @@ def _is_plain(value: object) -> bool:
     """Return whether a value is a tensor as a state dict has them, whose values lie in memory one after the other."""
     return (
         isinstance(value, Tensor)
-        and not isinstance(value, UninitializedTensorMixin)
+        and not isinstance(value, UninitializedBuffer | UninitializedParameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not (value.is_quantized or value.is_nested)

@@ -57,7 +57,7 @@ def decode(encoded: Tensor) -> Tensor:
     Raises:
         RuntimeError: the bytes are not a complete image of a known format, or are an animation.
     """
-    content = memoryview(encoded.numpy())
+    content = encoded.numpy().data
     is_png = content[: len(SIGNATURE)] == SIGNATURE
     return upright(decode_png(content) if is_png else _decode_by_torchvision(encoded), read_orientation(content))
 

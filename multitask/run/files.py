@@ -1,6 +1,7 @@
 """What the trainer writes about a run as JSON, and how it is read back: the status, the result, a version's facts."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -129,7 +130,7 @@ def read_json(path: Path, remedy: str) -> Any:
     return content
 
 
-def checked(kind: type[Record], content: Any, where: str | Path, remedy: str) -> Record:
+def checked(kind: Callable[..., Record], content: Any, where: str | Path, remedy: str) -> Record:
     """Return what a JSON file holds as a dataclass. Keys that the dataclass does not have are ignored.
 
     Args:

@@ -264,7 +264,7 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
         if state != "running" and not answer.is_file():
             path.unlink(missing_ok=True)
             raise RunError(f"The run in '{directory}' is {state} and did not make the change.")
-    error = read_json(answer, "See `multitask status` for whether the change was made.")["error"]
+    refused = read_json(answer, "See `multitask status` for whether the change was made.")["error"]
     answer.unlink()
-    if error:
-        raise RunError(f"The run in '{directory}' goes on unchanged: {error}")
+    if refused:
+        raise RunError(f"The run in '{directory}' goes on unchanged: {refused}")
