@@ -104,20 +104,18 @@ def open_package(
         backbone = load_backbone(identity["name"], str(weights), **identity["options"]).to(device)
         if backbone.content_hash() != identity["content_hash"]:
             raise _other(path, BACKBONE)
-        models, views = {}, {}
-        classes: set[tuple[str, ...]] = set()
+        models, views, classes = {}, {}, {}
         for model, bundle in bundles.items():
             info = inspect_bundle(bundle)
             if info.payload_sha256 != hashes.get(model):
                 raise _other(path, _member(model))
             models[model] = load_bundle(bundle, backbone)
             views[model] = _view(path, model, info.preprocessing)
-            classes.add(tuple(info.classes))
-    if len(classes) > 1:
-        raise CascadeError(
-            f"'{path}': its models have different class lists, but the models of a cascade answer one question. Fit "
-            "the cascade again, over tasks that have the same classes."
-        )
+            classes[model] = info.classes
+    try:
+        common_classes(classes)
+    except CascadeError as error:
+        raise CascadeError(f"'{path}': {error}") from None
     return cascade, models, views
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.cloudpickle as pickle
 import ray.util
 from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import (
@@ -16,7 +15,7 @@ from ray.experimental.internal_kv import (
     _internal_kv_get,
     _internal_kv_put,
 )
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from multitask.cluster.collectives import WAIT
 from multitask.cluster.interface import Actor, Cluster, GroupStartError, Ranks
@@ -63,7 +62,7 @@ class TrainRun:
         if not _internal_kv_exists(self._places_key):
             return
         time.sleep(CONTROLLER_END_S)
-        remove_placement_group(pickle.loads(_internal_kv_get(self._places_key)))
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(_internal_kv_get(self._places_key))))
         _internal_kv_del(self._places_key)
 
 
@@ -150,5 +149,7 @@ def run_rank(setting: dict[str, Any]) -> None:
     dashboard, which a Ray of the run's own does not start. So the ranks write their places down, in the store of the
     cluster's head: it outlives every process of the run.
     """
-    _internal_kv_put(setting["places_key"], pickle.dumps(ray.util.get_current_placement_group()), overwrite=True)
+    places = ray.util.get_current_placement_group()
+    assert places is not None
+    _internal_kv_put(setting["places_key"], places.id.binary(), overwrite=True)
     setting["work"](setting["cluster"], setting["leader"])

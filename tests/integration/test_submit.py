@@ -24,7 +24,7 @@ from jobs.package import PROJECT
 from multitask.data import write_table
 from multitask.run.directory import write_spec
 from multitask.run.live import read_status
-from multitask.run.tracking import PARENT_TAG
+from multitask.run.mlflow_store import PARENT_TAG
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
 from tests.conftest import png, wait_until

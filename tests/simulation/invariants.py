@@ -14,7 +14,7 @@ from tests.simulation import formulas
 from tests.simulation.behaviour import worker_and_step
 from tests.simulation.faults import Kind
 from tests.simulation.reference import reference_of
-from tests.simulation.run import News, Story
+from tests.simulation.run import UNWRITTEN, News, Story
 from tests.simulation.schedule import STEPS
 from tests.simulation.toy import ToyJob
 from tests.simulation.views import View, expected_private, view_of_checkpoint, view_of_evaluation
@@ -85,7 +85,7 @@ def it_ends_as_the_documents_promise(story: Story) -> Complaints:
         elif end.startswith("CheckpointError"):
             if story.saved and story.saved[0][0] < story.lives.index(end):
                 yield f"A complete checkpoint was not found: {end}"
-        elif end.startswith("OSError"):
+        elif UNWRITTEN in end:
             if not any(fault.kind == "fails" for fault in schedule.store_faults):
                 yield f"A file could not be written: {end}"
         elif "without a step made" in end:

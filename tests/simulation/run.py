@@ -20,6 +20,7 @@ from multitask.cluster.arithmetic import Node
 from multitask.cluster.interface import Clock
 from multitask.errors import TrainingError
 from multitask.job.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from multitask.job.writing import WAITS_S
 from multitask.run.directory import write_json, write_spec
 from multitask.run.live import REQUESTS
 from multitask.run.trainer import Stopped, Training
@@ -36,6 +37,7 @@ from tests.simulation.world import DriverKilledError, StuckError, World
 PACKAGE = logging.getLogger("multitask")
 LOSS = re.compile("goes on from its last checkpoint|go back to")
 """What the driver's warning of a loss says, and no other warning."""
+UNWRITTEN = "The checkpoint cannot be written"
 LIMIT_S = 3600.0
 """Virtual seconds in which a run has to end. A user who goes on with a run that has ended early waits ten of them."""
 WAIT_S = 10.0
@@ -170,7 +172,8 @@ class SimulatedStore(CheckpointStore):
         world.sleep(simulation.schedule.write_s)
         match fault:
             case "fails":
-                raise OSError("No space left on device")
+                world.sleep(sum(WAITS_S))  # in which the real store tries again
+                raise TrainingError(f"{UNWRITTEN}: No space left on device")
             case "killed before":
                 simulation.kill_driver()
             case "killed in the middle":
@@ -251,9 +254,9 @@ class Simulation:
             return True
         except Exception as error:
             story.lives.append(f"{type(error).__name__}: {error}")
-            if not isinstance(error, TrainingError | OSError):
+            if not isinstance(error, TrainingError):
                 story.raised = traceback.format_exc()
-            return isinstance(error, OSError)
+            return UNWRITTEN in str(error)
         story.lives.append("finished")
         story.last = load_file(self.folder / "last.safetensors")
         story.best = json.loads((self.folder / "result.json").read_text())["best"]

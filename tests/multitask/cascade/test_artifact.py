@@ -180,9 +180,15 @@ def test_a_changed_byte_in_any_member_is_found(package: Path, tmp_path: Path) ->
         assert "Bad CRC-32" in refused(tmp_path / "changed.cascade", CascadeModel.load)
 
 
-def test_models_with_different_class_lists_answer_no_question_together(tmp_path: Path) -> None:
-    path = packed(tmp_path, middle=[*"abcdf"])
-    assert "different class lists" in refused(path, CascadeModel.load)
+def test_models_with_different_class_lists_answer_no_question_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CascadeError, match="have different classes"):
+        packed(tmp_path, middle=[*"abcdf"])
+    with monkeypatch.context() as patched:
+        patched.setattr("multitask.cascade.artifact.common_classes", lambda _: None)
+        path = packed(tmp_path, middle=[*"abcdf"])
+    assert "have different classes" in refused(path, CascadeModel.load)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ class Ended:
 
     def cancel(self) -> None: ...
 
+    def release(self) -> None: ...
+
 
 class Ranks(FakeCluster):
     """A cluster whose ranks have ended as soon as they start."""

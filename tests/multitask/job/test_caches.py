@@ -287,7 +287,7 @@ def test_the_hash_of_the_backbone_is_that_of_its_values(make_spec: MakeSpec, tmp
     assert before.key.keys() == {"backbone", "steps", "images", "table", "computation"}
     assert before.key["backbone"].keys() == {"name", "options", "content_hash"}
     assert before.key["steps"].keys() == {"read", "kept"}
-    assert before.key["images"].keys() == {"resolution", "mean", "std"}
+    assert before.key["images"].keys() == {"resolution", "mean", "std", "upright"}
     assert before.key["computation"].keys() == {"eval", "batch_size", "threads", "device"}
     assert before.key["backbone"]["content_hash"] == load_backbone("vit_b_16", num_classes=4, **VIT).content_hash()
     assert other.caches["pets"].path != before.path

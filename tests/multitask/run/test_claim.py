@@ -10,6 +10,8 @@ from multitask.run.directory import RunError
 from multitask.run.live import LiveStatus
 from multitask.spec.errors import SpecError
 
+RUNNING = {"name": "job", "state": "running", "engine": "local", "tasks": {}}
+
 
 def test_one_of_many_that_start_together_gets_the_directory(tmp_path: Path) -> None:
     directory, start = tmp_path / "runs" / "job", threading.Barrier(8)
@@ -22,7 +24,7 @@ def test_one_of_many_that_start_together_gets_the_directory(tmp_path: Path) -> N
                 check_new(directory, overwrite=True)
                 empty(directory)
                 (directory / "spec.yaml").touch()
-                LiveStatus(directory).write({"state": "running", "tasks": {}}, now=True)
+                LiveStatus(directory).write(RUNNING, now=True)
         except SpecError as error:
             answers.append(str(error))
         else:

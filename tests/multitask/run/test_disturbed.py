@@ -57,7 +57,7 @@ def run_with(job: Job, monkeypatch: pytest.MonkeyPatch) -> RunWith:
         write_spec(directory / "spec.yaml", job.spec)
         tracker = MagicMock(run_id="f00d")
         tracker.__exit__.return_value = False
-        monitor = RunMonitor(directory, tracker, Console(quiet=True), None)
+        monitor = RunMonitor(directory, job, tracker, Console(quiet=True), None)
         return Training(directory, job, store_of(job), tracker, monitor).run()
 
     return run_with
