@@ -62,7 +62,7 @@ class Progress:
 
     def copy(self) -> "Progress":
         """Return a copy that changes of this object leave alone."""
-        workers = {name: replace(counters) for name, counters in self.workers.items()}
+        workers = {name: WorkerProgress(**vars(counters)) for name, counters in self.workers.items()}
         return replace(self, workers=workers, first_round=dict(self.first_round))
 
     def to_json(self) -> dict[str, Any]:
