@@ -70,11 +70,14 @@ def check_counts(counts: NDArray[np.int64], index: TableIndex, where: str) -> No
 
 @contextmanager
 def parquet_errors(file: str) -> Iterator[None]:
-    """Turn Arrow's errors inside the `with` block into a `DataError` that names the file."""
+    """Turn Arrow's errors inside the `with` block, also those of texts that are not UTF-8, into a `DataError` that names
+    the file."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error}). {REMAKE}") from error
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error!s:.200}). {REMAKE}") from error
 
 
 def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None:

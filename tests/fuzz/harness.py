@@ -9,7 +9,7 @@ from random import Random
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import cases
+from tests.fuzz import cases, is_long
 
 LONGEST_S, MOST_BYTES = 1.0, 300 * 2**20
 """Limits for the processor time and the additional memory of one small file."""
@@ -86,7 +86,8 @@ def _judged(counts: Counts, data: bytes, errors: tuple[type[Exception], ...], re
         message = str(error)
     seconds, grown = time.process_time() - start, _memory("VmHWM") - before
     counts.slowest_s, counts.largest_bytes = max(counts.slowest_s, seconds), max(counts.largest_bytes, grown)
-    assert seconds <= LONGEST_S, f"{seconds:.1f} s of processor time"
+    # The short run of `make test` asserts no time: there, the first file may pay for imports.
+    assert seconds <= LONGEST_S or not is_long(), f"{seconds:.1f} s of processor time"
     assert grown <= MOST_BYTES, f"{grown:,} bytes more"
     if message is not None:
         assert len(message) <= LONGEST_MESSAGE, f"a message of {len(message)} characters: {message[:300]}"

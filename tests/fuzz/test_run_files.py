@@ -23,7 +23,7 @@ from multitask.run.live import LiveStatus, read_status
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec
-from tests.fuzz import cases
+from tests.fuzz import cases, is_long
 
 CASES = cases(150)
 SECONDS, BYTES, CHARS = 1.0, 300e6, 1000
@@ -115,7 +115,7 @@ def fuzz(name: str, path: Path, read: Callable[[], object], change: Callable[[by
     print(
         f"\n{name}: {CASES} tried, {dict(counts.outcomes)}, slowest {counts.slowest_s:.2f} s, {peak / 1e6:.0f} MB more"
     )
-    assert counts.slowest_s < SECONDS
+    assert counts.slowest_s < SECONDS or not is_long()
     assert peak < BYTES
 
 
