@@ -1,0 +1,84 @@
+"""From folders of photos to names of classes: with commands and a job spec, and from Python alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import multitask
+from multitask.data import import_table, sources
+from tests.jobs.command import multitask as command
+from tests.journeys.photos import CLASSES, KINDS, write_photos
+
+SPEC = """
+name: sides
+backbone: {name: mobilenet_v2, options: {stem_stride: 1, last_channel: 32, dropout: 0.0,
+  inverted_residual_setting: [[1, 8, 1, 1], [4, 16, 1, 2], [4, 16, 1, 2]]}}
+tasks:
+  - {name: photos, data: tables, method: full, resolution: 24, batch_size: 24, undecodable: skip}
+train_shared: false
+steps: 60
+evaluate_every: 20
+optimizer: {name: adamw, rate: 0.01}
+engine: {name: local}
+directory: runs/sides
+"""
+SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
+
+
+def answers(export: Path, photos: list[Path]) -> list[str]:
+    """Return the class of each photo, as a fresh process answers."""
+    arguments = [sys.executable, "-m", "tests.journeys.answers", str(export), "photos", *map(str, photos)]
+    answered = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    found: list[str] = json.loads(answered.stdout)
+    return found
+
+
+def by_commands(folder: Path) -> None:
+    def run(*arguments: object) -> str:
+        done = command(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    splits = [text for name, share in SPLITS.items() for text in ("--split", f"{name}={share}")]
+    imported = run("data", "import", "imagefolder", folder / "photos", folder / "tables", *splits)
+    assert "hidden" in imported
+    (folder / "sides.yaml").write_text(SPEC)
+    assert len(SPEC.strip().splitlines()) == 12
+    run("train", folder / "sides.yaml")
+    assert "photos.patch" in run("export", folder / "runs" / "sides")
+
+
+def from_python(folder: Path) -> None:
+    import_table(sources.image_folder(folder / "photos"), folder / "tables", splits=SPLITS)
+    spec: dict[str, Any] = yaml.safe_load(SPEC)
+    spec["tasks"][0]["data"] = str(folder / "tables")
+    spec["directory"] = str(folder / "runs" / "sides")
+    multitask.train(multitask.load_spec(spec)).export()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("journey", [by_commands, from_python])
+def test_photos_of_all_kinds_get_the_right_names(
+    journey: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", each=8)
+
+    journey(tmp_path)
+
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(tmp_path / "runs" / "sides", tmp_path / "elsewhere" / "sides")
+    shutil.rmtree(tmp_path / "tables")
+    photos = [path for path in sorted((tmp_path / "photos").rglob("*.*")) if path.name.partition(".")[2] in KINDS]
+    whole = [path for path in photos if path.stem != "cut off"]
+    assert len(whole) == 8 * len(CLASSES) * len(KINDS)
+    assert answers(Path(moved) / "export", whole) == [path.parent.name for path in whole]
