@@ -99,8 +99,8 @@ def train(
         check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
         empty(directory)
         store.clear()
-        write_spec(directory / "spec.yaml", job.spec)
         write_tasks(directory, job)
+        write_spec(directory / "spec.yaml", job.spec)
         training.claim()
     return training.run()
 
