@@ -92,8 +92,7 @@ def train(
             f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
         )
     job = Job(spec, loaded=trial.loaded)
-    if not directory.exists():
-        check_room(job)
+    check_room(job)
     training = _training(directory, job, store, console, None, trial)
     with claiming(directory):
         check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
