@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.package import TOKENS
+from multitask.startup import SUBMITTED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -68,8 +69,12 @@ def start(
     """
     runtime_env: dict[str, Any] = {
         "working_dir": str(package),
-        # With SIGINT, stopping a job is like Ctrl-C: training ends with a checkpoint.
-        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        "env_vars": {
+            # With SIGINT, stopping a job is like Ctrl-C: training ends with a checkpoint.
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+            SUBMITTED: "1",
+        },
         "config": {"setup_timeout_seconds": SETUP_TIMEOUT_S},
     }
     if requirements is not None:

@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import cli
 from jobs.package import TOKENS
 from multitask.cluster.session import ray_session
-from multitask.startup import SUBMITTED
 
 LOOK_TIMEOUT_S = 1800.0
 """Time in which every node must answer; a node answers only when it has installed the job's packages."""
@@ -31,7 +30,6 @@ def main() -> None:
             check_storage(Path(storage))
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-        os.environ[SUBMITTED] = "1"
         sys.argv = ["multitask", *arguments]
         cli.main()
 

@@ -16,7 +16,7 @@ UTILS = f"{DYNAMO}.utils"
 RUN_PROCESS = "MULTITASK_RUN_PROCESS"
 """Environment variable that marks the processes that a run starts."""
 SUBMITTED = "MULTITASK_SUBMITTED"
-"""Environment variable that marks the driver of a job that was submitted to a cluster."""
+"""Environment variable that marks the processes of a job that was submitted to a cluster."""
 
 
 class _StandIn(ModuleType):

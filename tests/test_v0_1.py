@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import multitask
 import patches
 from multitask.cascade import CascadeModel, check, load_cascade, read_predictions
-from multitask.data import open_table
+from multitask.data import DataError, open_table
 from multitask.data.transforms import decode
 from multitask.job.checkpoint import CheckpointStore
 from multitask.run.directory import Run, evaluate_models, open_export
@@ -72,6 +72,13 @@ def test_the_models_of_a_run_give_the_metrics_of_then(files: Path, expected: dic
         for task in TASKS:
             np.testing.assert_allclose(again.logits[task], kept.logits[task], **ROUNDING)
     assert {name: task["curve"] for name, task in run.result["tasks"].items()} == expected["curves"]
+
+
+def test_an_export_without_the_tables_writes_nothing(files: Path) -> None:
+    shutil.rmtree(files / "table")
+    with pytest.raises(DataError, match="table/train"):
+        Run(files / "finished").export(to=files / "again")
+    assert not (files / "again").exists()
 
 
 def test_the_bundles_load_verify_and_answer_as_then(files: Path, expected: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def _exif_block(image: Encoded) -> tuple[int, int] | None:
     """Return the start and the end of the TIFF structure in a file, or None if the file has none.
 
     Raises:
-        struct.error: the file ends before its pixels begin.
+        struct.error: the file is cut off.
     """
     if image[:2] == JPEG:
         return _in_jpeg(image)
@@ -87,9 +87,12 @@ def _exif_block(image: Encoded) -> tuple[int, int] | None:
 
 
 def _in_jpeg(image: Encoded) -> tuple[int, int] | None:
-    place, app1, start_of_scan = 2, 0xFFE1, 0xFFDA
+    place, app1, start_of_scan, fill = 2, 0xFFE1, 0xFFDA, 0xFFFF
     while True:
         marker, size = struct.unpack_from(">HH", image, place)
+        if marker == fill:  # any number of these bytes may come before a marker
+            place += 1
+            continue
         if marker == app1 and image[place + 4 : place + 10] == EXIF_HEADER:
             return place + 10, place + 2 + size
         if marker == start_of_scan or marker < 0xFF00:
@@ -103,7 +106,7 @@ def _in_png(image: Encoded) -> tuple[int, int] | None:
         size, kind = struct.unpack_from(">I4s", image, place)
         if kind == b"eXIf":
             return place + 8, place + 8 + size
-        if kind in (b"IDAT", b"IEND"):
+        if kind == b"IEND":  # some tools write the block behind the pixels
             return None
         place += 12 + size
 

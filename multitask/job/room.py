@@ -1,7 +1,10 @@
 """The room on disk that a run needs."""
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from multitask.job.job import Job
 from multitask.spec.errors import SpecError
@@ -12,21 +15,28 @@ GB = 1e9
 
 
 def check_room(job: Job) -> None:
-    """Check that a new run's checkpoints and versions have room on their disks.
+    """Check that a new run's checkpoints and versions have room on their disks. What it replaces counts as free.
 
     Raises:
         SpecError: they have not. The message says what is needed and what is free.
     """
     spec = job.spec
-    folders = [(spec.run_directory, version_bytes(job) * 3)]  # best, last, and one that replaces the best
+    folders = [(spec.run_directory, version_bytes(job) * 3, "*")]  # best, last, and one that replaces the best
     if "://" not in spec.checkpoint_folder:
-        folders.append((Path(spec.checkpoint_folder), checkpoint_bytes(job) * (spec.checkpoints.keep + 1)))
+        size = checkpoint_bytes(job) * (spec.checkpoints.keep + 1)
+        folders.append((Path(spec.checkpoint_folder), size, "checkpoint-*.safetensors"))
     needed: dict[int, int] = {}
-    for folder, size in folders:
-        there = next(path for path in folder.absolute().parents if path.is_dir())
+    replaced: dict[Path, os.stat_result] = {}
+    for folder, size, files in folders:
+        folder = folder.absolute()
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())  # it may be a disk of its own
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
+        for path in folder.rglob(files):
+            with suppress(FileNotFoundError):  # another process may have begun the same run meanwhile
+                replaced[path] = path.lstat()
         free = shutil.disk_usage(there).free
+        free += sum(old.st_size for old in replaced.values() if S_ISREG(old.st_mode) and old.st_dev == disk)
         if needed[disk] > free:
             raise SpecError(
                 f"'{folder}': the run's checkpoints and versions take {needed[disk] / GB:.3g} GB on this disk, and "

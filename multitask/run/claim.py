@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import IO, Any
 
 from multitask.run.directory import RunError
 from multitask.run.live import STATUS, read_status
@@ -16,6 +16,8 @@ from multitask.spec.errors import SpecError
 
 LOCK = ".claim"
 """File in the run directory that is locked while a process looks at the directory and claims it."""
+FIRST = ("tasks.json", "spec.yaml", STATUS)
+"""The first files of a run, in the order in which they are written. They are removed in the opposite order."""
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,20 @@ def claiming(directory: Path) -> Iterator[None]:
                     error,
                 )
             # Whoever had the lock before has removed the file, and perhaps somebody else has made a new one.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if _is_at(file, path):
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Return whether an open file still has this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def check_new(directory: Path, overwrite: bool) -> None:
@@ -54,9 +64,10 @@ def check_new(directory: Path, overwrite: bool) -> None:
         SpecError: the directory has a run that is running, or one that only `overwrite` replaces, or files that belong
             to no run.
     """
-    if not directory.exists() or not (names := {path.name for path in directory.iterdir()} - {LOCK}):
+    if not directory.exists() or not (names := {path.name for path in directory.iterdir() if not _is_passing(path)}):
         return
-    if "spec.yaml" not in names:
+    # A spec.yaml alone may be a user's own, in a folder with other things of that user.
+    if names != {"tasks.json"} and not ("spec.yaml" in names and names & {"tasks.json", STATUS, "result.json"}):
         raise SpecError(
             f"Run directory '{directory}' holds other files and no run. Name another directory with `directory`."
         )
@@ -66,12 +77,17 @@ def check_new(directory: Path, overwrite: bool) -> None:
             f"Run directory '{directory}' holds a run that {_runs_where(status)}. Stop that process first (Ctrl-C), or "
             "name another directory with `directory`."
         )
-    ended = "result.json" in names
-    if not overwrite and (ended or status is not None):
+    if not overwrite and names - {"tasks.json", "spec.yaml"}:  # these two alone are of a process killed at its start
+        ended = "result.json" in names
         go_on = "" if ended else f" go on with it (multitask train --resume {quote(str(directory))}),"
         raise SpecError(
             f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or use --overwrite."
         )
+
+
+def _is_passing(path: Path) -> bool:
+    """Return whether a file is the lock, or one that `write_atomic` had not finished when its process was killed."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def check_stopped(directory: Path) -> dict[str, Any] | None:
@@ -93,8 +109,9 @@ def check_stopped(directory: Path) -> dict[str, Any] | None:
 
 
 def empty(directory: Path) -> None:
-    """Remove an earlier run from a claimed directory, its spec last: until then, what is left is still a run."""
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == "spec.yaml"):
+    """Remove an earlier run from a claimed directory, its first files last: until then, what is left is still a run."""
+    order = {name: -number for number, name in enumerate(FIRST)}
+    for path in sorted(directory.iterdir(), key=lambda path: order.get(path.name, -len(FIRST))):
         if path.name == LOCK:
             continue
         if path.is_dir() and not path.is_symlink():

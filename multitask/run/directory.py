@@ -101,19 +101,19 @@ class Run:
             version: "best" (by validation) or "last".
             to: folder for the files; export/ in the run directory by default.
         """
+        records = {task.name: record_of(task, self._tasks) for task in self.spec.tasks}
         folder = to or self.directory / "export"
         folder.mkdir(parents=True, exist_ok=True)
         backbone, models = self.models(version)
         export = Export(folder / "backbone.safetensors", {name: folder / f"{name}.patch" for name in models})
         backbone.save(export.backbone)
-        for task in self.spec.tasks:
-            record = record_of(task, self._tasks)
+        for name, record in records.items():
             patches.save_bundle(
-                models[task.name],
-                export.bundles[task.name],
+                models[name],
+                export.bundles[name],
                 classes=record.classes,
                 preprocessing=record.preprocessing,
-                metrics={f"validation_{key}": value for key, value in self.result[version]["tasks"][task.name].items()},
+                metrics={f"validation_{key}": value for key, value in self.result[version]["tasks"][name].items()},
             )
         return export
 

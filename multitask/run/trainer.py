@@ -30,7 +30,7 @@ from multitask.run.mlflow_store import sqlite_uri
 from multitask.run.monitor import RunMonitor
 from multitask.run.paths import absolute, moved
 from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
-from multitask.run.tasks import read_tasks, record_of, warn_of_other_tables, write_tasks
+from multitask.run.tasks import TASKS, read_tasks, record_of, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec.errors import SpecError
@@ -92,15 +92,14 @@ def train(
             f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
         )
     job = Job(spec, loaded=trial.loaded)
-    if not directory.exists():
-        check_room(job)
+    check_room(job)
     training = _training(directory, job, store, console, None, trial)
     with claiming(directory):
         check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
         empty(directory)
         store.clear()
-        write_spec(directory / "spec.yaml", job.spec)
         write_tasks(directory, job)
+        write_spec(directory / "spec.yaml", job.spec)
         training.claim()
     return training.run()
 
@@ -153,10 +152,12 @@ def track(directory: Path) -> tuple[int, str | None]:
         if status["state"] == "running":
             raise RunError(f"The run in '{directory}' is running, and sends its records as soon as MLflow takes them.")
         tracker = _tracker(directory, moved(load_spec(directory / "spec.yaml"), directory), status, ALONE)
-        sent = tracker.send_waiting(lost=status["state"] == "lost")
-        if tracker.run_id != status["mlflow_run_id"]:
-            content = json.loads((directory / STATUS).read_text())
-            write_json(directory / STATUS, {**content, "mlflow_run_id": tracker.run_id})
+        try:
+            sent = tracker.send_waiting(lost=status["state"] == "lost")
+        finally:  # a part may have been sent, and the rest belongs to the same MLflow run
+            if tracker.run_id != status["mlflow_run_id"]:
+                content = json.loads((directory / STATUS).read_text())
+                write_json(directory / STATUS, {**content, "mlflow_run_id": tracker.run_id})
     return sent, tracker.run_id
 
 
@@ -335,15 +336,22 @@ class Training:
         keep_trying(f"'{path}'", lambda: write_version(path, *tensors, about))
 
     def _keep_directory(self) -> None:
-        """Make the run directory anew if somebody has removed it, or the spec in it, so that the run can end there."""
-        path = self._directory / "spec.yaml"
-        if not path.exists():
-            keep_trying(f"'{path}'", lambda: write_spec(path, self._job.spec))
-            log.warning(
-                "'%s' was removed while the run goes on, and was made anew. If the whole folder was removed, the next "
-                "checkpoint is written when it is due, and the best version is chosen from now on.",
-                path,
-            )
+        """Make the run directory anew if somebody has removed it, or what the run keeps, so that the run can end there."""
+        if (self._directory / "spec.yaml").exists() and (self._directory / TASKS).exists():
+            return
+        self._keep_spec()
+        log.warning(
+            "Files in '%s' were removed while the run goes on, and were made anew. If the whole folder was removed, "
+            "the next checkpoint is written when it is due, and the best version is chosen from now on.",
+            self._directory,
+        )
+
+    def _keep_spec(self) -> None:
+        """Write the spec, and what each task began with."""
+        # A task without a record gets the class list of its table. So a task that is removed leaves the spec first, and
+        # one that is added has learned nothing yet.
+        keep_trying("The spec", lambda: write_spec(self._directory / "spec.yaml", self._job.spec))
+        keep_trying("The record of the tasks", lambda: write_tasks(self._directory, self._job))
 
     def interrupt(self) -> None:
         """Let all workers stop after their step, with a checkpoint; then `run` raises Stopped."""
@@ -380,8 +388,7 @@ class Training:
             keep_trying(f"'{path}'", lambda: write_version(path, backbone, tensors, {}))
         spec = changed.spec
         self._job = changed.changed(spec, checkpoint)
-        write_tasks(self._directory, self._job)
-        keep_trying("The spec", lambda: write_spec(self._directory / "spec.yaml", spec))
+        self._keep_spec()
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)
         self._tracker.add_tasks(_task_params(spec))
@@ -414,7 +421,7 @@ class Training:
 
 
 def _changed(spec: JobSpec, request: Request) -> JobSpec:
-    """Return the job's spec after a request that adds or removes a task.
+    """Return the job's spec after a request that adds or removes a task, with absolute paths as from the start.
 
     Raises:
         SpecError: the change cannot be made.
@@ -427,7 +434,7 @@ def _changed(spec: JobSpec, request: Request) -> JobSpec:
         if request.remove not in names:
             raise SpecError(f"the run has no task '{request.remove}', only {names}.")
         content["tasks"] = [task for task in content["tasks"] if task["name"] != request.remove]
-    return load_spec(content)
+    return absolute(load_spec(content))
 
 
 def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multitask.run.mlflow_store import sqlite_uri
+from multitask.run.paths import absolute
 from multitask.spec.errors import SpecError, quoted, shortened
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.schema import JobSpec
@@ -95,7 +96,8 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
         set_key(raw, "backbone.weights", weights)
     _part_checkpoints(raw, number)
     try:
-        return TrialPlan(number, setting, values, load_spec(raw))
+        # With the paths that its run will have, so that `LoadedInputs` finds what the trials share.
+        return TrialPlan(number, setting, values, absolute(load_spec(raw)))
     except SpecError as error:
         raise SpecError(f"sweep '{spec.name}', setting {shortened(describe(values))}: {error}") from None
 

@@ -17,6 +17,7 @@ from ray.job_submission import JobStatus
 from jobs import cluster_verbs, package, submission
 from multitask.spec.reading import dump_spec, load_spec
 from multitask.spec.schema import JobSpec
+from multitask.startup import SUBMITTED
 from multitask.sweep.spec import load_sweep
 from tests.jobs.checkouts import make_checkout
 from tests.jobs.command import multitask
@@ -108,6 +109,7 @@ def test_a_job_is_sent_with_the_project_its_pins_and_its_spec(
     environment = cluster.told["runtime_env"]
     assert "one>=1" in environment["pip"]["packages"]
     assert environment["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert environment["env_vars"][SUBMITTED] == "1"
     assert cluster.told["metadata"]["command"] == "multitask train submitted/mine.yaml --overwrite"
 
 

@@ -28,6 +28,19 @@ def test_decoding_turns_and_mirrors_an_image_as_its_exif_says(kind: str, orienta
     torch.testing.assert_close(decode(tensor(image)), as_pillow_turns_it(image), atol=2, rtol=0)
 
 
+def test_exif_may_stand_behind_the_pixels_of_a_png_and_behind_fill_bytes_of_a_jpeg() -> None:
+    png, jpeg = turned(PICTURE, "PNG", 6), turned(PICTURE, "JPEG", 6)
+    start = png.index(b"eXIf") - 4
+    block = png[start : start + 12 + int.from_bytes(png[start : start + 4])]
+    rest = png.replace(block, b"")
+    end = rest.index(b"IEND") - 4
+    moved = {rest[:end] + block + rest[end:]: png, jpeg[:2] + b"\xff\xff\xff" + jpeg[2:]: jpeg}
+    for image, usual in moved.items():
+        assert image != usual
+        assert torch.equal(decode(tensor(image)), decode(tensor(usual)))
+        assert torch.equal(decode(tensor(without_orientation(image))), decode(tensor(without_orientation(usual))))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_that_is_scaled_down_is_upright_and_stays_so(kind: str) -> None:
     image = turned(PICTURE, kind, 6)

@@ -181,11 +181,18 @@ def test_a_disk_without_room_for_the_run_is_refused_before_training(
     assert 0.8 * tensors < checkpoint_bytes(job) < 1.5 * tensors
     needed = 3 * checkpoint_bytes(job) + 3 * version_bytes(job)
 
-    def free(size: int) -> None:
-        monkeypatch.setattr("multitask.job.room.shutil.disk_usage", lambda _: SimpleNamespace(free=size))
+    replaced = sum(path.stat().st_size for path in job.spec.run_directory.rglob("*") if path.is_file())
+    assert replaced > 0
+    asked: list[Path] = []
 
-    free(needed)
+    def free(size: int) -> None:
+        monkeypatch.setattr(
+            "multitask.job.room.shutil.disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=size)
+        )
+
+    free(needed - replaced)
     check_room(job)
-    free(needed - 1)
+    assert asked == [job.spec.run_directory, Path(job.spec.checkpoint_folder)]  # each may be a disk of its own
+    free(needed - replaced - 1)
     with pytest.raises(SpecError, match=r"GB on this disk, and .* GB are free\. Make room"):
         check_room(job)

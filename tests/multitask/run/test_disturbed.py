@@ -16,6 +16,7 @@ from multitask.job.job import Job
 from multitask.run.directory import Run, write_spec
 from multitask.run.live import REQUESTS
 from multitask.run.monitor import RunMonitor
+from multitask.run.tasks import read_tasks, write_tasks
 from multitask.run.trainer import Training
 from multitask.server.messages import Evaluation
 from multitask.spec.reading import dump_spec
@@ -55,6 +56,7 @@ def run_with(job: Job, monkeypatch: pytest.MonkeyPatch) -> RunWith:
         monkeypatch.setitem(ENGINES, "local", engine)
         directory = job.spec.run_directory
         write_spec(directory / "spec.yaml", job.spec)
+        write_tasks(directory, job)
         tracker = MagicMock(run_id="f00d")
         tracker.__exit__.return_value = False
         monitor = RunMonitor(directory, job, tracker, Console(quiet=True), None)
@@ -73,11 +75,20 @@ def test_a_run_whose_folder_is_removed_says_so_makes_it_anew_and_ends(
 
     run = run_with(remove)
 
-    assert sum("was removed" in record.getMessage() for record in caplog.records) == 1
+    assert {name: record.classes for name, record in read_tasks(run.directory).items()} == job.classes
+    assert sum("were removed" in record.getMessage() for record in caplog.records) == 1
     assert run.spec == job.spec
     assert run.result["best"]["version"] == 2
     lines = (run.directory / "log.jsonl").read_text().splitlines()
-    assert "was removed" in json.loads(lines[0])["event"]
+    assert "were removed" in json.loads(lines[0])["event"]
+
+
+def test_the_class_lists_that_a_run_keeps_are_written_again_if_somebody_removes_them(job: Job, run_with: RunWith) -> None:
+    def remove(job: Job, driver: Driver) -> None:
+        (job.spec.run_directory / "tasks.json").unlink()
+        assert not driver.wants_pause()
+
+    assert read_tasks(run_with(remove).directory)["pets"].classes == job.classes["pets"]
 
 
 @pytest.mark.parametrize("best", [b"", b"\x08" * 99, None], ids=["empty", "damaged", "gone"])

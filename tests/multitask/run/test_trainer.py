@@ -19,7 +19,12 @@ import patches
 from multitask.data import DataError, write_table
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job.job import Job
-from multitask.run.directory import Run, RunError, evaluate_models, open_export, write_json
+from multitask.run.directory import Run, RunError, evaluate_models, open_export, write_json, write_spec
+from multitask.run.live import LiveStatus, read_status
+from multitask.run.mlflow_store import MlflowStore, TrackingError
+from multitask.run.outbox import OUTBOX, Outbox
+from multitask.run.records import Text
+from multitask.run.trainer import track
 from multitask.server.messages import Evaluation
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec
@@ -121,6 +126,7 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
 ) -> None:
     spec = make_spec()
     cars = dump_spec(spec)["tasks"][1]
+    cars["data"] = os.path.relpath(cars["data"])
     changes = [{"attach": None, "remove": "cars"}, {"attach": cars, "remove": None}]
     tops = iter([90.0, None, 50.0])
 
@@ -139,6 +145,7 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     monkeypatch.setitem(ENGINES, "local", engine)
     run = multitask.train(spec)
     assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
+    assert run.spec == spec  # with absolute paths
 
 
 def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:
@@ -181,6 +188,25 @@ def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpe
     client = MlflowClient(f"sqlite:///{spec.run_directory.parent}/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert {run.info.status for run in runs} == {"FAILED"}
+
+
+def test_records_that_are_sent_in_two_parts_belong_to_one_mlflow_run(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    write_spec(spec.run_directory / "spec.yaml", spec)
+    LiveStatus(spec.run_directory).write({"name": "job", "state": "stopped", "engine": "local", "tasks": {}}, now=True)
+    Outbox(spec.run_directory / OUTBOX).add(Text(name="one", text=""))
+
+    def send(store: MlflowStore, _: object) -> None:
+        store.runs[None] = "f00d"  # it has opened the run
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(MlflowStore, "send", send)
+    with pytest.raises(TrackingError, match="1 records .* still wait .*nobody answers"):
+        track(spec.run_directory)
+
+    assert read_status(spec.run_directory)["mlflow_run_id"] == "f00d"
 
 
 @pytest.mark.parametrize("spoilt", ["value", "metric"])
