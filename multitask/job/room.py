@@ -3,12 +3,13 @@
 import shutil
 from pathlib import Path
 
+from multitask.job.caches import GB
 from multitask.job.job import Job
 from multitask.spec.errors import SpecError
+from patches.files import existing_folder
 
 SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 2, "sgd": 1}
 """Optimizer -> buffers of the size of the trained tensors that it keeps."""
-GB = 1e9
 
 
 def check_room(job: Job) -> None:
@@ -23,7 +24,7 @@ def check_room(job: Job) -> None:
         folders.append((Path(spec.checkpoint_folder), checkpoint_bytes(job) * (spec.checkpoints.keep + 1)))
     needed: dict[int, int] = {}
     for folder, size in folders:
-        there = next(path for path in folder.absolute().parents if path.is_dir())
+        there = existing_folder(folder)
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
         free = shutil.disk_usage(there).free
