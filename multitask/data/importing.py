@@ -194,8 +194,8 @@ def _read_note(notes: Location, name: str) -> dict[str, Any]:
         note: dict[str, Any] = dict(json.loads(notes.read(name)))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{notes.where}/{name}: found a damaged note of an unfinished import ({shortened(error)}). Remove the whole "
-            "folder of the import, and start it again."
+            f"{notes.where}/{name}: found a damaged note of an unfinished import ({shortened(error)}). Remove the "
+            "whole folder of the import, and start it again."
         ) from error
     return note
 

@@ -182,8 +182,8 @@ def _parsed(content: bytes, where: str) -> Checkpoint:
         raise _DamagedError(quoted(error)) from error
     if version != FORMAT:
         raise CheckpointError(
-            f"{where}: found format {quoted(version)}, expected {FORMAT}. Go on with the version of multitask that wrote "
-            "it."
+            f"{where}: found format {quoted(version)}, expected {FORMAT}. Go on with the version of multitask that "
+            "wrote it."
         )
     if not whole:
         raise _DamagedError("its content has changed since it was written")

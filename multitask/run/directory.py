@@ -222,8 +222,8 @@ def read_spec(path: Path) -> JobSpec:
         return load_spec(path)
     except SpecError as error:
         raise RunError(
-            f"The run's spec cannot be read: {shortened(error, 600)} Give '{path}' the content with which the run began: "
-            "its MLflow run keeps it as spec.yaml."
+            f"The run's spec cannot be read: {shortened(error, 600)} Give '{path}' the content with which the run "
+            "began: its MLflow run keeps it as spec.yaml."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of a run: a damaged checkpoint is passed over, every other file is refused by name, or is still whole."""
+"""Damaged files of a run: a damaged checkpoint is passed over, every other file is refused by name or is whole."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from tests.fuzz.harness import fuzz
 REFUSALS = (RunError, SpecError, CheckpointError)
 
 
-class PassedOver(Exception):
+class PassedOverError(Exception):
     """A damaged checkpoint was passed over. The counts have it among the files that were refused."""
 
 
@@ -32,7 +32,7 @@ def fuzz_file(kind: str, path: Path, read: Callable[[], object], change: Callabl
 
     Args:
         kind: name of the files in the counts.
-        read: reads the file. It raises `PassedOver` if an older checkpoint was read instead.
+        read: reads the file. It raises `PassedOverError` if an older checkpoint was read instead.
         change: makes another content from that of the whole file.
     """
     whole = path.read_bytes()
@@ -50,7 +50,7 @@ def fuzz_file(kind: str, path: Path, read: Callable[[], object], change: Callabl
             assert str(path.parent) in str(error), f"the message names no file: {error}"
             raise
 
-    fuzz(kind, 60, (*REFUSALS, PassedOver), make, read_damaged)
+    fuzz(kind, 60, (*REFUSALS, PassedOverError), make, read_damaged)
 
 
 def damaged_or_rewritten(random: Random, text: bytes) -> bytes:
@@ -87,7 +87,7 @@ def test_checkpoints_whose_bytes_are_damaged_are_passed_over(tmp_path: Path) -> 
         assert found.progress in (PROGRESS, replace(PROGRESS, version=6)), "other counters than were saved"
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in TENSORS.items()), "other values"
         if found.progress.version == 6:
-            raise PassedOver
+            raise PassedOverError
 
     fuzz_file("checkpoints, bytes", path, read, damaged)
 
@@ -110,7 +110,7 @@ def test_checkpoints_whose_progress_was_edited_are_passed_over(tmp_path: Path) -
         assert type(found.progress.version) is int
         assert found.progress.with_workers({"pets/0": "pets"}).rounds >= 0
         if found.progress.version == 6:
-            raise PassedOver
+            raise PassedOverError
 
     fuzz_file("checkpoints, progress", path, read, change)
 
