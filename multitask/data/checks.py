@@ -71,8 +71,8 @@ def check_counts(counts: NDArray[np.int64], index: TableIndex, where: str) -> No
 
 @contextmanager
 def parquet_errors(file: str) -> Iterator[None]:
-    """Turn Arrow's errors inside the `with` block, also those of texts that are not UTF-8, into a `DataError` that names
-    the file."""
+    """Turn Arrow's errors inside the `with` block, also those of texts that are not UTF-8, into a `DataError` that
+    names the file."""
     try:
         yield
     except DataError:

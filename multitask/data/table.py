@@ -162,8 +162,8 @@ def open_table(uri: str | os.PathLike[str], *, verify: bool = True, damaged: Dam
 
     Args:
         uri: local path, or the URI of any pyarrow filesystem (file://, s3://, gs://, ...).
-        verify: read every shard once to compare its SHA-256 and its labels with the index. Without it, a changed page is
-            noticed when it is read, by its checksum; shards of version 0.1 have none.
+        verify: read every shard once to compare its SHA-256 and its labels with the index. Without it, a changed page
+            is noticed when it is read, by its checksum; shards of version 0.1 have none.
         damaged: what happens when a shard is missing or differs from the index. "fail" raises an error; "skip" leaves
             the shard out and logs a warning.
     Raises:

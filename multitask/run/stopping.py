@@ -36,10 +36,14 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_interrupt(call: Callable[[], None]) -> Iterator[None]:
-    """Handle the first Ctrl-C by calling a function. The next Ctrl-C has its usual effect."""
+    """Handle the first Ctrl-C by calling a function. The next Ctrl-C has its usual effect.
+
+    A shell lets its background jobs ignore Ctrl-C. There, the next one raises KeyboardInterrupt too, because a second
+    SIGTERM arrives as a Ctrl-C.
+    """
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before if callable(before) else signal.default_int_handler)
         call()
 
     with _handled(signal.SIGINT, handle) as before:

@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 
 from jobs import submitted
+from multitask.startup import SUBMITTED
+
+
+@pytest.fixture(autouse=True)
+def not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what a job says of itself in the environment."""
+    monkeypatch.setenv(SUBMITTED, "")
+    monkeypatch.delenv(SUBMITTED)
 
 
 def test_tokens_reach_the_process_and_are_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
