@@ -111,7 +111,8 @@ def labels_in(maps: FeatureFile, classes: Sequence[str]) -> Tensor:
     if unknown:
         raise FeatureError(
             f"'{maps.path}': found class {quoted(unknown[0])} ({len(unknown)} such of {len(names)}), which is not "
-            f"among the {len(classes)} classes of the training maps. Gather both files from tables with the same classes."
+            f"among the {len(classes)} classes of the training maps. Gather both files from tables with the same "
+            "classes."
         )
     return torch.tensor([place[name] for name in names])[torch.from_numpy(maps.labels)]
 
