@@ -256,7 +256,7 @@ def load_backbone(
             raise BackboneError(unknown_name_message(f"option of backbone '{name}'", option, defaults))
         if isinstance(options[option], str):
             raise BackboneError(
-                f"Option {option}={options[option][:100]!r} of backbone '{name}' is text, and no option of a backbone "
+                f"Option {option}={quoted(options[option])} of backbone '{name}' is text, and no option of a backbone "
                 "is. Give a number, a list, true or false, without quotes."
             )
     pretrained = weights is not None and not is_weights_file(weights)

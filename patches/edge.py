@@ -20,6 +20,7 @@ from patches.bundle import save_bundle
 from patches.errors import FeatureError
 from patches.features import FeatureFile
 from patches.methods.mist import Edge
+from patches.quoting import quoted
 
 MAPS = "maps"
 """Name of the maps' feature in the files."""
@@ -109,8 +110,9 @@ def labels_in(maps: FeatureFile, classes: Sequence[str]) -> Tensor:
     unknown = [name for name in names if name not in place]
     if unknown:
         raise FeatureError(
-            f"'{maps.path}': found class {unknown[0]!r:.60} ({len(unknown)} such of {len(names)}), which is not among "
-            f"the {len(classes)} classes of the training maps. Gather both files from tables with the same classes."
+            f"'{maps.path}': found class {quoted(unknown[0])} ({len(unknown)} such of {len(names)}), which is not "
+            f"among the {len(classes)} classes of the training maps. Gather both files from tables with the same "
+            "classes."
         )
     return torch.tensor([place[name] for name in names])[torch.from_numpy(maps.labels)]
 

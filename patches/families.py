@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 MOST_BLOCKS = 256
-"""Largest number of blocks and stages together. Swin-B has 24 blocks in 4 stages."""
+"""Largest number of blocks and stages of a network together, so that no option asks for minutes of building. Swin-B has
+24 blocks in 4 stages."""
 NetworkFunction = Callable[[nn.Module, Tensor], Tensor]
 """A function of (network, x) that does what the network's forward does between two modules."""
 
@@ -71,7 +72,7 @@ def _sequence(stem: Step, blocks: list[tuple[str, ...]], tail: Step, head: Step)
 
 
 def _check_blocks(depths: Sequence[int]) -> None:
-    """Check the numbers of blocks of all stages, so that no option asks for minutes of building.
+    """Check the numbers of blocks of all stages.
 
     Raises:
         ValueError: there are more than `MOST_BLOCKS` blocks or stages.

@@ -91,8 +91,13 @@ def _free_bytes(path: str) -> int | None:
     """Return the free bytes on the disk of a path that may not exist yet; None for a path that is a URI."""
     if "://" in path:
         return None
-    folder = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing_folder(Path(path))).free
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the folder `path`, or the nearest folder above it if there is none."""
+    whole = path.absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 
 
 def read_regular(path: Path, most_bytes: int | None = None) -> bytes:

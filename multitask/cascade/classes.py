@@ -30,8 +30,9 @@ def common_classes(
     for model, names in known.items():
         if sorted(names) != sorted(common):
             raise CascadeError(
-                f"Models '{first}' and '{model}' have different classes: {shown(common)}, and {shown(names)}. The "
-                "models of a cascade answer the same question. Leave one of them out, or train it on the same classes."
+                f"Models '{first}' and '{model}' have different classes: {shown(common, names)}, and "
+                f"{shown(names, common)}. The models of a cascade answer the same question. Leave one of them out, or "
+                "train it on the same classes."
             )
         if names != common:
             columns[model] = positions(common, names, f"Model '{model}'")

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from multitask.data.format import ID, IMAGE, INDEX_NAME, LABEL, shard_schema
 from multitask.data.index import TableIndex, TableShard
-from multitask.data.storage import REMAKE, DataError, Location, quoted
+from multitask.data.storage import REMAKE, DataError, Location
+from patches.quoting import quoted, shortened
 
 
 def check_shard(
@@ -77,7 +78,7 @@ def parquet_errors(file: str) -> Iterator[None]:
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error!s:.200}). {REMAKE}") from error
+        raise DataError(f"{file}: cannot be read as Parquet ({shortened(error)}). {REMAKE}") from error
 
 
 def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None:

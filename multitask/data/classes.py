@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multitask.data.storage import DataError
+from patches.quoting import shortened
 
 NAMES, CHARACTERS = 4, 20
 """Largest number of names of a class list that a message shows, and largest number of characters of each."""
@@ -31,7 +32,12 @@ def positions(names: Sequence[str], classes: Sequence[str], where: str) -> NDArr
     return np.array([place[name] for name in names], dtype=np.int64)
 
 
-def shown(names: Sequence[str]) -> str:
-    """Return a class list for a message: the beginnings of the first names, and the number of the others."""
-    texts = [text if len(text) <= CHARACTERS else f"{text[: CHARACTERS - 3]}..." for text in map(repr, names[:NAMES])]
+def shown(names: Sequence[str], other: Sequence[str] = ()) -> str:
+    """Return a class list for a message: the beginnings of the first names, and the number of the others.
+
+    Args:
+        other: another class list that the message shows. The names that it lacks come first.
+    """
+    first = sorted(names, key=set(other).__contains__)[:NAMES]
+    texts = [shortened(repr(name), CHARACTERS) for name in first]
     return ", ".join(texts) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")

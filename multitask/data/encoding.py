@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from multitask.data.png import SIGNATURE
 from multitask.data.storage import DataError
 from multitask.data.transforms import decode
+from patches.quoting import shortened
 
 DECODED = (b"\xff\xd8\xff", SIGNATURE, b"RIFF", b"GIF8")
 """First bytes of the files that training decodes: JPEG, PNG, WebP and GIF."""
@@ -97,7 +98,7 @@ def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
 
 def _undecodable(name: str, error: Exception, why: str, instead: str) -> DataError:
     """Make the error for an image that has to be decoded for the import, and cannot be."""
-    reason = str(error).partition("\n")[0][:200]
+    reason = shortened(str(error).partition("\n")[0])
     return DataError(
         f"{name}: found an image that cannot be decoded ({reason}), but it has to be decoded to be {why}. "
         f"Remove it from the source, or {instead}."

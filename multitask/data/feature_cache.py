@@ -27,7 +27,7 @@ from torch import Tensor
 from multitask.data.storage import DataError
 from patches.errors import FeatureError
 from patches.features import FeatureFile, FeatureLayout, Rows, write_features
-from patches.files import remove_left_behind
+from patches.files import existing_folder, remove_left_behind
 
 FILE_BYTES = 1 << 26
 """Bytes of features in memory at which a file is written. A process that dies loses at most this much work."""
@@ -72,15 +72,11 @@ class CachePlan:
 
     def free_bytes(self) -> int:
         """Return the free bytes on the disk on which the folder is, or will be created."""
-        return shutil.disk_usage(self._there()).free
+        return shutil.disk_usage(existing_folder(self.folder)).free
 
     def disk(self) -> int:
         """Return a number that differs between disks."""
-        return self._there().stat().st_dev
-
-    def _there(self) -> Path:
-        """Return the folder, or the nearest folder above it that exists."""
-        return next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        return existing_folder(self.folder).stat().st_dev
 
     def open(self) -> "FeatureCache":
         """Return the cache, for use in this process."""

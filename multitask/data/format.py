@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from multitask.data.storage import DataError, Location, locate, quoted
+from multitask.data.storage import DataError, Location, locate
+from patches.quoting import quoted
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"

@@ -24,6 +24,7 @@ from multitask.data.orientation import without_orientation
 from multitask.data.sources import Source
 from multitask.data.storage import DataError, Location, locate
 from patches.files import DiskFullError
+from patches.quoting import shortened
 
 NOTES, PLAN = ".import", "plan.json"
 """Folder of the notes about finished shards, and the file in it that describes the import."""
@@ -193,8 +194,8 @@ def _read_note(notes: Location, name: str) -> dict[str, Any]:
         note: dict[str, Any] = dict(json.loads(notes.read(name)))
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{notes.where}/{name}: found a damaged note of an unfinished import ({error!s:.200}). Remove the whole "
-            "folder of the import, and start it again."
+            f"{notes.where}/{name}: found a damaged note of an unfinished import ({shortened(error)}). Remove the "
+            "whole folder of the import, and start it again."
         ) from error
     return note
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from multitask.data.format import FORMAT_VERSION, INDEX_NAME, check_classes
-from multitask.data.storage import REMAKE, DataError, Location, quoted
+from multitask.data.storage import REMAKE, DataError, Location
+from patches.quoting import quoted
 
 INDEX_FIELDS = {"classes": list, "rows": int, "rows_of_class": list, "shards": list}
 SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "sha256": str, "groups": list}

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multitask.data.storage import DataError, quoted
+from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from multitask.data.transforms import Crop, cut, decode, resize_images
+from patches.quoting import quoted
 
 Undecodable = Literal["fail", "skip"]
 """What happens to an image that cannot be decoded: an error, or it is skipped and counted."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from multitask.data.transforms import decode
+from patches.quoting import shortened
 
 CELL_INCHES = 1.3
 """Width and height of one image on the sheet."""
@@ -57,7 +58,7 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
         if cell is None:
             continue
         encoded, title = cell
-        axes.set_title(_drawable(_shortened(title)), fontsize=7, pad=3, parse_math=False)
+        axes.set_title(_drawable(shortened(title, 18)), fontsize=7, pad=3, parse_math=False)
         try:
             axes.imshow(decode(encoded).permute(1, 2, 0).numpy())
         except RuntimeError:
@@ -67,11 +68,6 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
-
-
-def _shortened(name: str, length: int = 18) -> str:
-    """Cut a long name so that it fits above an image."""
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _drawable(text: str) -> str:

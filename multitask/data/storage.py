@@ -18,20 +18,12 @@ BLOCK_BYTES = 1 << 22
 """Bytes that are read at once while a file is hashed."""
 PARTIAL = ".partial"
 """Ending of a file that is still being written."""
-MOST_QUOTED = 200
-"""Largest number of characters that a message quotes of a value that it was given."""
 REMAKE = "Copy the table again from where it came from, or write it anew."
 """The advice of every error about a damaged table."""
 
 
 class DataError(ValueError):
     """A table or an image cannot be used. The message says what was expected, what was found and what to do."""
-
-
-def quoted(value: object) -> str:
-    """Return a value as a message shows it: its `repr`, of which at most 200 characters are kept."""
-    text = repr(value)
-    return text if len(text) <= MOST_QUOTED else f"{text[: MOST_QUOTED - 1]}…"
 
 
 @dataclass(frozen=True)

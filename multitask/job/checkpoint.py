@@ -17,6 +17,7 @@ from multitask.data.storage import DataError, locate
 from multitask.job.writing import keep_trying
 from multitask.server.messages import is_finite
 from multitask.server.progress import Progress
+from patches.quoting import quoted, shortened
 
 FORMAT = "1"
 log = logging.getLogger(__name__)
@@ -178,18 +179,18 @@ def _parsed(content: bytes, where: str) -> Checkpoint:
         # Checkpoints of version 0.1 have no digest.
         whole = "sha256" not in metadata or metadata["sha256"] == _digest(progress, tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _DamagedError(f"{error!r:.200}") from error
+        raise _DamagedError(quoted(error)) from error
     if version != FORMAT:
         raise CheckpointError(
-            f"{where}: found format {version!r:.20}, expected {FORMAT}. Go on with the version of multitask that wrote "
-            "it."
+            f"{where}: found format {quoted(version)}, expected {FORMAT}. Go on with the version of multitask that "
+            "wrote it."
         )
     if not whole:
         raise _DamagedError("its content has changed since it was written")
     try:
         return Checkpoint(Progress.from_json(json.loads(progress)), tensors)
     except (ValueError, RecursionError) as error:
-        raise _DamagedError(f"its progress cannot be read: {error!s:.200}") from error
+        raise _DamagedError(f"its progress cannot be read: {shortened(error)}") from error
 
 
 def _digest(progress: str, tensors: Mapping[str, Tensor]) -> str:

@@ -50,8 +50,8 @@ def attach_tasks(
         if set(classes[name]) != set(classes[first]):
             raise SpecError(
                 f"Tasks '{first}' and '{name}' share the backbone's head, but their classes differ: "
-                f"{shown(classes[first])}, and {shown(classes[name])}. Give their tables the same classes, or add "
-                "'+last_layer' to their method so that each task has a head of its own."
+                f"{shown(classes[first], classes[name])}, and {shown(classes[name], classes[first])}. Give their "
+                "tables the same classes, or add '+last_layer' to their method so that each task has a head of its own."
             )
         classes[name] = classes[first]
     for task in tasks:

@@ -6,12 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 
+from multitask.job.caches import GB
 from multitask.job.job import Job
 from multitask.spec.errors import SpecError
+from patches.files import existing_folder
 
 SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 2, "sgd": 1}
 """Optimizer -> buffers of the size of the trained tensors that it keeps."""
-GB = 1e9
 
 
 def check_room(job: Job) -> None:
@@ -29,7 +30,7 @@ def check_room(job: Job) -> None:
     replaced: dict[Path, os.stat_result] = {}
     for folder, size, files in folders:
         folder = folder.absolute()
-        there = next(path for path in (folder, *folder.parents) if path.is_dir())  # it may be a disk of its own
+        there = existing_folder(folder)  # it may be a disk of its own
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
         for path in folder.rglob(files):

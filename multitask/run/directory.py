@@ -31,6 +31,7 @@ from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_yaml, load_spec
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import write_atomic
+from patches.quoting import shortened
 
 Version = Literal["best", "last"]
 
@@ -221,8 +222,8 @@ def read_spec(path: Path) -> JobSpec:
         return load_spec(path)
     except SpecError as error:
         raise RunError(
-            f"The run's spec cannot be read: {error!s:.600} Give '{path}' the content with which the run began: "
-            "its MLflow run keeps it as spec.yaml."
+            f"The run's spec cannot be read: {shortened(error, 600)} Give '{path}' the content with which the run "
+            "began: its MLflow run keeps it as spec.yaml."
         ) from error
 
 

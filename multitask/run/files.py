@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, Val
 from multitask.errors import RunError
 from multitask.server.progress import with_current_names
 from patches.files import read_regular
+from patches.quoting import shortened
 
 Number = Annotated[int, Strict()] | Annotated[float, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0)]
@@ -122,6 +123,7 @@ def read_json(path: Path, remedy: str) -> Any:
         RunError: there is no such file, it cannot be read, or it is damaged.
     """
     try:
+        # `patches.strict_json` would refuse NaN, which a loss may be.
         content = json.loads(text := read_regular(path).decode())
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text that can be written
@@ -155,7 +157,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def damaged(where: str | Path, why: object, remedy: str) -> RunError:
     """Return the error for a damaged file of a run."""
-    return RunError(f"'{where}' is damaged: {why!s:.200}. {remedy}")
+    return RunError(f"'{where}' is damaged: {shortened(why)}. {remedy}")
 
 
 def checked_status(content: Any, where: str | Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Files through which other processes see how a run stands, and ask its driver to add or remove a task."""
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -16,6 +15,8 @@ from typing import Any
 from multitask.run.directory import write_json
 from multitask.run.files import STATUS_REMEDY, RunError, checked_status, read_json
 from patches.files import read_regular
+from patches.quoting import shortened
+from patches.strict_json import parse_json
 
 STATUS = "status.json"
 REQUESTS = "requests"
@@ -185,8 +186,8 @@ class Requests:
                 found.append((path.lstat().st_mtime, _read_request(path)))
             except FileNotFoundError:  # the process that asked has removed its request
                 continue
-            except (OSError, ValueError, RecursionError) as error:
-                self._settle(path, f"'{path.name}' is no request: {error!s:.200}")
+            except (OSError, ValueError) as error:
+                self._settle(path, f"'{path.name}' is no request: {shortened(error)}")
         return [request for _, request in sorted(found, key=lambda one: one[0])]
 
     def answer(self, request: Request, error: str | None = None) -> None:
@@ -224,9 +225,9 @@ def _read_request(path: Path) -> Request:
 
     Raises:
         FileNotFoundError: it was removed.
-        OSError, ValueError, RecursionError: the file is not a request.
+        OSError, ValueError: the file is not a request.
     """
-    content = json.loads(read_regular(path, REQUEST_BYTES))
+    content = parse_json(read_regular(path, REQUEST_BYTES))
     if not isinstance(content, dict) or content.keys() - {"attach", "remove"}:
         raise ValueError("expected the keys 'attach' and 'remove'")
     attach, remove = content.get("attach"), content.get("remove")

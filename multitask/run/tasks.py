@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from multitask.errors import RunError
 from multitask.job import Job
 from multitask.job.tables import open_split, preprocessing
 from multitask.spec.schema import TaskSpec
-from patches.files import write_atomic
+from patches.files import read_regular, write_atomic
+from patches.quoting import shortened
 
 TASKS = "tasks.json"
 log = logging.getLogger(__name__)
@@ -54,13 +55,13 @@ def read_tasks(directory: Path) -> dict[str, TaskRecord]:
     """
     path = directory / TASKS
     try:
-        return _RECORDS.validate_json(path.read_bytes())
+        return _RECORDS.validate_json(read_regular(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
             f"'{path}': expected the class list, the tables and the preprocessing of each task, found a damaged file "
-            f"({str(error)[:200]}). Restore it from a copy, or remove it: then the class lists are read from the "
+            f"({shortened(error)}). Restore it from a copy, or remove it: then the class lists are read from the "
             "training tables, which must be those that the run began with."
         ) from error
 

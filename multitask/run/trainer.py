@@ -1,6 +1,5 @@
 """Training from start to end: start or resume a job, follow it, change its tasks, and write its run directory."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from multitask.job.room import check_room
 from multitask.job.writing import keep_trying
 from multitask.run.claim import check_new, check_stopped, claiming, empty
 from multitask.run.directory import Run, RunError, read_about, read_spec, write_json, write_spec, write_version
+from multitask.run.files import STATUS_REMEDY, read_json
 from multitask.run.finite import check_finite
 from multitask.run.live import STATUS, Request, Requests, read_status
 from multitask.run.mlflow_store import sqlite_uri
@@ -156,7 +156,7 @@ def track(directory: Path) -> tuple[int, str | None]:
             sent = tracker.send_waiting(lost=status["state"] == "lost")
         finally:  # a part may have been sent, and the rest belongs to the same MLflow run
             if tracker.run_id != status["mlflow_run_id"]:
-                content = json.loads((directory / STATUS).read_text())
+                content = read_json(directory / STATUS, STATUS_REMEDY)
                 write_json(directory / STATUS, {**content, "mlflow_run_id": tracker.run_id})
     return sent, tracker.run_id
 

@@ -1,4 +1,7 @@
-"""The error of a job spec that cannot run, and how its message quotes what was found."""
+"""The error of a job spec that cannot run, and how its message quotes what was found.
+
+`patches.quoting` is not imported, because a spec is read and checked without torch, which `patches` imports.
+"""
 
 QUOTED = 100
 """Number of characters of a value, a key or a file's name that a message quotes at most."""

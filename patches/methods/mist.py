@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from patches.backbone import Backbone
 from patches.errors import PatchError
+from patches.families import MOST_BLOCKS
 from patches.layers import PatchConvolution, draw_linear, grid, recomputed
 from patches.options import SWITCH, check_choice, check_whole, option_values
 from patches.side import SIDE_SEEDS, SideMethod, SideNetwork
@@ -21,8 +22,6 @@ from patches.structure import seeded
 
 BLOCKS = ("attention", "mlp", "depthwise")
 READOUTS = ("class_token", "mean")
-MOST_LAYERS = 256
-"""Largest number of residual blocks, so that no option asks for minutes of building. The paper has 4."""
 EPSILON = 1e-6
 """The ε of LayerNorm, as in ViT."""
 
@@ -72,7 +71,7 @@ class Mist(SideMethod):
         if self.k is None:
             self.k = backbone_options["num_layers"]
         check_whole("k", self.k, 0, backbone_options["num_layers"])
-        check_whole("layers", self.layers, 1, MOST_LAYERS)
+        check_whole("layers", self.layers, 1, MOST_BLOCKS)
         check_whole("rank", self.rank, 1, None)
         check_choice("block", self.block, BLOCKS)
         check_choice("gather", self.gather, SWITCH)

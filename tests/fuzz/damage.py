@@ -112,3 +112,12 @@ def as_text(tree: Any, random: Random) -> str:
     depth = random.choice((31, 40, 900, 5_000, 100_000))
     text = json.dumps(tree, separators=(",", ":"))
     return text.replace(TWICE, "").replace(f'"{DEEP}"', "[" * depth + "]" * depth)
+
+
+def rewritten(random: Random, text: bytes) -> bytes:
+    """Return another JSON: with other values and keys, and sometimes with other bytes."""
+    content = json.loads(text)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        edit(random, content)
+    changed = as_text(content, random).encode("utf-8", "surrogatepass")
+    return damaged(random, changed) if random.random() < 0.1 else changed

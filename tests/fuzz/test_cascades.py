@@ -1,7 +1,6 @@
 """Cascades that were damaged, and cascades that somebody wrote on purpose: as JSON, and as packages."""
 
 import io
-import json
 import math
 import zipfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import patches
 from multitask.cascade import Cascade, CascadeError, CascadeModel, load_cascade, save_cascade, save_package
-from tests.fuzz.damage import as_text, damaged, edit
+from tests.fuzz.damage import damaged, rewritten
 from tests.fuzz.harness import fuzz
 from tests.multitask.cascade.pools import made_cascade
 from tests.patches.helpers import small_backbone
@@ -37,15 +36,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         )
     save_package(CASCADE, folder / "whole.cascade", folder)
     return (folder / "whole.cascade").read_bytes()
-
-
-def rewritten(random: Random, text: bytes) -> bytes:
-    """Return another JSON of a cascade."""
-    content = json.loads(text)
-    for _ in range(random.choice((1, 1, 2, 4))):
-        edit(random, content)
-    changed = as_text(content, random).encode("utf-8", "surrogatepass")
-    return damaged(random, changed) if random.random() < 0.1 else changed
 
 
 def repacked(random: Random, whole: bytes) -> bytes:

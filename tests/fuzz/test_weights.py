@@ -1,7 +1,6 @@
 """Weights files that were damaged, and weights files that hold something else than a state dict of tensors."""
 
 import io
-import json
 import struct
 import zipfile
 from collections import Counter, OrderedDict
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 import patches
-from tests.fuzz.damage import as_text, damaged, edit, value
+from tests.fuzz.damage import damaged, rewritten, value
 from tests.fuzz.harness import fuzz
 from tests.patches.helpers import SMALL, small_backbone
 
@@ -102,10 +101,7 @@ def repickled(random: Random, whole: bytes) -> bytes:
 def relaid(random: Random, whole: bytes) -> bytes:
     """Return a safetensors file with another header."""
     end = 8 + struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8:end])
-    for _ in range(random.choice((1, 1, 3))):
-        edit(random, header)
-    text = as_text(header, random).encode("utf-8", "surrogatepass")
+    text = rewritten(random, whole[8:end])
     return struct.pack("<Q", len(text)) + text + whole[end:]
 
 

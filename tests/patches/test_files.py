@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from multitask.data.storage import locate
-from patches.files import DiskFullError, atomic_file, read_regular, write_atomic
+from patches.files import DiskFullError, atomic_file, existing_folder, read_regular, write_atomic
 from tests.disk import full_disk
 
 
@@ -62,3 +62,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
             read_regular(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "nothing")
+
+
+def test_the_folder_of_what_is_not_there_yet_is_the_nearest_above_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "x", tmp_path / "new" / "x"):
+        assert existing_folder(path) == tmp_path

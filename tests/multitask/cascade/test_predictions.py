@@ -98,7 +98,7 @@ def test_models_with_other_class_orders_are_matched_by_name(tmp_path: Path) -> N
     assert np.array_equal(found.logits["a"], found.logits["b"])
     assert found.take(np.array([1])).names == found.only(["b"]).names == found.halves(0)[0].names == found.names
     write_names(tmp_path, "c", ["x", "y", "w"], [0, 1, 2], [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
-    with pytest.raises(CascadeError, match="'a' and 'c' have different classes: 'x', 'y', 'z', and 'x', 'y', 'w'"):
+    with pytest.raises(CascadeError, match="'a' and 'c' have different classes: 'z', 'x', 'y', and 'w', 'x', 'y'"):
         read_predictions(tmp_path)
 
 

@@ -158,6 +158,7 @@ WRONG: dict[str, Callable[[Path], object]] = {
     "a socket": lambda path: _bound(path),
     "too large": lambda path: path.write_bytes(b" " * (REQUEST_BYTES + 1)),
     "nested too deep": lambda path: path.write_bytes(b"[" * 100_000),
+    "a key twice": lambda path: path.write_text('{"remove": "cars", "remove": "pets"}'),
     "no JSON": lambda path: path.write_bytes(b"remove cars"),
     "not UTF-8": lambda path: path.write_bytes(b'{"remove": "\xff"}'),
     "a number": lambda path: path.write_text("3"),

@@ -1,6 +1,7 @@
 """A run keeps what its tasks began with: nobody needs its tables later, and their class order may change."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -119,3 +120,7 @@ def test_a_damaged_record_is_named_and_one_that_is_missing_is_made_of_the_table(
         with pytest.raises(RunError, match=r"tasks\.json': expected the class list") as error:
             read_tasks(tmp_path)
         assert len(str(error.value)) - len(str(tmp_path)) < 700
+    (tmp_path / "tasks.json").unlink()
+    os.mkfifo(tmp_path / "tasks.json")
+    with pytest.raises(RunError, match="it is not a regular file"):  # reading it would wait for ever
+        read_tasks(tmp_path)
