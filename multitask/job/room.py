@@ -27,8 +27,8 @@ def check_room(job: Job) -> None:
         folders.append((Path(spec.checkpoint_folder), size, "checkpoint-*.safetensors"))
     needed: dict[int, int] = {}
     replaced: dict[Path, os.stat_result] = {}
-    for folder, size, files in folders:
-        folder = folder.absolute()
+    for named, size, files in folders:
+        folder = named.absolute()
         there = next(path for path in (folder, *folder.parents) if path.is_dir())  # it may be a disk of its own
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
