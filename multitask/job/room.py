@@ -1,5 +1,6 @@
 """The room on disk that a run needs."""
 
+import fnmatch
 import os
 import shutil
 from contextlib import suppress
@@ -32,9 +33,7 @@ def check_room(job: Job) -> None:
         there = next(path for path in (folder, *folder.parents) if path.is_dir())  # it may be a disk of its own
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
-        for path in folder.rglob(files):
-            with suppress(FileNotFoundError):  # another process may have begun the same run meanwhile
-                replaced[path] = path.lstat()
+        replaced |= _files_in(folder, files)
         free = shutil.disk_usage(there).free
         free += sum(old.st_size for old in replaced.values() if S_ISREG(old.st_mode) and old.st_dev == disk)
         if needed[disk] > free:
@@ -42,6 +41,17 @@ def check_room(job: Job) -> None:
                 f"'{folder}': the run's checkpoints and versions take {needed[disk] / GB:.3g} GB on this disk, and "
                 f"{free / GB:.3g} GB are free. Make room, or name another folder with `directory` or `checkpoints.uri`."
             )
+
+
+def _files_in(folder: Path, pattern: str) -> dict[Path, os.stat_result]:
+    """Return the files in a folder, at any depth, whose names match a pattern. Another process may change it meanwhile."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in fnmatch.filter(names, pattern):
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):
+                found[path] = path.lstat()
+    return found
 
 
 def version_bytes(job: Job) -> int:
