@@ -44,7 +44,7 @@ def check_room(job: Job) -> None:
 
 
 def _files_in(folder: Path, pattern: str) -> dict[Path, os.stat_result]:
-    """Return the files in a folder, at any depth, whose names match a pattern. Another process may change it meanwhile."""
+    """Return the files at any depth of a folder whose names match a pattern. Others may change it meanwhile."""
     found = {}
     for parent, _, names in os.walk(folder):
         for name in fnmatch.filter(names, pattern):
