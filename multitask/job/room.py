@@ -1,5 +1,6 @@
 """The room on disk that a run needs."""
 
+import fnmatch
 import os
 import shutil
 from contextlib import suppress
@@ -28,14 +29,12 @@ def check_room(job: Job) -> None:
         folders.append((Path(spec.checkpoint_folder), size, "checkpoint-*.safetensors"))
     needed: dict[int, int] = {}
     replaced: dict[Path, os.stat_result] = {}
-    for folder, size, files in folders:
-        folder = folder.absolute()
+    for named, size, files in folders:
+        folder = named.absolute()
         there = existing_folder(folder)  # it may be a disk of its own
         disk = there.stat().st_dev
         needed[disk] = needed.get(disk, 0) + size
-        for path in folder.rglob(files):
-            with suppress(FileNotFoundError):  # another process may have begun the same run meanwhile
-                replaced[path] = path.lstat()
+        replaced |= _files_in(folder, files)
         free = shutil.disk_usage(there).free
         free += sum(old.st_size for old in replaced.values() if S_ISREG(old.st_mode) and old.st_dev == disk)
         if needed[disk] > free:
@@ -43,6 +42,17 @@ def check_room(job: Job) -> None:
                 f"'{folder}': the run's checkpoints and versions take {needed[disk] / GB:.3g} GB on this disk, and "
                 f"{free / GB:.3g} GB are free. Make room, or name another folder with `directory` or `checkpoints.uri`."
             )
+
+
+def _files_in(folder: Path, pattern: str) -> dict[Path, os.stat_result]:
+    """Return the files at any depth of a folder whose names match a pattern. Others may change it meanwhile."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in fnmatch.filter(names, pattern):
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):
+                found[path] = path.lstat()
+    return found
 
 
 def version_bytes(job: Job) -> int:

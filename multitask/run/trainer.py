@@ -336,7 +336,7 @@ class Training:
         keep_trying(f"'{path}'", lambda: write_version(path, *tensors, about))
 
     def _keep_directory(self) -> None:
-        """Make the run directory anew if somebody has removed it, or what the run keeps, so that the run can end there."""
+        """Make the run directory, or what the run keeps in it, anew if somebody has removed it."""
         if (self._directory / "spec.yaml").exists() and (self._directory / TASKS).exists():
             return
         self._keep_spec()

@@ -186,9 +186,11 @@ def test_a_disk_without_room_for_the_run_is_refused_before_training(
     asked: list[Path] = []
 
     def free(size: int) -> None:
-        monkeypatch.setattr(
-            "multitask.job.room.shutil.disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=size)
-        )
+        def usage(path: Path) -> SimpleNamespace:
+            asked.append(path)
+            return SimpleNamespace(free=size)
+
+        monkeypatch.setattr("multitask.job.room.shutil.disk_usage", usage)
 
     free(needed - replaced)
     check_room(job)

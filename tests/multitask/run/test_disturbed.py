@@ -83,9 +83,7 @@ def test_a_run_whose_folder_is_removed_says_so_makes_it_anew_and_ends(
     assert "were removed" in json.loads(lines[0])["event"]
 
 
-def test_the_class_lists_that_a_run_keeps_are_written_again_if_somebody_removes_them(
-    job: Job, run_with: RunWith
-) -> None:
+def test_class_lists_that_somebody_removes_are_written_again(job: Job, run_with: RunWith) -> None:
     def remove(job: Job, driver: Driver) -> None:
         (job.spec.run_directory / "tasks.json").unlink()
         assert not driver.wants_pause()
