@@ -68,7 +68,7 @@ def odd_tensor(random: Random, tensor: Tensor) -> Any:
     return random.choice(odd)()
 
 
-def rewritten(random: Random, whole: State) -> bytes:
+def changed_state(random: Random, whole: State) -> bytes:
     """Return a file of torch with a changed state dict."""
     state: State = OrderedDict(whole)
     for _ in range(random.choice((1, 1, 2, 50))):
@@ -118,7 +118,7 @@ def test_weights_are_whole_or_refused(tmp_path: Path) -> None:
         if kind in ENDINGS:
             data = damaged(random, whole[kind])
         elif kind == "rewritten":
-            data = rewritten(random, state)
+            data = changed_state(random, state)
         else:
             data = repickled(random, whole["zip"]) if kind == "repickled" else relaid(random, whole["safetensors"])
         path().write_bytes(data)

@@ -203,7 +203,7 @@ def test_records_that_are_sent_in_two_parts_belong_to_one_mlflow_run(
         raise ConnectionError("nobody answers")
 
     monkeypatch.setattr(MlflowStore, "send", send)
-    with pytest.raises(TrackingError, match="1 records .* still wait .*nobody answers"):
+    with pytest.raises(TrackingError, match=r"1 records .* still wait .*nobody answers"):
         track(spec.run_directory)
 
     assert read_status(spec.run_directory)["mlflow_run_id"] == "f00d"
