@@ -58,7 +58,13 @@ def fuzz(
     """
     counts = Counts(kind)
 
-    @settings(max_examples=cases(default), deadline=None, database=None, phases=(Phase.explicit, Phase.generate))
+    @settings(
+        max_examples=cases(default),
+        deadline=None,
+        database=None,
+        derandomize=not is_long(),  # `make test` tries the same files each time
+        phases=(Phase.explicit, Phase.generate),
+    )
     @given(seed=st.integers(0, 2**64 - 1))
     def one(seed: int) -> None:
         data = make(Random(seed))

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import multitask
-from multitask.data import import_table, sources
+from multitask.data import sources
+from multitask.data.importing import import_table
 from tests.jobs.command import multitask as command
 from tests.journeys.photos import CLASSES, KINDS, write_photos
 

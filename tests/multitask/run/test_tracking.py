@@ -14,7 +14,7 @@ import pytest
 
 import multitask
 from multitask.run import outbox, tracking
-from multitask.run.mlflow_store import PARAM_CHARS, MlflowStore, TrackingError, shorten, sqlite_uri
+from multitask.run.mlflow_store import PARAM_CHARS, MlflowStore, TrackingError, resolve, shorten, sqlite_uri
 from multitask.run.outbox import OUTBOX
 from multitask.run.tracking import Tracker, flatten
 from tests.conftest import wait_until
@@ -503,8 +503,11 @@ def test_a_start_that_is_killed_leaves_no_half_made_file(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "copyfile", killed)
-    with pytest.raises(KeyboardInterrupt), tracker(f"sqlite:///{tmp_path}/mlflow.db"):
-        pass
+    uri, database = resolve(f"sqlite:///{tmp_path}/mlflow.db")
+    about: Any = {"params": {}, "task_params": {}, "folder": tmp_path, "parent_run_id": None, "run_id": None}
+    store = MlflowStore(uri, database, experiment="demo", run_name="job", **about)
+    with pytest.raises(KeyboardInterrupt):
+        store.send([])
     assert list(tmp_path.iterdir()) == []
 
 
