@@ -19,7 +19,7 @@ def main(export: str, task: str, *photos: str) -> None:
     _, models = open_export(Path(export))
     resolution = info.preprocessing["resolution"]
     decoded = [decode(torch.frombuffer(bytearray(Path(photo).read_bytes()), dtype=torch.uint8)) for photo in photos]
-    images = resize_images(decoded, [resolution], resolution)[resolution].permute(0, 3, 1, 2) / 255
+    images = resize_images(decoded, [resolution], len(photos))[resolution].permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(info.preprocessing[key])[:, None, None] for key in ("mean", "std"))
     with torch.inference_mode():
         answers = models[task]((images - mean) / std).argmax(dim=1)
