@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class TrialPlan:
     def directory(self) -> Path:
         """The trial's run directory."""
         return self.spec.run_directory
+
+    def with_absolute_paths(self) -> "TrialPlan":
+        """Return the plan with the paths that its run will have, so that `LoadedInputs` finds what the trials share."""
+        return replace(self, spec=absolute(self.spec))
 
 
 def settings(spec: SweepSpec) -> list[dict[str, Any]]:
@@ -96,8 +100,7 @@ def plan_trial(spec: SweepSpec, number: int, values: Mapping[str, Any], weights:
         set_key(raw, "backbone.weights", weights)
     _part_checkpoints(raw, number)
     try:
-        # With the paths that its run will have, so that `LoadedInputs` finds what the trials share.
-        return TrialPlan(number, setting, values, absolute(load_spec(raw)))
+        return TrialPlan(number, setting, values, load_spec(raw))
     except SpecError as error:
         raise SpecError(f"sweep '{spec.name}', setting {shortened(describe(values))}: {error}") from None
 

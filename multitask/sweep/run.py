@@ -78,7 +78,7 @@ def run_sweep(
     directory = spec.run_directory
     _check_directory(spec, directory, go_on)
     weights = str(directory / SOURCE_BACKBONE) if spec.source else None
-    plans = plan_trials(spec, weights)
+    plans = [plan.with_absolute_paths() for plan in plan_trials(spec, weights)]
     loaded = _check_jobs(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
     with sigterm_as_ctrl_c(), ray_session():
@@ -94,7 +94,9 @@ def run_sweep(
         if spec.suggested:
             from multitask.sweep.searcher import Suggestions  # imported here, because few sweeps need Optuna
 
-            search = Suggestions(spec, lambda number, values: ready(plan_trial(spec, number, values, weights)))
+            search = Suggestions(
+                spec, lambda number, values: ready(plan_trial(spec, number, values, weights).with_absolute_paths())
+            )
         write_atomic(directory / SPEC, to_yaml(dump_sweep(spec)).encode())
         with tracker:
             write_json(directory / STATE, {"mlflow_run_id": tracker.run_id})
