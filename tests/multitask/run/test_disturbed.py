@@ -31,7 +31,8 @@ RunWith = Callable[..., Run]
 
 def told(job: Job, version: int, top1: float) -> Evaluation:
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
-    return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
+    groups = {name: group.state() for name, group in job.groups.items()}
+    return Evaluation(version, version, metrics, True, groups, server=1)
 
 
 @pytest.fixture

@@ -104,7 +104,8 @@ def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec
 def told(job: Job, version: int, top1: float) -> Evaluation:
     """Return an evaluation as a server reports it if it knows no better one."""
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
-    return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
+    groups = {name: group.state() for name, group in job.groups.items()}
+    return Evaluation(version, version, metrics, True, groups, server=1)
 
 
 def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
