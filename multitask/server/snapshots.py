@@ -233,6 +233,4 @@ class Snapshots:
         best = mean > self._progress.best_top1
         self._progress.best_top1 = max(mean, self._progress.best_top1)
         request, rounds = pending.request, math.floor(pending.progress.rounds)
-        return Evaluation(
-            request.version, rounds, pending.metrics, best, pending.evaluated, request.server_incarnation
-        )
+        return Evaluation(request.version, rounds, pending.metrics, best, pending.evaluated, request.server_incarnation)

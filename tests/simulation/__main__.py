@@ -102,16 +102,25 @@ def prepare_process() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+def _prepare_worker() -> None:
+    """Let a process that only runs schedules look for unreachable objects between them, and among their own only."""
+    prepare_process()
+    gc.freeze()
+    gc.disable()
+
+
 def _results(runs: Sequence[Run], processes: int) -> Iterator[Result]:
     if processes == 1:
         yield from map(_check_run, runs)
         return
-    with multiprocessing.get_context("fork").Pool(processes, prepare_process) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, _prepare_worker) as pool:
         yield from pool.imap_unordered(_check_run, runs, chunksize=4)
 
 
 def _check_run(run: Run) -> Result:
-    return check_case(run) if isinstance(run, str) else check_seed(*run)
+    result = check_case(run) if isinstance(run, str) else check_seed(*run)
+    gc.collect()
+    return result
 
 
 if __name__ == "__main__":
