@@ -63,9 +63,9 @@ def fuzz(
     print(f"\n{kind}: {cases(default):,} seeds from {first}")
     try:
         for seed in range(first, first + cases(default)):
-            data = make(Random(seed))
             counts.tried += 1
             try:
+                data = make(Random(seed))
                 refused = _judged(counts, data, errors, read)
             except (KeyboardInterrupt, SystemExit):
                 raise

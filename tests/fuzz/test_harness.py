@@ -1,10 +1,14 @@
-"""The harness itself: it goes on after a fault, names what repeats it, and fails at the end."""
+"""The harness itself: it goes on after a fault, names what repeats it, and fails at the end; what makes the files."""
 
+import copy
+import json
 from random import Random
 
 import pytest
 
+from tests.fuzz.damage import OTHERS, edit
 from tests.fuzz.harness import fuzz
+from tests.fuzz.specs import has_a_key_twice
 
 
 class DocumentedError(Exception):
@@ -76,3 +80,18 @@ def test_the_same_files_are_tried_each_time(monkeypatch: pytest.MonkeyPatch) -> 
         fuzz("numbers", 5, (), lambda random: b"%d" % random.getrandbits(64), files.append)
     assert tried[0] == tried[1]
     assert len(set(tried[0])) == 5
+
+
+def test_a_changed_tree_holds_no_part_of_itself_and_no_part_of_another() -> None:
+    before = copy.deepcopy(OTHERS[3:7])
+    for seed in range(300):
+        random, tree = Random(seed), {"a": [1], "b": {"c": 2}}
+        for _ in range(10):
+            edit(random, tree)
+        json.dumps(tree)
+    assert OTHERS[3:7] == before
+
+
+def test_a_tab_between_two_values_is_no_fault() -> None:
+    assert not has_a_key_twice(b'{"a": 1\t, "b": \t2}')
+    assert has_a_key_twice(b'{"a": 1\t, "a": 2}')
