@@ -24,6 +24,7 @@ from multitask.run.live import LiveStatus, read_status
 from multitask.run.mlflow_store import MlflowStore, TrackingError
 from multitask.run.outbox import OUTBOX, Outbox
 from multitask.run.records import Text
+from multitask.run.tasks import read_tasks
 from multitask.run.trainer import track
 from multitask.server.messages import Evaluation
 from multitask.spec.errors import SpecError
@@ -137,6 +138,7 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
         if top1 is not None:
             driver.watch([], [evaluation], job.progress)
         if changes:
+            (spec.run_directory / "tasks.json").write_text("[")  # what somebody damages ends no run
             write_json(spec.run_directory / "requests" / "one.json", changes.pop(0))
             assert driver.wants_pause()
             driver.store.save(job.checkpoint(job.progress, evaluation.groups))
@@ -147,6 +149,8 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     run = multitask.train(spec)
     assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
     assert run.spec == spec  # with absolute paths
+    assert read_tasks(run.directory).keys() == {"pets", "cars"}
+    assert read_status(run.directory)["mlflow_task_runs"] == {"pets": 1, "cars": 2}
 
 
 def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:
@@ -208,6 +212,9 @@ def test_records_that_are_sent_in_two_parts_belong_to_one_mlflow_run(
         track(spec.run_directory)
 
     assert read_status(spec.run_directory)["mlflow_run_id"] == "f00d"
+    (spec.run_directory / "spec.yaml").write_text("[")
+    with pytest.raises(RunError, match=r"The run's spec cannot be read: .* its MLflow run keeps it"):
+        track(spec.run_directory)
 
 
 @pytest.mark.parametrize("spoilt", ["value", "metric"])
