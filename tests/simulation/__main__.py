@@ -120,13 +120,13 @@ def _results(runs: Sequence[Run], processes: int) -> Iterator[Result]:
     left = len(runs)
     try:
         while pipes:
-            for pipe in wait(pipes):
-                assert isinstance(pipe, Connection)
+            for ready in wait(pipes):
+                assert isinstance(ready, Connection)
                 try:
-                    yield pipe.recv()
+                    yield ready.recv()
                     left -= 1
                 except EOFError:
-                    pipes.remove(pipe)
+                    pipes.remove(ready)
         if left:
             raise RuntimeError(f"A process of the simulation ended before its last run: {left} runs are missing.")
     finally:
@@ -135,7 +135,7 @@ def _results(runs: Sequence[Run], processes: int) -> Iterator[Result]:
 
 
 def _work(runs: Sequence[Run], pipe: Connection) -> None:
-    """Do some runs in a process of their own, which looks for unreachable objects between them and only among theirs."""
+    """Do some runs in a process, which looks for unreachable objects between them, and among theirs only."""
     prepare_process()
     gc.freeze()
     gc.disable()
