@@ -116,6 +116,18 @@ def test_balanced_sampling_gives_each_class_the_same_number_of_images(spec_of: M
     assert Counter(label for batch in batches for label in batch.labels.tolist()) == dict.fromkeys(range(4), 18)
 
 
+def test_stored_features_serve_a_balanced_stream(spec_of: MakeSpec, tmp_path: Path) -> None:
+    task = {"method": "last_layer", "sampling": "balanced", "workers": 1}
+    changes = {"train_shared": False, "steps": 14}
+    cached = {**task, "cache_features": str(tmp_path)}
+    plain, first, again = (run_engine(Job(spec_of(one, **changes))) for one in (task, cached, cached))
+
+    losses = [(record.worker, record.step, record.loss) for record in plain.records]
+    for ran in (first, again):
+        assert [(record.worker, record.step, record.loss) for record in ran.records] == losses
+    assert first.job.caches["pets"].missing_bytes() == 0
+
+
 def test_balanced_weights_are_images_by_classes_by_images_of_the_class(spec_of: MakeSpec) -> None:
     job = Job(spec_of({"class_weights": "balanced"}))
     weights = job.class_weights["pets"]
