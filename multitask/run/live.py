@@ -269,7 +269,7 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
     if state != "running":
         raise RunError(
             f"The run in '{directory}' is {state}. Tasks are added to and removed from running jobs only; "
-            f"`multitask train --resume {directory}` resumes a job that stopped."
+            f"`multitask resume {directory}` resumes a job that stopped."
         )
     path = directory / REQUESTS / f"{uuid.uuid4().hex}.json"
     try:

@@ -68,7 +68,8 @@ def train(
     if store.where() is not None and not overwrite:
         raise SpecError(
             f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
-            f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
+            f"with that run (multitask resume {quote(str(directory))}), or replace it (--overwrite; "
+            "in Python overwrite=True)."
         )
     job = Job(spec, loaded=trial.loaded)
     check_room(job)
@@ -242,13 +243,13 @@ class Training:
         if outcome.paused:
             raise Stopped(
                 f"Stopped; the checkpoint is {self._store.where()}. "
-                f"Go on with: multitask train --resume {quote(str(self._directory))}"
+                f"Go on with: multitask resume {quote(str(self._directory))}"
             )
         self._finish(outcome, time.perf_counter() - start)
 
     def _explained(self, error: TrainingError) -> TrainingError:
         """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
-        go_on = f"`multitask train --resume {quote(str(self._directory))}`"
+        go_on = f"`multitask resume {quote(str(self._directory))}`"
         try:
             where = self._store.where()
         except CheckpointError as problem:

@@ -264,7 +264,7 @@ class Simulation:
         return False
 
     def _drive(self, life: int) -> None:
-        """Do what `multitask train`, and later `multitask train --resume`, does."""
+        """Do what `multitask train`, and later `multitask resume`, does."""
         path = self.folder / "spec.yaml"
         if life:
             spec = load_spec(path)

@@ -145,7 +145,7 @@ def test_a_file_in_the_checkpoints_place_ends_the_run_with_what_to_do(job: Job, 
     message = str(error.value)
     assert "The checkpoint in '" in message
     assert "put the folder back" in message
-    assert f"Then `multitask train --resume {job.spec.run_directory}` goes on" in message
+    assert f"Then `multitask resume {job.spec.run_directory}` goes on" in message
     status = json.loads((job.spec.run_directory / "status.json").read_text())
     assert status["state"] == "failed"
 
@@ -164,7 +164,7 @@ def test_a_full_disk_ends_the_run_with_what_is_needed_and_what_is_kept(job: Job,
     message = str(error.value)
     assert f"'{directory / 'best.safetensors'}' needs at least" in message
     assert f"The last checkpoint is {job.spec.checkpoint_folder}/checkpoint-000000.safetensors" in message
-    assert f"--resume {directory}" in message
+    assert f"multitask resume {directory}" in message
     assert json.loads((directory / "status.json").read_text())["state"] == "failed"
     assert list(directory.rglob(".*")) == []
 
