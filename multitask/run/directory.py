@@ -155,13 +155,10 @@ def evaluate_models(
         RunError: the folder of a task's data does not exist.
         DataError: a table cannot be read, or has a class that the model does not know.
     """
-    check_data(spec)
+    tasks = [task for task in spec.tasks if task.name in models]
+    check_data(spec, tasks)
     with torch_threads(spec.resources.threads_per_worker):
-        return {
-            task.name: _evaluate_task(models[task.name], task, split, save_to)
-            for task in spec.tasks
-            if task.name in models
-        }
+        return {task.name: _evaluate_task(models[task.name], task, split, save_to) for task in tasks}
 
 
 def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:

@@ -101,7 +101,7 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
     spec = moved(read_spec(directory / "spec.yaml"), directory)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     records = read_tasks(directory)
-    check_data(spec)
+    check_data(spec, spec.tasks)
     job = Job(spec, store.latest(), trial.loaded, kept_classes(spec, records))
     warn_of_other_tables(job, records)
     with claiming(directory):

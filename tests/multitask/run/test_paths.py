@@ -4,11 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from multitask.run.directory import Run, RunError, evaluate_models, write_json, write_spec
-from multitask.run.paths import absolute, moved
+from multitask.run.paths import absolute, check_data, moved
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
 from multitask.startup import SUBMITTED
@@ -159,7 +160,9 @@ def test_a_finished_run_is_evaluated_where_it_was_moved_to_with_its_data(make_sp
     shutil.move(tmp_path / "renamed" / "data", tmp_path / "elsewhere")
     nowhere = Run(run.directory)
     with pytest.raises(RunError, match=rf"'pets' is no longer at '{data}'.*into '{run.directory}/spec.yaml'"):
-        evaluate_models({}, nowhere.spec, "test")
+        evaluate_models({"pets": MagicMock()}, nowhere.spec, "test")
+    assert evaluate_models({}, nowhere.spec, "test") == {}
     path = run.directory / "spec.yaml"
     path.write_text(path.read_text().replace(str(data), str(tmp_path / "elsewhere" / "pets")))
-    assert evaluate_models({}, Run(run.directory).spec, "test") == {}
+    found = Run(run.directory).spec
+    check_data(found, found.tasks)
