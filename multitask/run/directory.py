@@ -26,6 +26,7 @@ from multitask.run.files import (
     damaged,
     read_json,
 )
+from multitask.run.mlflow_store import TrackingError
 from multitask.run.paths import check_data, moved
 from multitask.run.tasks import read_tasks, record_of
 from multitask.spec.errors import SpecError
@@ -63,7 +64,7 @@ class Run:
             raise RunError(
                 f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
             )
-        self.spec = moved(read_spec(directory / "spec.yaml"), directory.resolve())
+        self.spec = spec_of(directory)
         """The run's spec. Where the run was moved together with its data, it has the paths of today."""
         self.result: dict[str, Any] = read_json(path, RESULT_REMEDY)
         checked(RunResult, self.result, path, RESULT_REMEDY)
@@ -213,15 +214,16 @@ def write_spec(path: Path, spec: JobSpec) -> None:
     write_atomic(path, dump_yaml(spec).encode())
 
 
-def read_spec(path: Path) -> JobSpec:
-    """Read the job spec that a run has written.
+def spec_of(directory: Path) -> JobSpec:
+    """Read the job spec that a run has written, with the paths of where the run is now.
 
     Raises:
         RunError: the file is damaged.
     """
+    path = directory / "spec.yaml"
     try:
-        return load_spec(path)
-    except SpecError as error:
+        return moved(load_spec(path), directory.resolve())
+    except (SpecError, TrackingError) as error:
         raise RunError(
             f"The run's spec cannot be read: {shortened(error, 600)} Give '{path}' the content with which the run "
             "began: its MLflow run keeps it as spec.yaml."

@@ -21,12 +21,12 @@ from multitask.job.checkpoint import CheckpointError, CheckpointStore
 from multitask.job.room import check_room
 from multitask.job.writing import keep_trying
 from multitask.run.claim import check_new, check_stopped, claiming, empty
-from multitask.run.directory import Run, RunError, read_about, read_spec, write_json, write_spec, write_version
+from multitask.run.directory import Run, RunError, read_about, spec_of, write_json, write_spec, write_version
 from multitask.run.files import STATUS_REMEDY, read_json
 from multitask.run.finite import check_finite
 from multitask.run.live import STATUS, Request, Requests, changed_spec, read_status
 from multitask.run.monitor import RunMonitor
-from multitask.run.paths import absolute, check_data, moved
+from multitask.run.paths import absolute, check_data
 from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
 from multitask.run.tasks import TASKS, TaskRecord, kept_classes, read_tasks, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
@@ -98,7 +98,7 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
     """
     directory = directory.resolve()
     check_stopped(directory)
-    spec = moved(read_spec(directory / "spec.yaml"), directory)
+    spec = spec_of(directory)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     records = read_tasks(directory)
     check_data(spec, spec.tasks)
@@ -132,7 +132,7 @@ def track(directory: Path) -> tuple[int, str | None]:
         status = read_status(directory)
         if status["state"] == "running":
             raise RunError(f"The run in '{directory}' is running, and sends its records as soon as MLflow takes them.")
-        tracker = make_tracker(directory, moved(read_spec(directory / "spec.yaml"), directory), status, ALONE)
+        tracker = make_tracker(directory, spec_of(directory), status, ALONE)
         try:
             sent = tracker.send_waiting(lost=status["state"] == "lost")
         finally:  # a part may have been sent, and the rest belongs to the same MLflow run
