@@ -40,7 +40,7 @@ Point = tuple[float, float]
 """A round, and a value that belongs to it."""
 FIGURE_INCHES = (4.6, 2.5)
 """Width and height of a figure. It is narrow, so that its numbers can be read on a telephone."""
-MARKED_POINTS = 40
+MARKED_POINTS = 20
 """Up to this number of points of a curve, each is marked."""
 MATRIX_CLASSES = 20
 """Largest number of classes for which the whole confusion matrix is shown."""
