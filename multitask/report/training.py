@@ -71,6 +71,8 @@ class TrainedTask:
     """Number of validation images that could not be decoded."""
     other_table: bool
     """Whether the validation table is another one than the run began with."""
+    trained_on: bool
+    """Whether the task was trained on its validation images too."""
     mistakes: Sequence[tuple[int, bytes]]
     """Some wrong answers: position in `answers`, and a picture of the image (PNG or JPEG)."""
     patch_bytes: int

@@ -106,6 +106,7 @@ def _trained_task(
         answers=answers,
         skipped=skipped,
         other_table=record.tables.get("validation", table.identity) != table.identity,
+        trained_on=task.train_on == "train+validation",
         mistakes=[(place, thumbnail(row.image, PICTURE_SIDE)) for place, row in zip(mistakes, images, strict=True)],
         patch_bytes=_bytes(model.private_state().values()),
         workers=task.workers,

@@ -40,6 +40,7 @@ def make_task(name: str = "pets", classes: int = 6, wrong: bool = True, **change
         "answers": found,
         "skipped": 0,
         "other_table": False,
+        "trained_on": False,
         "mistakes": [(place, png(place, 2)) for place in surest_mistakes(found, 5).tolist()],
         "patch_bytes": 5_000,
         "workers": 2,
@@ -135,9 +136,12 @@ def test_parts_without_content_say_so_or_are_left_out(tmp_path: Path) -> None:
         "The last version",
     ):
         assert text not in html, text
-    noted = written(make_run(replace(bare, skipped=3, other_table=True, faults={"lost pushes": 3})), tmp_path)
+    noted = written(
+        make_run(replace(bare, skipped=3, other_table=True, trained_on=True, faults={"lost pushes": 3})), tmp_path
+    )
     assert "lost pushes" in noted
     assert "3 validation images could not be decoded" in noted
+    assert "trained on its validation images too" in noted
     assert "another one than the run began with" in noted
     lacking = replace(bare.answers, classes=(*bare.answers.classes, "a class without images"))
     assert "No validation image belongs to a class without images." in written(
