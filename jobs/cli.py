@@ -18,6 +18,7 @@ from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.groups import Group
 from jobs.plan_verbs import plan
+from jobs.report_verbs import report, report_after_training
 from jobs.sweep_verbs import sweep
 from jobs.tables import show
 from multitask.startup import RUN_PROCESS, put_off_torch_compile
@@ -60,6 +61,7 @@ app.add_typer(jobs_app, name="jobs")
 # Options that `submit` does not know belong to the verb that it submits.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 app.command()(plan)
+app.command()(report)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
@@ -171,6 +173,7 @@ def _train(start: "Callable[[], Run]", json_output: bool) -> None:
     except multitask.Stopped as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(stop.exit_status) from None
+    report_after_training(run.directory)
     if json_output:
         print(json.dumps(run.result))
         return

@@ -13,10 +13,22 @@ if TYPE_CHECKING:
     from multitask import cascade
     from multitask.errors import TrainingError
     from multitask.run.directory import Run
+    from multitask.run.report import write_report
     from multitask.run.trainer import Stopped, resume, train
     from multitask.spec import JobSpec, SpecError, load_spec
 
-__all__ = ["JobSpec", "Run", "SpecError", "Stopped", "TrainingError", "cascade", "load_spec", "resume", "train"]
+__all__ = [
+    "JobSpec",
+    "Run",
+    "SpecError",
+    "Stopped",
+    "TrainingError",
+    "cascade",
+    "load_spec",
+    "resume",
+    "train",
+    "write_report",
+]
 
 _MODULES = {
     "JobSpec": "multitask.spec",
@@ -27,6 +39,7 @@ _MODULES = {
     "load_spec": "multitask.spec",
     "resume": "multitask.run.trainer",
     "train": "multitask.run.trainer",
+    "write_report": "multitask.run.report",
 }
 """Public name -> the module that defines it."""
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -136,9 +137,22 @@ class ImageTable:
         Raises:
             IndexError: the table has no such row.
         """
-        group = self._group_of(index)
-        fetched, place = self.read_group(group), index - self.first_row(group)
-        return Row(fetched.encoded(place).numpy().tobytes(), int(fetched.labels[place]), fetched.ids[place])
+        return self.rows([index])[0]
+
+    def rows(self, indices: Sequence[int]) -> list[Row]:
+        """Read rows, in the given order. Each row group that contains some of them is fetched once.
+
+        Raises:
+            IndexError: the table has no such row.
+        """
+        found = {}
+        for group, members in groupby(sorted(indices), key=self._group_of):
+            fetched, first = self.read_group(group), self.first_row(group)
+            for index in members:
+                place = index - first
+                image = fetched.encoded(place).numpy().tobytes()
+                found[index] = Row(image, int(fetched.labels[place]), fetched.ids[place])
+        return [found[index] for index in indices]
 
     def source(self, index: int) -> str:
         """Return where a row is stored, for messages: the file of its shard, and the row's number in that file."""

@@ -10,6 +10,9 @@ import jinja2
 from multitask.report import plots
 from patches.files import write_atomic
 
+JPEG = b"\xff\xd8\xff"
+"""First bytes of every JPEG."""
+
 
 def environment(*packages: str) -> jinja2.Environment:
     """Return the template environment of a report.
@@ -18,7 +21,7 @@ def environment(*packages: str) -> jinja2.Environment:
         packages: Python packages whose `templates` folders are searched first, before the one of `multitask.report`.
     Returns:
         An environment that refuses undefined names and escapes all values. Its filter `bytes` prints a size for people,
-        and its filter `inline` turns a PNG into a `data:` URI.
+        and its filter `inline` turns a PNG or a JPEG into a `data:` URI.
     """
     loader = jinja2.ChoiceLoader(
         [jinja2.PackageLoader(package, "templates") for package in (*packages, "multitask.report")]
@@ -30,9 +33,10 @@ def environment(*packages: str) -> jinja2.Environment:
     return made
 
 
-def inline(png: bytes) -> str:
-    """Return a PNG as a `data:` URI, so that a page that shows it needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def inline(picture: bytes) -> str:
+    """Return a PNG or a JPEG as a `data:` URI, so that a page that shows it needs no other file."""
+    kind = "jpeg" if picture.startswith(JPEG) else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")
 
 
 def write_cascade_report(title: str, section: Mapping[str, Any], directory: Path) -> Path:

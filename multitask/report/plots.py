@@ -113,6 +113,13 @@ def human_count(value: float) -> str:
     return f"{value:g}"
 
 
+def human_seconds(seconds: float) -> str:
+    """Format a duration for people: 61.4 becomes '61 s', 4500 becomes '75 min', and 9000 becomes '2.5 h'."""
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def padded(low: float, high: float) -> tuple[float, float]:
     """Return the limits of an axis of percentages: room for labels on both sides of the values, and at most 101.5."""
     room = max(high - low, 2.0) * 0.16

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from multitask.errors import RunError
+from multitask.run.losses import Loss
 from multitask.server.progress import with_current_names
 from patches.files import read_regular
 from patches.quoting import shortened
@@ -69,6 +70,8 @@ class TaskStatus:
     """Worker -> id of the process that made its last step."""
     curve: list[Point] = field(default_factory=list)
     """Validation metrics of each evaluated version, with its round as `step`."""
+    losses: list[Loss] = field(default_factory=list)
+    """History of the training loss; see `multitask.run.losses`."""
     latest: dict[str, Number] = field(default_factory=dict)
     """Loss, rate, staleness and images per second of the last step; empty before the first step."""
 
@@ -114,6 +117,22 @@ class RunResult:
     best: VersionFacts
     trained_parameters: Count
     seconds: Seconds
+
+
+@dataclass
+class TaskResult:
+    """What a run's result says about the training of one task."""
+
+    processes: list[Annotated[int, Strict()]]
+    pushes: Count
+    mean_staleness: Number
+    redone_steps: Count
+    lost_pushes: Count
+    rejected_pushes: Count
+    skipped_images: Count
+    curve: list[Point]
+    losses: list[Loss] = field(default_factory=list)
+    """Empty in results of version 0.1."""
 
 
 def read_json(path: Path, remedy: str) -> Any:

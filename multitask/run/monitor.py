@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from multitask.job.job import Job
 from multitask.run.files import TaskStatus
 from multitask.run.live import LiveStatus
+from multitask.run.losses import add_loss
 from multitask.run.tracking import Tracker
 from multitask.server import progress as server_progress
 from multitask.server.messages import Evaluation, StepRecord
@@ -130,6 +131,7 @@ class RunMonitor:
                 "rejected_pushes": status.rejected,
                 "skipped_images": status.skipped,
                 "curve": sorted(status.curve, key=lambda point: point["step"]),
+                "losses": status.losses,
             }
             for name, status in self._tasks.items()
         }
@@ -145,6 +147,8 @@ class RunMonitor:
         applied = [record for record in news if record.rejected is None and not record.redone]
         status.pushes += len(applied)
         status.staleness += sum(record.staleness for record in applied)
+        for record in applied:
+            add_loss(status.losses, record.round, record.loss)
         status.skipped += sum(record.skipped for record in news)
         for bad in dict.fromkeys(bad for record in news for bad in record.bad_images):
             if bad not in status.bad_images:

@@ -14,6 +14,7 @@ import yaml
 import multitask
 from multitask.data import sources
 from multitask.data.importing import import_table
+from tests import browser
 from tests.jobs.command import multitask as command
 from tests.journeys.photos import CLASSES, KINDS, write_photos
 
@@ -42,6 +43,14 @@ def answers(export: Path, photos: list[Path]) -> list[str]:
     return found
 
 
+def look_at_report(page: Path) -> None:
+    """Open the page in a browser, if there is one, at a desk and on a telephone."""
+    assert all(name in page.read_text() for name in CLASSES)
+    for seen in browser.look(page) if browser.CHROMIUM else ():
+        assert (seen.cut, seen.scrolls) == ([], [])
+        assert all(name in seen.text for name in CLASSES)
+
+
 def by_commands(folder: Path) -> None:
     def run(*arguments: object) -> str:
         done = command(*arguments)
@@ -54,6 +63,7 @@ def by_commands(folder: Path) -> None:
     (folder / "sides.yaml").write_text(SPEC)
     assert len(SPEC.strip().splitlines()) <= 12
     run("train", folder / "sides.yaml")
+    look_at_report(folder / "runs" / "sides" / "report.html")
     run("export", folder / "runs" / "sides")
 
 
@@ -62,7 +72,9 @@ def from_python(folder: Path) -> None:
     spec: dict[str, Any] = yaml.safe_load(SPEC)
     spec["tasks"][0]["data"] = str(folder / "tables")
     spec["directory"] = str(folder / "runs" / "sides")
-    multitask.train(multitask.load_spec(spec)).export()
+    run = multitask.train(multitask.load_spec(spec))
+    run.export()
+    multitask.write_report(run.directory)
 
 
 @pytest.mark.slow

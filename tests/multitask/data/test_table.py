@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multitask.data import DataError, open_table, open_tables, write_table
-from multitask.data.table import RowGroup
+from multitask.data.table import ImageTable, RowGroup
 from tests.multitask.data.tables import (
     CLASSES,
     encoded,
@@ -138,6 +138,19 @@ def test_an_opened_table_is_small_and_travels_to_other_processes(tmp_path: Path)
     pickled = pickle.dumps(open_table(path))
     assert len(pickled) < 5000
     assert pickle.loads(pickled).row(2999) == (number_image(2999) * 100, 2, None)
+
+
+def test_rows_come_in_the_order_that_was_asked_for_and_each_row_group_is_fetched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path / "t", ((number_image(i), i % 3) for i in range(9)), CLASSES, rows_per_shard=3)
+    table, fetch = open_table(tmp_path / "t"), ImageTable.read_group
+    fetched: list[int] = []
+    monkeypatch.setattr(ImageTable, "read_group", lambda table, group: (fetched.append(group), fetch(table, group))[1])
+
+    assert table.rows([8, 0, 6, 8, 1]) == [(number_image(i), i % 3, None) for i in (8, 0, 6, 8, 1)]
+    assert fetched == [0, 2]
+    assert table.rows([]) == []
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
