@@ -21,7 +21,8 @@ from multitask.run.stopping import sigterm_as_ctrl_c
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
-from multitask.spec.schema import JobSpec, TaskSpec, TrackingSpec
+from multitask.spec.resources import TrackingSpec
+from multitask.spec.schema import JobSpec, TaskSpec
 from multitask.spec.text import read_yaml, to_yaml
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
