@@ -63,6 +63,9 @@ class Driver:
     checkpoint and returns."""
     cluster: Cluster = field(default_factory=RayCluster)
     """The cluster on which the engine starts processes; engine `local` uses its clock only."""
+    has_ended: Callable[[], bool] = lambda: False
+    """Whether the run ends with a version that `watch` was told of. No checkpoint is saved then: a driver that takes
+    the place of a lost one has to come to that version again, and must not begin after it."""
 
 
 @dataclass
@@ -128,7 +131,7 @@ def take(
         outcome.versions["last"] = evaluation
     driver.watch(records, evaluations, progress)
     # Checkpoints come last: a run that goes on from one does not tell again what happened before it.
-    for checkpoint in checkpoints:
+    for checkpoint in () if driver.has_ended() else checkpoints:
         if checkpoint.is_finite():
             driver.store.save(checkpoint)
             log.info("Saved a checkpoint of version %d.", checkpoint.progress.version)

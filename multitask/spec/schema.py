@@ -169,10 +169,17 @@ class JobSpec:
     its own `workers`."""
     train_shared: bool
     """Whether to train the shared tensors too, so that all tasks learn one backbone, or to keep the backbone frozen."""
-    steps: Count
-    """Number of steps that each worker makes."""
-    evaluate_every: Count
-    """Number of rounds between evaluations on the validation tables. The last version is always evaluated."""
+    steps: Count | None = None
+    """Number of steps that each worker makes. Exactly one of `steps` and `epochs` is required."""
+    epochs: Rate | None = None
+    """Number of times, which may be a fraction, that each worker goes through its training images at least. When the
+    job starts, this number and the tables give `steps` (multitask/job/epochs.py), which the run's spec records."""
+    evaluate_every: Count | None = None
+    """Number of rounds between evaluations on the validation tables. The last version is always evaluated. With
+    `epochs` it may be left out, for an evaluation about once in each epoch."""
+    stop_after: Count | None = None
+    """Number of evaluations without a better mean validation top-1 (by which `best` is chosen) after which training
+    ends. The last version of the run is then that of the last of these evaluations. Without it all steps are made."""
     optimizer: OptimizerSpec
     """Optimizer of all tensors. In a file the whole key, or its name or rate, may be left out: the missing values, and
     a missing schedule, come from the recipe of the tasks' patch method (multitask/spec/recipes.py)."""
@@ -194,6 +201,25 @@ class JobSpec:
     """Seed of everything that is drawn at random: initial values, the order of images, augmentation and dropout."""
     directory: PathText | None = None
     """Directory for all files of the run; runs/NAME by default."""
+
+    @model_validator(mode="after")
+    def _its_length_is_known(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else f"steps: {self.steps} and epochs: {self.epochs:g}"
+            raise ValueError(f"expected either steps or epochs, found {found}; set one of them")
+        if self.steps is not None and self.evaluate_every is None:
+            raise ValueError("evaluate_every is required with steps; set the number of rounds between evaluations")
+        return self
+
+    @model_validator(mode="after")
+    def _it_stops_by_images_that_are_not_trained_on(self) -> Self:
+        both = [task.name for task in self.tasks if task.train_on != "train"]
+        if self.stop_after is not None and both:
+            raise ValueError(
+                f"stop_after is {self.stop_after}, but tasks {both} train on their validation images too; leave "
+                "stop_after out, or set train_on: train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _task_names_are_unique(self) -> Self:
@@ -250,7 +276,9 @@ class JobSpec:
 
     @model_validator(mode="after")
     def _the_warm_up_ends_before_the_job(self) -> Self:
-        if isinstance(self.schedule, CosineSpec) and self.schedule.warm_up_rounds >= self.steps:
+        if self.steps is None or not isinstance(self.schedule, CosineSpec):
+            return self
+        if self.schedule.warm_up_rounds >= self.steps:
             raise ValueError(
                 f"schedule.warm_up_rounds is {self.schedule.warm_up_rounds}, but the job has {self.steps} steps; "
                 "set fewer rounds, or more steps"

@@ -81,6 +81,12 @@ def run_sweep(
     weights = str(directory / SOURCE_BACKBONE) if spec.source else None
     plans = [plan.with_absolute_paths() for plan in plan_trials(spec, weights)]
     loaded = _check_jobs(spec, plans)
+
+    def settled(plan: TrialPlan) -> TrialPlan:
+        return plan.with_steps(loaded.train_rows(plan.spec))
+
+    plans = [settled(plan) for plan in plans]
+    _check_milestone(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
     with sigterm_as_ctrl_c(), ray_session():
         places = reserve([plan.spec for plan in plans], list(RayCluster().nodes().values()), spec.concurrent, trials)
@@ -96,7 +102,8 @@ def run_sweep(
             from multitask.sweep.searcher import Suggestions  # imported here, because few sweeps need Optuna
 
             search = Suggestions(
-                spec, lambda number, values: ready(plan_trial(spec, number, values, weights).with_absolute_paths())
+                spec,
+                lambda number, values: ready(settled(plan_trial(spec, number, values, weights).with_absolute_paths())),
             )
         write_atomic(directory / SPEC, to_yaml(dump_sweep(spec)).encode())
         with tracker:
@@ -162,12 +169,16 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
     Returns:
         What the trials share; without backbones if a source has to be trained first.
     """
-    _check_milestone(spec, plans)
     tasks = [task for plan in plans for task in plan.spec.tasks]
     if any(task.train_on != "train" for task in tasks):
         raise SpecError(
             "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set `retrain: "
             "true` to have the chosen setting trained on both"
+        )
+    if spec.retrain and any(plan.spec.stop_after is not None for plan in plans):
+        raise SpecError(
+            "retrain is true and the job has stop_after, but a job that is retrained trains on the validation images "
+            "by which it would stop; leave one of the two out"
         )
     if any(plan.spec.workers is not None for plan in plans):
         raise SpecError(
@@ -214,13 +225,14 @@ def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
     """Check that the scheduler's first milestone comes before the end of a trial; otherwise it would stop none."""
     if not isinstance(spec.scheduler, AshaScheduler):
         return
-    grace, jobs = spec.scheduler.grace_rounds, [plan.spec for plan in plans]
+    grace = spec.scheduler.grace_rounds
+    lengths = [(plan.steps, plan.spec.evaluate_every or plan.steps) for plan in plans]
     # The scheduler decides at evaluations: at the first one that is not before its milestone.
-    if all(math.ceil(grace / job.evaluate_every) * job.evaluate_every >= job.steps for job in jobs):
+    if all(math.ceil(grace / every) * every >= steps for steps, every in lengths):
+        steps, every = lengths[0]
         raise SpecError(
-            f"scheduler.grace_rounds is {grace}, but the trials have {jobs[0].steps} steps and are evaluated every "
-            f"{jobs[0].evaluate_every}, so that none would be stopped early; set fewer rounds, evaluate more often, or "
-            "leave the scheduler out"
+            f"scheduler.grace_rounds is {grace}, but the trials have {steps} steps and are evaluated every {every}, so "
+            "that none would be stopped early; set fewer rounds, evaluate more often, or leave the scheduler out"
         )
 
 

@@ -95,6 +95,7 @@ class ToyConfig:
     train_shared: bool = True
     steps: int = 20
     evaluate_every: int = 5
+    stop_after: int | None = None
     checkpoints: Mapping[str, Any] = field(default_factory=dict)
     """The key `checkpoints` of the job spec."""
     resources: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class ToyConfig:
                 "train_shared": self.train_shared,
                 "steps": self.steps,
                 "evaluate_every": self.evaluate_every,
+                "stop_after": self.stop_after,
                 "optimizer": dict(self.optimizer),
                 "private_rate_factor": self.private_rate_factor,
                 "schedule": dict(self.schedule),

@@ -52,6 +52,7 @@ def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSp
     assert run.result["last"]["version"] == 8
     assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [2, 4]
     assert run.result["tasks"]["cars"]["pushes"] == 4
+    assert run.result["stopped_early"] is None
 
     client = MlflowClient(f"sqlite:///{run.directory.parent}/mlflow.db")
     parent = client.get_run(run.result["mlflow_run_id"])

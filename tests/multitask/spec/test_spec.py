@@ -54,6 +54,16 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
     ("changes", "parts"),
     [
         ({"steps": 0}, ["job spec: steps:", "greater than or equal to 1", "found 0"]),
+        ({"steps": None}, ["expected either steps or epochs, found neither"]),
+        ({"epochs": 2.5}, ["expected either steps or epochs, found steps: 3 and epochs: 2.5"]),
+        ({"evaluate_every": None}, ["evaluate_every is required with steps"]),
+        ({"steps": None, "epochs": 0}, ["epochs", "greater than 0"]),
+        ({"patience": 3}, ["patience: unknown key; did you mean stop_after?"]),
+        (
+            {"stop_after": 2, "tasks": [{**TASK, "train_on": "train+validation"}]},
+            ["stop_after is 2", "['pets'] train on their validation images"],
+        ),
+        ({"max_epochs": 3}, ["max_epochs: unknown key; did you mean epochs?"]),
         ({"steps": "many"}, ["steps", "valid integer", "found 'many'"]),
         ({"optimizer": {"name": "lion", "rate": 1}}, ["optimizer", "'rmsprop', 'sgd', 'adam', 'adamw'"]),
         ({"optimizer": {"name": "adam"}}, ["optimizer.rate", "required"]),
