@@ -38,7 +38,7 @@ from multitask.cluster.interface import Clock, Cluster
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
-from multitask.server.messages import Evaluation, StepRecord, whole
+from multitask.server.messages import Evaluation, StepRecord, evaluated, whole
 from multitask.server.parameter_server import CompleteSnapshot
 from multitask.server.progress import Progress
 from multitask.worker import Values
@@ -119,7 +119,8 @@ def take(
             continue
         groups = {name: whole(parts) for name, parts in values.items()}
         if complete.evaluation is not None:
-            evaluations.append(replace(complete.evaluation, groups={**groups, **complete.evaluation.groups}))
+            served = {name: evaluated(group) for name, group in groups.items()}
+            evaluations.append(replace(complete.evaluation, groups={**served, **complete.evaluation.groups}))
         if complete.saved is not None:
             checkpoints.append(job.checkpoint(complete.progress, {**groups, **complete.saved}))
     for evaluation in evaluations:

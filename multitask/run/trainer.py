@@ -33,7 +33,7 @@ from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
 from multitask.run.tasks import TASKS, read_tasks, record_of, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
 from multitask.run.versions import EarlyStop, Versions, early_stop
-from multitask.server.messages import Evaluation, mean_top1
+from multitask.server.messages import Evaluation, evaluated, mean_top1
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, dump_yaml, load_spec
 from multitask.spec.schema import JobSpec
@@ -380,7 +380,7 @@ class Training:
         assert checkpoint is not None, "a pause ends with a checkpoint"
         if request.remove is not None:
             before = self._job.restored(checkpoint)
-            backbone, private = before.state({name: group.state() for name, group in before.groups.items()})
+            backbone, private = before.state({name: evaluated(group.state()) for name, group in before.groups.items()})
             path = self._directory / "removed" / f"{request.remove}.safetensors"
             tensors = {request.remove: private[request.remove]}
             keep_trying(f"'{path}'", lambda: write_version(path, backbone, tensors, {}))

@@ -14,6 +14,7 @@ from multitask.spec.fields import (
     Amount,
     Classes,
     Count,
+    Decay,
     LabelKey,
     LabelValue,
     Name,
@@ -100,6 +101,11 @@ class TaskSpec:
     weight: Rate = 1.0
     """Weight of each worker of this task where gradients are averaged: `sync`, `allreduce`, and `local` with
     `rounds`."""
+    ema: Decay | None = None
+    """Decay of an exponential moving average of the task's private parameters, for example 0.999. After each of their
+    updates it becomes ema * average + (1 - ema) * parameters. Evaluations, `best`, `last` and exports have the average
+    in place of the parameters; training goes on with the parameters themselves. Running statistics are averages
+    already and stay as they are."""
     auxiliary_weight: Amount = 0.4
     """Weight of the loss of an auxiliary classifier (InceptionV3)."""
     undecodable: Literal["fail", "skip"] = "fail"

@@ -19,6 +19,7 @@ from tests.simulation.schedule import Request, Schedule, StoreFault
 from tests.simulation.toy import ToyConfig, ToyJob, ToyTask, ToyWorld
 from tests.simulation.views import view_of_evaluation
 
+LOCAL_ROUNDS = {"name": "local", "schedule": "rounds"}
 TASKS = (ToyTask(name="a"), ToyTask(name="b", workers=2))
 
 
@@ -156,6 +157,33 @@ def test_an_early_stop_of_an_engine_without_rounds_is_where_the_evaluations_say(
     best, end = story.stopped_early["best_round"], story.stopped_early["round"]
     assert (max(told), end - best) == (end, 4)
     assert told[best] == max(told.values())
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "faults"),
+    [
+        ("sync", {"shards": 2}, (SERVER,)),
+        ("sync", {}, (DRIVER,)),
+        ("bounded", {"staleness": 0}, ()),
+        ("allreduce", {}, (DRIVER,)),
+    ],
+)
+def test_averages_are_those_of_local(engine: str, settings: dict[str, object], faults: tuple[Fault, ...]) -> None:
+    """The private tensors of task a are its worker's, and those of b lie on the server or in the ranks."""
+    tasks = (ToyTask(name="a", ema=0.9), ToyTask(name="b", workers=2, ema=0.5))
+    chosen = schedule(engine, *faults, tasks=tasks, evaluate_every=3, engine={"name": engine, **settings})
+    plain = replace(chosen, engine="local", faults=(), job=replace(chosen.job, engine=LOCAL_ROUNDS))
+    story, local = simulate(chosen), simulate(plain)
+    without = simulate(replace(plain, job=replace(plain.job, tasks=TASKS)))
+
+    assert len(story.lives) == 1 + (DRIVER in faults)
+    assert story.last is not None
+    assert local.last is not None
+    assert without.last is not None
+    assert story.last.keys() == local.last.keys()
+    assert all(tensor.equal(local.last[name]) for name, tensor in story.last.items())
+    differing = {name for name, tensor in story.last.items() if not tensor.equal(without.last[name])}
+    assert differing == {f"tasks/{task}/patch.{name}" for task in "ab" for name in ("learned", "total")}
 
 
 @pytest.mark.parametrize("engine", ["async", "bounded", "sync", "allreduce", "local"])

@@ -50,6 +50,7 @@ class ToyTask:
     private: bool = True
     """The task has a private part."""
     weight: float = 1.0
+    ema: float | None = None
     rows: int = 1
     """Rows of a batch, so the positions of the stream advance by this number."""
     skips: bool = False
@@ -74,6 +75,7 @@ class ToyTask:
             "workers": self.workers,
             "min_workers": self.min_workers,
             "weight": self.weight,
+            "ema": self.ema,
         }
 
 

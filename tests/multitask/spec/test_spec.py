@@ -63,6 +63,7 @@ def test_an_unknown_key_names_file_key_and_near_names(tmp_path: Path) -> None:
             {"stop_after": 2, "tasks": [{**TASK, "train_on": "train+validation"}]},
             ["stop_after is 2", "['pets'] train on their validation images"],
         ),
+        ({"tasks": [{**TASK, "ema": 1.0}]}, ["tasks[0].ema", "less than 1", "found 1.0"]),
         ({"max_epochs": 3}, ["max_epochs: unknown key; did you mean epochs?"]),
         ({"steps": "many"}, ["steps", "valid integer", "found 'many'"]),
         ({"optimizer": {"name": "lion", "rate": 1}}, ["optimizer", "'rmsprop', 'sgd', 'adam', 'adamw'"]),
