@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from multitask.job import LoadedInputs
 from multitask.job.epochs import with_steps
 from multitask.run.mlflow_store import sqlite_uri
 from multitask.run.paths import absolute
@@ -44,16 +45,16 @@ class TrialPlan:
         assert self.spec.steps is not None, "`with_steps` has set it"
         return self.spec.steps
 
-    def with_steps(self, rows: Mapping[str, int]) -> "TrialPlan":
+    def with_steps(self, loaded: LoadedInputs) -> "TrialPlan":
         """Return the plan with steps in place of epochs.
 
         Args:
-            rows: task -> number of rows of its training table.
+            loaded: holds the training tables, under the paths that the plan has.
         Raises:
             SpecError: the steps do not fit the other keys of the setting.
         """
         try:
-            return replace(self, spec=with_steps(self.spec, rows))
+            return replace(self, spec=with_steps(self.spec, loaded.train_rows(self.spec)))
         except SpecError as error:
             raise SpecError(f"setting {shortened(describe(self.values))}: {error}") from None
 

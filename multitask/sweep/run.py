@@ -81,11 +81,7 @@ def run_sweep(
     weights = str(directory / SOURCE_BACKBONE) if spec.source else None
     plans = [plan.with_absolute_paths() for plan in plan_trials(spec, weights)]
     loaded = _check_jobs(spec, plans)
-
-    def settled(plan: TrialPlan) -> TrialPlan:
-        return plan.with_steps(loaded.train_rows(plan.spec))
-
-    plans = [settled(plan) for plan in plans]
+    plans = [plan.with_steps(loaded) for plan in plans]
     _check_milestone(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
     with sigterm_as_ctrl_c(), ray_session():
@@ -94,7 +90,7 @@ def run_sweep(
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
 
         def ready(plan: TrialPlan) -> TrialPlan:
-            return replace(plan, spec=replace(places.placed(plan.spec), tracking=tracking))
+            return replace(plan, spec=replace(places.placed(plan.with_steps(loaded).spec), tracking=tracking))
 
         plans = [ready(plan) for plan in plans]
         search = None
@@ -102,8 +98,7 @@ def run_sweep(
             from multitask.sweep.searcher import Suggestions  # imported here, because few sweeps need Optuna
 
             search = Suggestions(
-                spec,
-                lambda number, values: ready(settled(plan_trial(spec, number, values, weights).with_absolute_paths())),
+                spec, lambda number, values: ready(plan_trial(spec, number, values, weights).with_absolute_paths())
             )
         write_atomic(directory / SPEC, to_yaml(dump_sweep(spec)).encode())
         with tracker:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 import multitask
 import patches
@@ -25,7 +27,7 @@ from multitask.run.mlflow_store import MlflowStore, TrackingError
 from multitask.run.outbox import OUTBOX, Outbox
 from multitask.run.records import Text
 from multitask.run.trainer import track
-from multitask.server.messages import Evaluation
+from multitask.server.messages import AVERAGE, Evaluation
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
@@ -125,7 +127,7 @@ def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
 def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = make_spec()
+    spec = make_spec({"pets": {}, "cars": {"ema": 0.5}})
     cars = dump_spec(spec)["tasks"][1]
     cars["data"] = os.path.relpath(cars["data"])
     changes = [{"attach": None, "remove": "cars"}, {"attach": cars, "remove": None}]
@@ -139,7 +141,11 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
         if changes:
             write_json(spec.run_directory / "requests" / "one.json", changes.pop(0))
             assert driver.wants_pause()
-            driver.store.save(job.checkpoint(job.progress, evaluation.groups))
+            states = dict(evaluation.groups)
+            if "private:cars" in states:
+                averages = {AVERAGE: np.full(job.groups["private:cars"].layout.trained, 7.0, np.float32)}
+                states["private:cars"] = replace(states["private:cars"], slots=averages)
+            driver.store.save(job.checkpoint(job.progress, states))
             return Outcome(paused=True)
         return Outcome(versions={"last": evaluation})
 
@@ -147,6 +153,8 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     run = multitask.train(spec)
     assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
     assert run.spec == spec  # with absolute paths
+    removed = load_file(run.directory / "removed" / "cars.safetensors")
+    assert removed["tasks/cars/classifier.1.weight"].eq(7.0).all()  # the average
 
 
 def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:
