@@ -14,7 +14,8 @@ from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
 from multitask.run.directory import RunError
 from multitask.run.live import read_status
-from multitask.run.trainer import Trial, train
+from multitask.run.trainer import train
+from multitask.run.trial import Trial
 from multitask.run.versions import early_stop
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.server.parameter_server import CompleteSnapshot
@@ -48,7 +49,9 @@ def test_a_run_ends_after_that_many_evaluations_without_a_better_one(
     spec = SimpleNamespace(evaluate_every=10, stop_after=2)
     job: Any = SimpleNamespace(spec=spec, steps=100, progress=SimpleNamespace(first_round={"a": 0, "b": first_round}))
 
-    stop = early_stop(job, Evaluation(400 + round_, round_, {}, False, {}), {"round": best_round, "version": 7})
+    stop = early_stop(
+        job, Evaluation(400 + round_, round_, {}, False, {}, server=1), {"round": best_round, "version": 7}
+    )
 
     assert (None if stop is None else stop.evaluations) == evaluations
     assert stop is None or (stop.version, stop.round, stop.best_version) == (400 + round_, round_, 7)
@@ -56,7 +59,8 @@ def test_a_run_ends_after_that_many_evaluations_without_a_better_one(
 
 def told(job: Job, round_: int, top1: float) -> Evaluation:
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
-    return Evaluation(round_, round_, metrics, False, {name: group.state() for name, group in job.groups.items()})
+    groups = {name: group.state() for name, group in job.groups.items()}
+    return Evaluation(round_, round_, metrics, False, groups, server=1)
 
 
 def test_what_the_engine_tells_after_the_end_is_no_part_of_the_run(
