@@ -207,6 +207,7 @@ def steps_unaccounted_for(spec: JobSpec, result: Mapping[str, Any]) -> int:
     """Return the steps that were not applied once, rejected or counted as lost; below 0 if some were applied twice."""
     workers = sum(task.workers for task in spec.tasks)
     together = spec.engine.together
+    assert spec.steps is not None
     made = spec.steps * (1 if together else workers)
     known = sum(task["lost_pushes"] + task["rejected_pushes"] for task in result["tasks"].values())
     return made - int(result["last"]["version"]) - known

@@ -182,7 +182,7 @@ class TimedWorker(WorkerActor):
     def prepare(self, decoder: Any = None) -> None:
         super().prepare(decoder)
         self._clock = BlockedTime(self._server)
-        self._loop: Iterator[None] = train_steps(self.worker, self._clock, self._job.spec.steps, self._in_flight)
+        self._loop: Iterator[None] = train_steps(self.worker, self._clock, self._job.steps, self._in_flight)
 
     def run(self, steps: int) -> list[Mark]:
         return run_steps(self._loop, self._clock, steps)
@@ -220,10 +220,10 @@ class TimedRank:
         ranks = TorchCollectives()
         reduction = make_reduction(job, worker, sharing_ranks(job, name, ranks), ranks.sums_on)
         _, operations = join(ledger, name)
-        steps_left = dict.fromkeys(job.workers, job.spec.steps)
+        steps_left = dict.fromkeys(job.workers, job.steps)
         server = RankServer(job, worker, ledger, reduction, steps_left, operations)
         self._clock = BlockedTime(server)
-        self._loop: Iterator[None] = train_steps(worker, self._clock, job.spec.steps, 0)
+        self._loop: Iterator[None] = train_steps(worker, self._clock, job.steps, 0)
 
     def run(self, steps: int) -> list[Mark]:
         return run_steps(self._loop, self._clock, steps)

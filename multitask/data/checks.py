@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from multitask.data.classes import not_supported
 from multitask.data.format import ID, IMAGE, INDEX_NAME, LABEL, shard_schema
 from multitask.data.index import TableIndex, TableShard
 from multitask.data.storage import REMAKE, DataError, Location
@@ -92,7 +93,8 @@ def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None
         expected = shard_schema(classes).field(name).type
         found = schema.field(name).type if name in schema.names else "no such column"
         if found != expected:
-            raise DataError(f"{file}: found {found} as column '{name}', expected {expected}. {REMAKE}")
+            reason = not_supported(found) if name == LABEL and isinstance(found, pa.DataType) else None
+            raise DataError(f"{file}: found {found} as column '{name}', expected {expected}{_so(reason)}")
     metadata = schema.metadata or {}
     for key, value in shard_schema(classes).metadata.items():
         if metadata.get(key) != value:
@@ -100,6 +102,11 @@ def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None
                 f"{file}: found {quoted(metadata.get(key))} as {key.decode()} in its schema, expected "
                 f"{quoted(value)}: the shard belongs to another table. {REMAKE}"
             )
+
+
+def _so(reason: str | None) -> str:
+    """Return the end of a message: the reason, or what to do about a damaged shard."""
+    return f". {REMAKE}" if reason is None else f"; {reason}"
 
 
 def checked_labels(table: pa.Table, classes: tuple[str, ...], file: str, first_row: int = 0) -> NDArray[np.int64]:

@@ -1,8 +1,9 @@
-"""Class lists. Two lists of the same names are matched by name, whatever their order."""
+"""Class lists, and labels that are no classes. Two lists of the same names are matched by name, in whatever order."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from multitask.data.storage import DataError
@@ -10,6 +11,22 @@ from patches.quoting import shortened
 
 NAMES, CHARACTERS = 4, 20
 """Largest number of names of a class list that a message shows, and largest number of characters of each."""
+MULTI_LABEL = (
+    "multi-label is not supported: each image has exactly one class. Make a task of each label, with a label column of "
+    "its own."
+)
+REGRESSION = (
+    "regression is not supported: each image has a class. Divide the numbers into ranges, and make each range a class. "
+    "If they are class numbers, write them as integers."
+)
+"""What messages say about labels that are lists, or numbers with a fraction."""
+
+
+def not_supported(labels: pa.DataType) -> str | None:
+    """Return why labels of a type cannot be classes, as a sentence; None for any other type."""
+    if pa.types.is_list(labels) or pa.types.is_large_list(labels) or pa.types.is_fixed_size_list(labels):
+        return MULTI_LABEL
+    return REGRESSION if pa.types.is_floating(labels) or pa.types.is_decimal(labels) else None
 
 
 def positions(names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:

@@ -145,7 +145,7 @@ class AllreduceRun:
             if done and self._has_ended(report):
                 break
         _, _, progress = report.news
-        self._outcome.paused = is_paused((worker.step for worker in progress.workers.values()), self._job.spec.steps)
+        self._outcome.paused = is_paused((worker.step for worker in progress.workers.values()), self._job.steps)
 
     def _has_ended(self, report: GroupStatus) -> bool:
         """Return whether the run has ended, when Train has; if it has not, all ranks start again.

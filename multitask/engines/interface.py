@@ -38,7 +38,7 @@ from multitask.cluster.interface import Clock, Cluster
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.job.checkpoint import CheckpointStore
 from multitask.job.job import Job
-from multitask.server.messages import Evaluation, StepRecord, whole
+from multitask.server.messages import Evaluation, StepRecord, evaluated, whole
 from multitask.server.parameter_server import CompleteSnapshot
 from multitask.server.progress import Progress
 from multitask.worker import Values
@@ -63,6 +63,9 @@ class Driver:
     checkpoint and returns."""
     cluster: Cluster = field(default_factory=RayCluster)
     """The cluster on which the engine starts processes; engine `local` uses its clock only."""
+    has_ended: Callable[[], bool] = lambda: False
+    """Whether the run ends with a version that `watch` was told of. No checkpoint is saved then: a driver that takes
+    the place of a lost one has to come to that version again, and must not begin after it."""
 
 
 @dataclass
@@ -116,7 +119,8 @@ def take(
             continue
         groups = {name: whole(parts) for name, parts in values.items()}
         if complete.evaluation is not None:
-            evaluations.append(replace(complete.evaluation, groups={**groups, **complete.evaluation.groups}))
+            served = {name: evaluated(group) for name, group in groups.items()}
+            evaluations.append(replace(complete.evaluation, groups={**served, **complete.evaluation.groups}))
         if complete.saved is not None:
             checkpoints.append(job.checkpoint(complete.progress, {**groups, **complete.saved}))
     for evaluation in evaluations:
@@ -131,7 +135,7 @@ def take(
             outcome.versions["last"] = evaluation
     driver.watch(records, evaluations, progress)
     # Checkpoints come last: a run that goes on from one does not tell again what happened before it.
-    for checkpoint in checkpoints:
+    for checkpoint in () if driver.has_ended() else checkpoints:
         if checkpoint.is_finite():
             driver.store.save(checkpoint)
             log.info("Saved a checkpoint of version %d.", checkpoint.progress.version)

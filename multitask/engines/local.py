@@ -87,7 +87,7 @@ def run(job: Job, driver: Driver) -> Outcome:
             for version in news[1]:
                 server.drop_snapshot(version)
 
-        loops = {worker: train_steps(worker, direct, job.spec.steps, delay) for worker in workers}
+        loops = {worker: train_steps(worker, direct, job.steps, delay) for worker in workers}
         # Each worker makes one push per turn, until all loops have ended. They end in the same turn, unless a task
         # joined the run late.
         while loops:
@@ -100,7 +100,7 @@ def run(job: Job, driver: Driver) -> Outcome:
                 poll()  # Also when a worker fails: its records are worth keeping, and a checkpoint may be complete.
             if driver.wants_pause():
                 server.pause()
-        outcome.paused = is_paused((worker.step for worker in workers), job.spec.steps)
+        outcome.paused = is_paused((worker.step for worker in workers), job.steps)
         if outcome.paused:
             server.snapshot_for_checkpoint()
         for worker in workers:

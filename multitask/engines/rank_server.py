@@ -19,6 +19,7 @@ from multitask.server.messages import (
     PushRejectedError,
     Reply,
     SnapshotRequest,
+    evaluated,
 )
 from multitask.server.shard import Update, shares
 from multitask.worker import TaskWorker, Values
@@ -180,7 +181,7 @@ class RankServer:
         """Return the part of a snapshot that this rank reports, with or without the optimiser's slots."""
         kept = self._snapshot_at(version)
         groups = {name: kept[name] for name in self._owned}
-        return groups if slots else {name: GroupValues(g.values, g.counters) for name, g in groups.items()}
+        return groups if slots else {name: evaluated(group) for name, group in groups.items()}
 
     def _follow(self, operations: Iterable[Operation], sums: Mapping[str, Tensor] | None = None) -> None:
         """Carry out what the ledger has written down.

@@ -56,13 +56,11 @@ def _train(job: Job, name: str, ledger: LedgerConnection, ranks: Collectives) ->
     batches, start = job.make_batches(name, reply.position), (reply.step, reply.position)
     worker = job.make_worker(name, batches, start, process=cluster.process_id())
     cluster.log_to_stderr(lambda: {**about, "step": worker.step})
-    log.info("Trains to step %d.", job.spec.steps)
+    log.info("Trains to step %d.", job.steps)
     reduction = make_reduction(job, worker, members, ranks.sums_on)
-    steps_left = {
-        other: job.spec.steps - made for other, made in zip(job.workers, ranks.gather(worker.step), strict=True)
-    }
+    steps_left = {other: job.steps - made for other, made in zip(job.workers, ranks.gather(worker.step), strict=True)}
     server = RankServer(job, worker, ledger, reduction, steps_left, operations)
-    for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
+    for _ in train_steps(worker, server, job.steps, in_flight=0):
         pass
     server.rest(worker)
     worker.answer_last_requests(server)

@@ -102,7 +102,7 @@ class ServedRun:
             self.run_phase("train")
         while True:  # until neither the server nor a worker was lost on the way to the end
             steps = self.run_phase("confirm_finished")
-            self._outcome.paused = is_paused(steps.values(), job.spec.steps)
+            self._outcome.paused = is_paused(steps.values(), job.steps)
             if self._outcome.paused:
                 self._server.call("snapshot_for_checkpoint")
             self.run_phase("answer_last_requests")

@@ -68,8 +68,8 @@ class ServedWorker:
 
     def train(self) -> None:
         """Make all steps, or all steps until a pause."""
-        log.info("Trains to step %d.", self._job.spec.steps, extra=self.about())
-        for _ in train_steps(self.worker, self._server, self._job.spec.steps, self._in_flight):
+        log.info("Trains to step %d.", self._job.steps, extra=self.about())
+        for _ in train_steps(self.worker, self._server, self._job.steps, self._in_flight):
             if self.dismissed:
                 return
 
@@ -80,7 +80,7 @@ class ServedWorker:
             The number of steps made.
         """
         self._server.join((self.worker.step, self.worker.position))
-        if self.worker.step == self._job.spec.steps:
+        if self.worker.step == self._job.steps:
             self._server.finish(self._name, self.worker.step)
         return self.worker.step
 

@@ -34,3 +34,7 @@ class LoadedInputs:
                     self.tables[key] = open_split(task, split)
         if backbone_key(spec) not in self.backbones:
             self.backbones[backbone_key(spec)] = load_backbone(spec, spec.backbone.weights)
+
+    def train_rows(self, spec: JobSpec) -> dict[str, int]:
+        """Return task -> number of rows of its training table, for the tasks of a job whose tables are loaded."""
+        return {task.name: self.tables[table_key(task, "train")].num_rows for task in spec.tasks}

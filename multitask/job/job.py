@@ -21,6 +21,7 @@ from multitask.job.assignment import check_workers, rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint
 from multitask.job.class_weights import weigh_classes
+from multitask.job.epochs import with_steps
 from multitask.job.groups import Group, plan_groups
 from multitask.job.heads import Classes, attach_tasks
 from multitask.job.inputs import SPLITS, LoadedInputs
@@ -70,13 +71,14 @@ class Job:
         loaded = LoadedInputs() if loaded is None else loaded
         loaded.add(spec)
         self._tables = loaded.tables
-        spec = self._with_workers(spec)
+        spec = _settled(spec, loaded.train_rows(spec))
         self.backbone = loaded.backbones[backbone_key(spec)]
         """The backbone with its starting values. Only the process that built the job has it."""
         found = {task.name: self._tables[table_key(task, "train")].classes for task in spec.tasks}
         spec, models, classes = attach_tasks(self.backbone, spec, found, kept or {}, stand_ins)
         self.spec = spec
-        """The job spec, in which every task has its number of workers and of its head's outputs."""
+        """The job spec, in which every task has its number of workers and of its head's outputs, and which has `steps`
+        and no `epochs`."""
         self.classes = classes
         """Task -> the names of its model's outputs. Labels of all its tables are positions in this list."""
         check_training(spec, models)
@@ -100,19 +102,6 @@ class Job:
         self.progress = Progress(workers={name: WorkerProgress() for name in self.workers})
         if checkpoint is not None:
             self._take_up(checkpoint)
-
-    def _with_workers(self, spec: JobSpec) -> JobSpec:
-        """Divide the job's workers among its tasks, where the spec gives one number for all of them.
-
-        Raises:
-            SpecError: a task gets more workers than its training table has rows.
-        """
-        rows = {task.name: self._tables[table_key(task, "train")].num_rows for task in spec.tasks}
-        if spec.workers is not None:
-            workers = share_out(spec.workers, rows)
-            spec = replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
-        check_workers({task.name: task.workers for task in spec.tasks}, rows)
-        return spec
 
     def restored(self, checkpoint: Checkpoint | None) -> "Job":
         """Return this job with the state of a checkpoint, or as it is where there is no checkpoint."""
@@ -146,6 +135,12 @@ class Job:
         Workers and server take their values from the groups, and every process opens its own caches.
         """
         return {key: value for key, value in vars(self).items() if key != "backbone"} | {"_opened": {}}
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that each worker makes."""
+        assert self.spec.steps is not None, "a job's spec has steps in place of epochs"
+        return self.spec.steps
 
     def task(self, name: str) -> TaskSpec:
         """Return the spec of a task."""
@@ -373,3 +368,18 @@ class Job:
     def table_identities(self, task: str) -> dict[str, str]:
         """Return split -> `ImageTable.identity` of the task's table as it is on disk."""
         return {split: self._tables[table_key(self.task(task), split)].identity for split in SPLITS}
+
+
+def _settled(spec: JobSpec, rows: Mapping[str, int]) -> JobSpec:
+    """Return a spec with what follows from the training tables: each task's number of workers, and the steps.
+
+    Args:
+        rows: task -> number of rows of its training table.
+    Raises:
+        SpecError: a task gets more workers than its training table has rows, or the steps do not fit the other keys.
+    """
+    if spec.workers is not None:
+        workers = share_out(spec.workers, rows)
+        spec = replace(spec, workers=None, tasks=tuple(replace(t, workers=workers[t.name]) for t in spec.tasks))
+    check_workers({task.name: task.workers for task in spec.tasks}, rows)
+    return with_steps(spec, rows)

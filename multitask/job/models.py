@@ -40,12 +40,18 @@ def attach_task(backbone: patches.Backbone, task: TaskSpec, spec: JobSpec) -> pa
 
 
 def check_training(spec: JobSpec, models: Mapping[str, patches.PatchedModel]) -> None:
-    """Check that every task has a parameter to train.
+    """Check that every task has a parameter to train, and one of its own if it averages them.
 
     Raises:
         SpecError: a task has none.
     """
     for task in spec.tasks:
+        trained = {name for name, parameter in models[task.name].network.named_parameters() if parameter.requires_grad}
+        if task.ema is not None and not trained.intersection(models[task.name].private_names):
+            raise SpecError(
+                f"Task '{task.name}': ema averages the task's own parameters, but method '{task.method}' owns none. "
+                "Leave ema out, or use a method that owns parameters."
+            )
         if not any(parameter.requires_grad for parameter in models[task.name].parameters()):
             raise SpecError(
                 f"Task '{task.name}': method '{task.method}' owns no parameter, and train_shared is false, so "

@@ -8,7 +8,9 @@ from pathlib import Path
 from stat import S_ISREG
 
 from multitask.job.caches import GB
+from multitask.job.groups import Group
 from multitask.job.job import Job
+from multitask.job.serving import ema_of
 from multitask.spec.errors import SpecError
 from patches.files import existing_folder
 
@@ -61,7 +63,11 @@ def version_bytes(job: Job) -> int:
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """Return the size of a checkpoint: the tensors of the groups that training changes, with the optimizer's slots."""
-    slots = SLOTS[job.spec.optimizer.name]
-    changed = [group.layout for group in job.groups.values() if group.layout.pushed]
-    return 4 * sum(layout.size + slots * layout.trained for layout in changed)
+    """Return the size of a checkpoint: the tensors of the groups that training changes, with the optimizer's slots and
+    their averages."""
+
+    def size(group: Group) -> int:
+        slots = SLOTS[job.spec.optimizer.name] + (ema_of(job.spec, group) is not None)
+        return group.layout.size + slots * group.layout.trained
+
+    return 4 * sum(size(group) for group in job.groups.values() if group.layout.pushed)

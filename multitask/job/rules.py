@@ -12,6 +12,7 @@ def make_rules(spec: JobSpec) -> Rules:
     """Return the rules by which the job's server applies pushes and takes snapshots."""
     engine = spec.engine
     minutes = spec.checkpoints.every_minutes
+    assert spec.evaluate_every is not None, "a job's spec has it, also where its file gives epochs"
     return Rules(
         evaluate_every_rounds=spec.evaluate_every,
         save_every_rounds=spec.checkpoints.every_rounds,

@@ -22,7 +22,12 @@ def parameter_group(spec: JobSpec, group: Group, part: tuple[int, int] | None = 
     make = partial(make_optimizer, spec.optimizer.name, **options)
     factor = spec.private_rate_factor if group.private else 1.0
     factor *= images_factor(spec, group.tasks)
-    return ParameterGroup(group.layout, group.state(), make, factor, part)
+    return ParameterGroup(group.layout, group.state(), make, factor, part, ema_of(spec, group))
+
+
+def ema_of(spec: JobSpec, group: Group) -> float | None:
+    """Return the decay of the average of a group's trained values; None for a group whose values are not averaged."""
+    return next(task.ema for task in spec.tasks if task.name in group.tasks) if group.private else None
 
 
 def served_tasks(spec: JobSpec, served: Sequence[Group]) -> dict[str, ServedTask]:

@@ -139,7 +139,7 @@ class RunMonitor:
     def _take_job(self, job: Job, tasks: Mapping[str, TaskStatus]) -> None:
         """Take over a job, and what is known of its tasks."""
         self._job = job
-        steps = {task.name: job.spec.steps * task.workers for task in job.spec.tasks}
+        steps = {task.name: job.steps * task.workers for task in job.spec.tasks}
         self._tasks = {name: tasks.get(name) or TaskStatus(steps[name]) for name in steps}
 
     def _note_steps(self, name: str, news: list[StepRecord]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -31,7 +32,8 @@ from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
 from multitask.run.tasks import TASKS, TaskRecord, kept_classes, read_tasks, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
 from multitask.run.trial import ALONE, Trial, make_tracker, task_params
-from multitask.server.messages import Evaluation, mean_top1
+from multitask.run.versions import EarlyStop, Versions, early_stop
+from multitask.server.messages import Evaluation, evaluated, mean_top1
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
@@ -180,6 +182,9 @@ class Training:
         self._directory, self._job, self._store, self._trial = directory, job, store, trial
         self._tracker, self._monitor = tracker, monitor
         self._cluster = RayCluster() if cluster is None else cluster
+        self._versions = Versions(directory)
+        self._stop: tuple[EarlyStop, Evaluation] | None = None
+        """The evaluation with which the run ends early, once there is one."""
         self._interrupted = False
         self._requests = Requests(directory)
         self._request: tuple[Request, Job] | None = None
@@ -240,7 +245,9 @@ class Training:
         for line in describe(self._job.caches):
             self._monitor.say(line)
         outcome = self._run_engine()
-        if outcome.paused:
+        if self._stop is not None:
+            outcome = replace(outcome, versions={"last": self._stop[1]})
+        elif outcome.paused:
             raise Stopped(
                 f"Stopped; the checkpoint is {self._store.where()}. "
                 f"Go on with: multitask resume {quote(str(self._directory))}"
@@ -262,13 +269,14 @@ class Training:
         """Run the engine until the job ends or is interrupted. Each change of its tasks starts the engine again."""
         recoveries: list[float] = []
         while True:
-            driver = Driver(self._take, self._store, self._wants_pause, self._cluster)
+            driver = Driver(self._take, self._store, self._wants_pause, self._cluster, lambda: self._stop is not None)
             outcome = ENGINES[self._job.spec.engine.name](self._job, driver)
             recoveries += outcome.recoveries
             outcome.recoveries = recoveries
-            if self._request is not None and not outcome.paused:
+            has_ended = self._stop is not None or not outcome.paused
+            if self._request is not None and has_ended:
                 self._requests.answer(self._request[0], "the run has ended.")
-            if self._request is None or not outcome.paused:
+            if self._request is None or has_ended:
                 return outcome
             self._change_tasks(*self._request)
             self._request = None
@@ -279,40 +287,30 @@ class Training:
         Raises:
             TrainingError: an evaluated version holds NaN or infinity.
         """
+        told = []
         for evaluation in evaluations:
+            if self._stop is not None:
+                break
             check_finite(self._job, evaluation)
-            if self._is_best(evaluation):
-                self._write_version("best", evaluation)
-        self._monitor.update(records, evaluations, progress)
-        for evaluation in evaluations:
+            if not self._versions.keep_if_best(self._job, evaluation):
+                self._stop_early(evaluation)
+            told.append(evaluation)
+        self._monitor.update(records, told, progress)
+        for evaluation in told:
             self._trial.on_evaluation(evaluation)
 
-    def _is_best(self, evaluation: Evaluation) -> bool:
-        """Return whether an evaluation is better than the best version on disk.
-
-        The first evaluation counts as the best, and so does the first one after the job's tasks changed. The file
-        decides, and not the server, because a server that went back to a checkpoint does not know the evaluations after
-        that checkpoint.
-        """
-        tasks = self._best_tasks() or {}
-        return tasks.keys() != evaluation.metrics.keys() or evaluation.mean_top1 > mean_top1(tasks.values())
-
-    def _best_tasks(self) -> dict[str, dict[str, float]] | None:
-        """Return the metrics of the best version on disk, or None if there is none that can be read."""
-        best = self._directory / "best.safetensors"
-        if not best.exists():
-            return None
-        try:
-            tasks: dict[str, dict[str, float]] = read_about(best)["tasks"]
-        except RunError as error:
-            log.warning("The best version is chosen anew, because the one before cannot be read: %s", error)
-            return None
-        return tasks
-
-    def _write_version(self, name: str, version: Evaluation) -> None:
-        about = {"version": version.version, "round": version.round, "tasks": version.metrics}
-        path, tensors = self._directory / f"{name}.safetensors", self._job.state(version.groups)
-        keep_trying(f"'{path}'", lambda: write_version(path, *tensors, about))
+    def _stop_early(self, evaluation: Evaluation) -> None:
+        """Let the run end with an evaluated version, if `stop_after` says so."""
+        best = self._versions.best()
+        stop = None if best is None else early_stop(self._job, evaluation, best)
+        if best is None or stop is None:
+            return
+        self._stop = stop, evaluation
+        self._monitor.say(
+            f"Stops early, at round {stop.round} of {self._job.steps}: in {stop.evaluations} evaluations the mean "
+            f"validation top-1 was not above the {mean_top1(best['tasks'].values()):.2f} % of round {stop.best_round}."
+        )
+        log.info("Stops early at version %d; the best version is %d.", stop.version, stop.best_version)
 
     def _keep_directory(self) -> None:
         """Make the run directory, or what the run keeps in it, anew if somebody has removed it."""
@@ -341,9 +339,10 @@ class Training:
         self._monitor.say("Stopping after this step, with a checkpoint. Ctrl-C again does not wait.")
 
     def _wants_pause(self) -> bool:
-        """Return whether to pause: after Ctrl-C, if the sweep asks, or to change the job's tasks on a valid request."""
+        """Return whether to pause: after Ctrl-C, if the sweep asks, because the run ends early, or to change the job's
+        tasks on a valid request."""
         self._keep_directory()
-        if self._interrupted or self._trial.wants_stop() or self._request is not None:
+        if self._interrupted or self._trial.wants_stop() or self._stop is not None or self._request is not None:
             return True
         for request in self._requests.waiting():
             try:
@@ -364,7 +363,7 @@ class Training:
         assert checkpoint is not None, "a pause ends with a checkpoint"
         if request.remove is not None:
             before = self._job.restored(checkpoint)
-            backbone, private = before.state({name: group.state() for name, group in before.groups.items()})
+            backbone, private = before.state({name: evaluated(group.state()) for name, group in before.groups.items()})
             path = self._directory / "removed" / f"{request.remove}.safetensors"
             tensors = {request.remove: private[request.remove]}
             keep_trying(f"'{path}'", lambda: write_version(path, backbone, tensors, {}))
@@ -382,13 +381,14 @@ class Training:
         """Write the last version and the run's result."""
         self._keep_directory()
         self._keep_spec()  # whatever somebody has done to it
-        self._write_version("last", outcome.versions["last"])
-        if self._best_tasks() is None:  # it was removed or damaged while the run went on
-            self._write_version("best", outcome.versions.get("best", outcome.versions["last"]))
+        self._versions.write(self._job, "last", outcome.versions["last"])
+        if self._versions.best() is None:  # it was removed or damaged while the run went on
+            self._versions.write(self._job, "best", outcome.versions.get("best", outcome.versions["last"]))
         result: dict[str, Any] = {
             version: read_about(self._directory / f"{version}.safetensors") for version in ("last", "best")
         }
         result |= {
+            "stopped_early": None if self._stop is None else asdict(self._stop[0]),
             "engine": self._job.spec.engine.name,
             "parameters": self._job.parameters(),
             "trained_parameters": self._job.trained_parameters(),

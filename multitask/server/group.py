@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from multitask.server.layout import Layout, Role
-from multitask.server.messages import GroupValues
+from multitask.server.messages import AVERAGE, GroupValues
 
 
 class ParameterGroup:
@@ -25,12 +25,14 @@ class ParameterGroup:
         make_optimizer: Callable[[Tensor, Tensor], Optimizer],
         rate_factor: float = 1.0,
         part: tuple[int, int] | None = None,
+        ema: float | None = None,
     ) -> None:
         """Args:
         state: the whole group at the start, with the optimiser's slots if the optimiser has made steps; copied.
         make_optimizer: takes the trained values with and without weight decay, and returns their optimiser.
         rate_factor: multiplies the rate of every step.
         part: start and stop of this shard's range in the pushed floats; all of them by default.
+        ema: decay of an exponential moving average of the trained values, which begins with the values at the start.
         """
         start, stop = part or (0, layout.pushed)
         self.values = torch.tensor(state.values[start:stop])
@@ -50,9 +52,13 @@ class ParameterGroup:
         self._live_counters = sum(slot.role is Role.COUNTER for slot in layout.slots)
         self._trained = [self.values[self._sections[role]] for role in (Role.DECAYED, Role.PLAIN)]
         self._optimizer = make_optimizer(*self._trained)
-        if state.scalars or state.slots:
-            trained = slice(min(start, layout.trained), min(stop, layout.trained))
-            self._load({name: slot[trained] for name, slot in state.slots.items()}, state.scalars)
+        trained = slice(min(start, layout.trained), min(stop, layout.trained))
+        slots = {name: slot[trained] for name, slot in state.slots.items()}
+        average = slots.pop(AVERAGE, self.values.numpy()[: trained.stop - trained.start])
+        self._ema = ema
+        self._average = None if ema is None else torch.tensor(average)
+        if state.scalars or slots:
+            self._load(slots, state.scalars)
 
     @property
     def size(self) -> int:
@@ -62,6 +68,9 @@ class ParameterGroup:
     @torch.no_grad()
     def apply(self, push: Tensor, rate: float) -> None:
         """Make one optimiser step on the trained values and one momentum step on the running statistics.
+
+        The average of the trained values becomes ema * average + (1 - ema) * values. Running statistics are averages
+        already.
 
         Args:
             push: shape (size,), float32: gradients, then the batch's mean and (unbiased) variance of each
@@ -76,6 +85,8 @@ class ParameterGroup:
         self.updates += 1
         for values in self._trained:
             values.grad = None
+        if self._average is not None and self._ema is not None:
+            self._average.lerp_(self.values[: self._average.numel()], 1 - self._ema)
         statistics = self._sections[Role.STATISTIC]
         self.values[statistics].lerp_(push[statistics], self._momenta)
         self.counters[: self._live_counters] += 1
@@ -85,16 +96,17 @@ class ParameterGroup:
         return GroupValues(self.values.numpy(), self.counters.numpy())
 
     def state(self, slots: bool = False) -> GroupValues:
-        """Return a copy of the present values, with or without the optimiser's slots."""
+        """Return a copy of the present values and their average, with or without the optimiser's slots."""
         values, counters = self.values.numpy().copy(), self.counters.numpy().copy()
+        averages = {} if self._average is None else {AVERAGE: self._average.numpy().copy()}
         if not slots:
-            return GroupValues(values, counters)
+            return GroupValues(values, counters, averages)
         decayed, plain = (self._optimizer.state[values] for values in self._trained)
         names = [name for name, slot in decayed.items() if slot is not None]
         return GroupValues(
             values,
             counters,
-            {name: torch.cat([decayed[name], plain[name]]).numpy() for name in names if decayed[name].dim()},
+            averages | {name: torch.cat([decayed[name], plain[name]]).numpy() for name in names if decayed[name].dim()},
             {name: float(decayed[name]) for name in names if not decayed[name].dim()},
         )
 

@@ -64,6 +64,10 @@ Gradients = dict[str, np.ndarray]
 """Group on the server -> flat float32: gradients, then batch statistics; of the whole group or of a shard's range."""
 
 
+AVERAGE = "average"
+"""Name of the slot with the exponential moving average of the trained values."""
+
+
 @dataclass(frozen=True)
 class GroupValues:
     """The values that training changes in a group, or in one shard's range of a group."""
@@ -73,7 +77,8 @@ class GroupValues:
     counters: np.ndarray
     """int64, shape (layout.counters,)."""
     slots: dict[str, np.ndarray] = field(default_factory=dict)
-    """The optimiser's slots, each flat float32 over the trained values (layout.trained,); empty unless asked for."""
+    """The optimiser's slots, each flat float32 over the trained values (layout.trained,); empty unless asked for. A
+    group that averages its values always has the slot `AVERAGE`."""
     scalars: dict[str, float] = field(default_factory=dict)
     """The optimiser's single numbers, such as Adam's count of steps; empty unless asked for."""
 
@@ -89,6 +94,17 @@ def whole(parts: Sequence[GroupValues]) -> GroupValues:
         {name: np.concatenate([part.slots[name] for part in parts]) for name in first.slots},
         first.scalars,
     )
+
+
+def evaluated(group: GroupValues) -> GroupValues:
+    """Return the values of a group, or of a shard's range, that are evaluated and exported, without slots.
+
+    They are those of the training, with the averages in the place of trained values that are averaged.
+    """
+    average = group.slots.get(AVERAGE)
+    if average is None:
+        return GroupValues(group.values, group.counters)
+    return GroupValues(np.concatenate([average, group.values[average.size :]]), group.counters)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,32 @@ USUAL = {
     "type": "name",
     "iterations": "steps",
     "max_steps": "steps",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "patience": "stop_after",
+    "early_stopping": "stop_after",
     "model": "backbone",
     "lr_scheduler": "schedule",
     "num_workers": "workers",
     "image_size": "resolution",
 }
 """Usual name in other programs -> the key of a spec that means the same."""
+
+
+TRACKED = "runs are tracked in MLflow, in the store that tracking.uri names"
+ONE_CLASS = "each image has exactly one class, and tasks are trained with cross-entropy"
+NOT_SUPPORTED = {
+    "wandb": f"wandb is not supported: {TRACKED}",
+    "tensorboard": f"TensorBoard is not supported: {TRACKED}",
+    "multi_label": f"multi-label is not supported: {ONE_CLASS}; make a task of each label",
+    "bce": f"binary cross-entropy (multi-label) is not supported: {ONE_CLASS}; make a task of each label",
+    "regression": f"regression is not supported: {ONE_CLASS}; divide the numbers into ranges, and make each a class",
+    "mse": f"a squared error (regression) is not supported: {ONE_CLASS}; make classes of ranges of the numbers",
+    "loss": f"another loss is not supported: {ONE_CLASS}; label_smoothing makes their labels softer",
+}
+"""Key, or value of an unknown key, that asks for what there is not -> what there is."""
+ALIKE = {"multilabel": "multi_label", "bcewithlogits": "bce", "criterion": "loss", "loss_function": "loss"}
+"""Another way to write a key of NOT_SUPPORTED -> the key."""
 
 
 def explain(
@@ -103,6 +123,8 @@ def _describe(problem: Mapping[str, Any], key: str, node: Mapping[str, Any], all
     kind, found = problem["type"], problem.get("input")
     if kind in UNKNOWN:
         name = str(problem["loc"][-1])
+        if reason := _not_supported(found) or _not_supported(name):
+            return reason
         near = [USUAL[name]] if USUAL.get(name) in allowed else difflib.get_close_matches(name, allowed)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         return f"unknown key; {hint}allowed here: {', '.join(allowed)}"
@@ -116,6 +138,8 @@ def _describe(problem: Mapping[str, Any], key: str, node: Mapping[str, Any], all
     if kind == "tuple_type":
         message = "expected a list"
     if kind in ("dataclass_type", "model_attributes_type", "dict_type"):
+        if reason := _not_supported(found):
+            return reason
         message = "expected keys and values"
         if isinstance(found, str) and ("discriminator" in node or "name" in node.get("properties", {})):
             message += f", for example {key}: {{name: {shortened(found)}}}"
@@ -124,6 +148,12 @@ def _describe(problem: Mapping[str, Any], key: str, node: Mapping[str, Any], all
     if isinstance(found, str | int | float | bool) and f"{quoted(found)} " not in message:
         message += f", found {quoted(found)}"
     return message
+
+
+def _not_supported(word: Any) -> str | None:
+    """Return what there is in place of what a key or its value asks for; None where it asks for nothing of the kind."""
+    plain = str(word).lower().replace("-", "_")
+    return NOT_SUPPORTED.get(ALIKE.get(plain, plain))
 
 
 def _locate(location: tuple[str | int, ...], schema: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], list[str]]:

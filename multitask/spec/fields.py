@@ -89,6 +89,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$", max_length=100)]
 Rate = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
+Decay = Annotated[Number, Field(gt=0, lt=1)]
 Amount = Annotated[Number, Field(ge=0)]
 Count = Annotated[Whole, Field(ge=1)]
 Classes = Annotated[Whole, Field(ge=1, le=2**20)]

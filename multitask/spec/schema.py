@@ -16,6 +16,7 @@ from multitask.spec.fields import (
     Classes,
     ClassWeights,
     Count,
+    Decay,
     LabelKey,
     LabelValue,
     Name,
@@ -35,6 +36,7 @@ from multitask.spec.optimizers import (
     OptimizerSpec,
     ScheduleSpec,
 )
+from multitask.spec.resources import CheckpointsSpec, ResourcesSpec, TrackingSpec
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,6 +114,11 @@ class TaskSpec:
     weight: Rate = 1.0
     """Weight of each worker of this task where gradients are averaged: `sync`, `allreduce`, and `local` with
     `rounds`."""
+    ema: Decay | None = None
+    """Decay of an exponential moving average of the task's private parameters, for example 0.999. After each of their
+    updates it becomes ema * average + (1 - ema) * parameters. Evaluations, `best`, `last` and exports have the average
+    in place of the parameters; training goes on with the parameters themselves. Running statistics are averages
+    already and stay as they are."""
     auxiliary_weight: Amount = 0.4
     """Weight of the loss of an auxiliary classifier (InceptionV3)."""
     undecodable: Literal["fail", "skip"] = "fail"
@@ -189,60 +196,6 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointsSpec:
-    """When and where the run's checkpoints are saved."""
-
-    uri: PathText | None = None
-    """Folder for the checkpoints: a path or a pyarrow filesystem URI; checkpoints/ in the run directory by default."""
-    every_minutes: Rate | None = 10.0
-    """Number of minutes between checkpoints; with null, time does not count."""
-    every_rounds: Count | None = None
-    """Number of rounds between checkpoints; without it only time counts. Both keys may be set."""
-    keep: Count = 2
-    """Number of checkpoints that are kept; older ones are deleted."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ResourcesSpec:
-    cpus_per_worker: Rate | None = None
-    """CPUs that each worker reserves. By default all workers get an equal share of the cluster's CPUs: at most one, and
-    small enough that every worker fits on a node."""
-    gpus_per_worker: Amount = 0.0
-    """GPUs that each worker reserves. With a number below 1 several workers share one GPU."""
-    placement: Literal["spread", "pack"] | None = None
-    """Where the workers and the server's shards go: `spread` uses as many nodes as possible, `pack` as few as possible.
-    By default Ray finds a place for each worker separately; if a task has `resources` or `labels`, the default is
-    `spread`."""
-    threads_per_worker: Count = 1
-    """Number of threads with which torch computes in each worker."""
-    decode_threads: Count = 1
-    """Number of threads that decode images for a worker, or for all workers of a node that share the decoded images."""
-    start_timeout_s: Rate = 300.0
-    """Seconds that the workers may take to start. After that the job fails and names the workers that are missing."""
-    step_timeout_s: Rate = 600.0
-    """Seconds that a worker may be silent before it counts as lost. The time in which it waits for other workers does
-    not count. While workers share a process, the limit is multiplied by the number of workers in the fullest
-    process."""
-
-    @model_validator(mode="after")
-    def _gpus_are_whole_or_shared(self) -> Self:
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
-            raise ValueError(
-                f"gpus_per_worker is {self.gpus_per_worker:g}; Ray gives a share of one GPU, or whole GPUs: set at "
-                "most 1, or a whole number"
-            )
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrackingSpec:
-    uri: PathText | None = None
-    """MLflow tracking URI; by default the SQLite file mlflow.db beside the run directories."""
-    experiment: str = "multitask"
-    """Name of the MLflow experiment, which is created if it is missing."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class JobSpec:
     name: Name
     """Name of the run and of its directory."""
@@ -254,10 +207,17 @@ class JobSpec:
     its own `workers`."""
     train_shared: bool
     """Whether to train the shared tensors too, so that all tasks learn one backbone, or to keep the backbone frozen."""
-    steps: Count
-    """Number of steps that each worker makes."""
-    evaluate_every: Count
-    """Number of rounds between evaluations on the validation tables. The last version is always evaluated."""
+    steps: Count | None = None
+    """Number of steps that each worker makes. Exactly one of `steps` and `epochs` is required."""
+    epochs: Rate | None = None
+    """Number of times, which may be a fraction, that each worker goes through its training images at least. When the
+    job starts, this number and the tables give `steps` (multitask/job/epochs.py), which the run's spec records."""
+    evaluate_every: Count | None = None
+    """Number of rounds between evaluations on the validation tables. The last version is always evaluated. With
+    `epochs` it may be left out, for an evaluation about once in each epoch."""
+    stop_after: Count | None = None
+    """Number of evaluations without a better mean validation top-1 (by which `best` is chosen) after which training
+    ends. The last version of the run is then that of the last of these evaluations. Without it all steps are made."""
     optimizer: OptimizerSpec
     """Optimizer of all tensors. In a file the whole key, or its name or rate, may be left out: the missing values, and
     a missing schedule, come from the recipe of the tasks' patch method (multitask/spec/recipes.py)."""
@@ -279,6 +239,25 @@ class JobSpec:
     """Seed of everything that is drawn at random: initial values, the order of images, augmentation and dropout."""
     directory: PathText | None = None
     """Directory for all files of the run; runs/NAME by default."""
+
+    @model_validator(mode="after")
+    def _its_length_is_known(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else f"steps: {self.steps} and epochs: {self.epochs:g}"
+            raise ValueError(f"expected either steps or epochs, found {found}; set one of them")
+        if self.steps is not None and self.evaluate_every is None:
+            raise ValueError("evaluate_every is required with steps; set the number of rounds between evaluations")
+        return self
+
+    @model_validator(mode="after")
+    def _it_stops_by_images_that_are_not_trained_on(self) -> Self:
+        both = [task.name for task in self.tasks if task.train_on != "train"]
+        if self.stop_after is not None and both:
+            raise ValueError(
+                f"stop_after is {self.stop_after}, but tasks {both} train on their validation images too; leave "
+                "stop_after out, or set train_on: train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _task_names_are_unique(self) -> Self:
@@ -335,7 +314,9 @@ class JobSpec:
 
     @model_validator(mode="after")
     def _the_warm_up_ends_before_the_job(self) -> Self:
-        if isinstance(self.schedule, CosineSpec) and self.schedule.warm_up_rounds >= self.steps:
+        if self.steps is None or not isinstance(self.schedule, CosineSpec):
+            return self
+        if self.schedule.warm_up_rounds >= self.steps:
             raise ValueError(
                 f"schedule.warm_up_rounds is {self.schedule.warm_up_rounds}, but the job has {self.steps} steps; "
                 "set fewer rounds, or more steps"

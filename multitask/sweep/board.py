@@ -35,7 +35,7 @@ class Line:
     @property
     def steps_left(self) -> int:
         """Number of steps that the trial has still to make."""
-        return 0 if self.state in ENDED else max(0, self.plan.spec.steps - self.round)
+        return 0 if self.state in ENDED else max(0, self.plan.steps - self.round)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Standing:
         if not self.steps_made:
             return None
         left = sum(line.steps_left for line in self.lines.values())
-        unknown = self._unknown * mean(line.plan.spec.steps for line in self.lines.values())
+        unknown = self._unknown * mean(line.plan.steps for line in self.lines.values())
         return (left + unknown) * (now - self.began) / self.steps_made
 
     def title(self, name: str, now: float) -> str:
@@ -88,7 +88,7 @@ class Standing:
         table.add_column("setting", overflow="fold")
         for line in (*running, *best):
             accuracy = "" if line.top1 is None else f"{line.top1:.2f}"
-            rounds = f"{line.round}/{line.plan.spec.steps}"
+            rounds = f"{line.round}/{line.plan.steps}"
             setting = Text(describe({key: line.plan.values[key] for key in self.keys}))
             table.add_row(str(line.plan.number), line.state, rounds, accuracy, setting)
         return Group(Text(self.title(name, now), style="bold"), table)
@@ -141,7 +141,8 @@ class Board(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
         line = self._line(trial)
-        line.state = "finished" if line.round >= line.plan.spec.steps else "stopped"
+        # A trial that was stopped, by the scheduler or with the sweep, has written no result.
+        line.state = "finished" if (line.plan.directory / "result.json").is_file() else "stopped"
         self.ended.add(line.plan.number)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002

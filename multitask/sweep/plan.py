@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from multitask.job import LoadedInputs
+from multitask.job.epochs import with_steps
 from multitask.run.mlflow_store import sqlite_uri
 from multitask.run.paths import absolute
 from multitask.spec.errors import SpecError, quoted, shortened
@@ -36,6 +38,25 @@ class TrialPlan:
     def directory(self) -> Path:
         """The trial's run directory."""
         return self.spec.run_directory
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of each worker of the trial."""
+        assert self.spec.steps is not None, "`with_steps` has set it"
+        return self.spec.steps
+
+    def with_steps(self, loaded: LoadedInputs) -> "TrialPlan":
+        """Return the plan with steps in place of epochs.
+
+        Args:
+            loaded: holds the training tables, under the paths that the plan has.
+        Raises:
+            SpecError: the steps do not fit the other keys of the setting.
+        """
+        try:
+            return replace(self, spec=with_steps(self.spec, loaded.train_rows(self.spec)))
+        except SpecError as error:
+            raise SpecError(f"setting {shortened(describe(self.values))}: {error}") from None
 
     def with_absolute_paths(self) -> "TrialPlan":
         """Return the plan with the paths that its run will have, so that `LoadedInputs` finds what the trials share."""

@@ -21,7 +21,8 @@ from multitask.run.stopping import sigterm_as_ctrl_c
 from multitask.run.tracking import Tracker
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec, load_spec
-from multitask.spec.schema import JobSpec, TaskSpec, TrackingSpec
+from multitask.spec.resources import TrackingSpec
+from multitask.spec.schema import JobSpec, TaskSpec
 from multitask.spec.text import read_yaml, to_yaml
 from multitask.sweep.figures import draw, series, write_figures
 from multitask.sweep.final import TEST, Verdict, measure, read_verdict, retrained_spec, run_to_its_end, stopped
@@ -80,6 +81,8 @@ def run_sweep(
     weights = str(directory / SOURCE_BACKBONE) if spec.source else None
     plans = [plan.with_absolute_paths() for plan in plan_trials(spec, weights)]
     loaded = _check_jobs(spec, plans)
+    plans = [plan.with_steps(loaded) for plan in plans]
+    _check_milestone(spec, plans)
     trials = spec.samples if spec.suggested else len(plans)
     with sigterm_as_ctrl_c(), ray_session():
         places = reserve([plan.spec for plan in plans], list(RayCluster().nodes().values()), spec.concurrent, trials)
@@ -87,7 +90,7 @@ def run_sweep(
         tracking = replace(plans[0].spec.tracking, uri=tracker.tracking_uri)
 
         def ready(plan: TrialPlan) -> TrialPlan:
-            return replace(plan, spec=replace(places.placed(plan.spec), tracking=tracking))
+            return replace(plan, spec=replace(places.placed(plan.with_steps(loaded).spec), tracking=tracking))
 
         plans = [ready(plan) for plan in plans]
         search = None
@@ -164,12 +167,16 @@ def _check_jobs(spec: SweepSpec, plans: Sequence[TrialPlan]) -> LoadedInputs:
     Returns:
         What the trials share; without backbones if a source has to be trained first.
     """
-    _check_milestone(spec, plans)
     tasks = [task for plan in plans for task in plan.spec.tasks]
     if any(task.train_on != "train" for task in tasks):
         raise SpecError(
             "tasks.train_on is 'train+validation', but a sweep chooses by validation; leave it out, and set `retrain: "
             "true` to have the chosen setting trained on both"
+        )
+    if spec.retrain and any(plan.spec.stop_after is not None for plan in plans):
+        raise SpecError(
+            "retrain is true and the job has stop_after, but a job that is retrained trains on the validation images "
+            "by which it would stop; leave one of the two out"
         )
     if any(plan.spec.workers is not None for plan in plans):
         raise SpecError(
@@ -216,13 +223,14 @@ def _check_milestone(spec: SweepSpec, plans: Sequence[TrialPlan]) -> None:
     """Check that the scheduler's first milestone comes before the end of a trial; otherwise it would stop none."""
     if not isinstance(spec.scheduler, AshaScheduler):
         return
-    grace, jobs = spec.scheduler.grace_rounds, [plan.spec for plan in plans]
+    grace = spec.scheduler.grace_rounds
+    lengths = [(plan.steps, plan.spec.evaluate_every or plan.steps) for plan in plans]
     # The scheduler decides at evaluations: at the first one that is not before its milestone.
-    if all(math.ceil(grace / job.evaluate_every) * job.evaluate_every >= job.steps for job in jobs):
+    if all(math.ceil(grace / every) * every >= steps for steps, every in lengths):
+        steps, every = lengths[0]
         raise SpecError(
-            f"scheduler.grace_rounds is {grace}, but the trials have {jobs[0].steps} steps and are evaluated every "
-            f"{jobs[0].evaluate_every}, so that none would be stopped early; set fewer rounds, evaluate more often, or "
-            "leave the scheduler out"
+            f"scheduler.grace_rounds is {grace}, but the trials have {steps} steps and are evaluated every {every}, so "
+            "that none would be stopped early; set fewer rounds, evaluate more often, or leave the scheduler out"
         )
 
 

@@ -69,7 +69,7 @@ def run_trials(
                 mode="max",
                 search_alg=search,
                 num_samples=1 if search is None else to_run,
-                scheduler=_scheduler(asha, max(plan.spec.steps for plan in plans)),
+                scheduler=_scheduler(asha, max(plan.steps for plan in plans)),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),

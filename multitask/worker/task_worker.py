@@ -8,7 +8,7 @@ from torch import Tensor
 
 from multitask.errors import TrainingError
 from multitask.server.group import ParameterGroup
-from multitask.server.messages import Gradients, GroupValues, Push, Reply, SnapshotRequest
+from multitask.server.messages import Gradients, Push, Reply, SnapshotRequest, evaluated
 from multitask.worker.gradients import problem_of
 from multitask.worker.learner import Learner
 from multitask.worker.server import Server, Values
@@ -146,8 +146,9 @@ class TaskWorker:
             server.report_state(part.request, self.name, part.step, part.position, part.private)
         values = server.snapshot(part.request.version, self.name) if part.request.evaluate else None
         if values is not None:
-            private = {name: GroupValues(group.values, group.counters) for name, group in part.private.items()}
-            metrics = self.learner.evaluate(values, private, lambda: server.report_alive(self.name))
+            private = {name: evaluated(group) for name, group in part.private.items()}
+            served = {name: [evaluated(group) for group in parts] for name, parts in values.items()}
+            metrics = self.learner.evaluate(served, private, lambda: server.report_alive(self.name))
             server.report_evaluation(part.request, self.task, metrics, private)
 
     def answer_requests(self, server: Server) -> None:

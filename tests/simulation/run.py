@@ -79,6 +79,8 @@ class Story:
     """Content of `last.safetensors`, if the run has finished."""
     best: dict[str, Any] | None = None
     """What `result.json` says of the best version, if the run has finished."""
+    stopped_early: dict[str, int] | None = None
+    """What `result.json` says of an early end."""
     job: ToyJob | None = None
     """The job at the end."""
     raised: str | None = None
@@ -260,7 +262,8 @@ class Simulation:
             return UNWRITTEN in str(error)
         story.lives.append("finished")
         story.last = load_file(self.folder / "last.safetensors")
-        story.best = json.loads((self.folder / "result.json").read_text())["best"]
+        result = json.loads((self.folder / "result.json").read_text())
+        story.best, story.stopped_early = result["best"], result["stopped_early"]
         return False
 
     def _drive(self, life: int) -> None:

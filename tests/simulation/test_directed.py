@@ -14,11 +14,12 @@ from tests.simulation.behaviour import Behaviour
 from tests.simulation.check import check
 from tests.simulation.faults import Fault, Kind
 from tests.simulation.nodes import Timing
-from tests.simulation.run import Story
-from tests.simulation.schedule import Request, Schedule
+from tests.simulation.run import Story, simulate
+from tests.simulation.schedule import Request, Schedule, StoreFault
 from tests.simulation.toy import ToyConfig, ToyJob, ToyTask, ToyWorld
 from tests.simulation.views import view_of_evaluation
 
+LOCAL_ROUNDS = {"name": "local", "schedule": "rounds"}
 TASKS = (ToyTask(name="a"), ToyTask(name="b", workers=2))
 
 
@@ -103,6 +104,86 @@ def test_after_a_task_has_joined_allreduce_goes_on_with_the_bits_of_local(tmp_pa
     found, wanted = (view_of_evaluation(*one).tensors for one in ((job, last), (local, outcome.versions["last"])))
     assert found.keys() == wanted.keys()
     assert all(tensor.equal(wanted[name]) for name, tensor in found.items())
+
+
+def stopping(engine: str, *faults: Fault, **settings: object) -> Schedule:
+    """Return a run of a job whose metrics are a hash, so that it soon stops getting better."""
+    named = {"name": engine, **settings}
+    checkpoints = {"every_rounds": 2, "keep": 2}
+    return schedule(engine, *faults, engine=named, evaluate_every=2, checkpoints=checkpoints, stop_after=2, steps=20)
+
+
+DRIVER, SERVER = Fault(kind=Kind.KILL, target="driver", at_s=3.0), Fault(kind=Kind.KILL, target="server", at_s=3.0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "faults"),
+    [("sync", ()), ("sync", (SERVER,)), ("sync", (DRIVER,)), ("allreduce", ()), ("allreduce", (DRIVER,))],
+)
+def test_an_early_stop_is_that_of_local_and_ends_with_its_bits(engine: str, faults: tuple[Fault, ...]) -> None:
+    local, story = simulate(stopping("local", schedule="rounds")), simulate(stopping(engine, *faults))
+
+    assert len(story.lives) == 1 + (DRIVER in faults)
+    assert local.stopped_early is not None
+    assert local.stopped_early["round"] < 20
+    assert story.stopped_early == local.stopped_early
+    assert story.last is not None
+    assert local.last is not None
+    assert story.last.keys() == local.last.keys()
+    assert all(tensor.equal(local.last[name]) for name, tensor in story.last.items())
+    assert story.best == local.best
+
+
+@pytest.mark.parametrize("engine", ["local", "sync"])
+def test_a_driver_that_is_killed_before_it_writes_the_result_changes_no_early_stop(engine: str) -> None:
+    """Each driver is killed when it has written one of the checkpoints, up to that of the last evaluation."""
+    chosen = stopping(engine, **({"schedule": "rounds"} if engine == "local" else {}))
+    whole = simulate(chosen)
+    assert whole.stopped_early is not None
+    for number in range(whole.stopped_early["round"] // 2):
+        story = simulate(replace(chosen, store_faults=(StoreFault(number, "killed after"),)))
+        assert story.stopped_early == whole.stopped_early
+        assert story.best == whole.best
+    assert story.lives == ["finished"]  # the checkpoint of the last evaluation is not written
+
+
+@pytest.mark.parametrize("engine", ["async", "bounded"])
+def test_an_early_stop_of_an_engine_without_rounds_is_where_the_evaluations_say(engine: str) -> None:
+    story = simulate(stopping(engine, **({"staleness": 2} if engine == "bounded" else {})))
+
+    assert story.lives == ["finished"]
+    told = {found.round: found.mean_top1 for news in story.news for found in news.evaluations}
+    assert story.stopped_early is not None
+    best, end = story.stopped_early["best_round"], story.stopped_early["round"]
+    assert (max(told), end - best) == (end, 4)
+    assert told[best] == max(told.values())
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "faults"),
+    [
+        ("sync", {"shards": 2}, (SERVER,)),
+        ("sync", {}, (DRIVER,)),
+        ("bounded", {"staleness": 0}, ()),
+        ("allreduce", {}, (DRIVER,)),
+    ],
+)
+def test_averages_are_those_of_local(engine: str, settings: dict[str, object], faults: tuple[Fault, ...]) -> None:
+    """The private tensors of task a are its worker's, and those of b lie on the server or in the ranks."""
+    tasks = (ToyTask(name="a", ema=0.9), ToyTask(name="b", workers=2, ema=0.5))
+    chosen = schedule(engine, *faults, tasks=tasks, evaluate_every=3, engine={"name": engine, **settings})
+    plain = replace(chosen, engine="local", faults=(), job=replace(chosen.job, engine=LOCAL_ROUNDS))
+    story, local = simulate(chosen), simulate(plain)
+    without = simulate(replace(plain, job=replace(plain.job, tasks=TASKS)))
+
+    assert len(story.lives) == 1 + (DRIVER in faults)
+    assert story.last is not None
+    assert local.last is not None
+    assert without.last is not None
+    assert story.last.keys() == local.last.keys()
+    assert all(tensor.equal(local.last[name]) for name, tensor in story.last.items())
+    differing = {name for name, tensor in story.last.items() if not tensor.equal(without.last[name])}
+    assert differing == {f"tasks/{task}/patch.{name}" for task in "ab" for name in ("learned", "total")}
 
 
 @pytest.mark.parametrize("engine", ["async", "bounded", "sync", "allreduce", "local"])

@@ -50,6 +50,7 @@ class ToyTask:
     private: bool = True
     """The task has a private part."""
     weight: float = 1.0
+    ema: float | None = None
     rows: int = 1
     """Rows of a batch, so the positions of the stream advance by this number."""
     skips: bool = False
@@ -74,6 +75,7 @@ class ToyTask:
             "workers": self.workers,
             "min_workers": self.min_workers,
             "weight": self.weight,
+            "ema": self.ema,
         }
 
 
@@ -95,6 +97,7 @@ class ToyConfig:
     train_shared: bool = True
     steps: int = 20
     evaluate_every: int = 5
+    stop_after: int | None = None
     checkpoints: Mapping[str, Any] = field(default_factory=dict)
     """The key `checkpoints` of the job spec."""
     resources: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +115,7 @@ class ToyConfig:
                 "train_shared": self.train_shared,
                 "steps": self.steps,
                 "evaluate_every": self.evaluate_every,
+                "stop_after": self.stop_after,
                 "optimizer": dict(self.optimizer),
                 "private_rate_factor": self.private_rate_factor,
                 "schedule": dict(self.schedule),

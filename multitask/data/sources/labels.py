@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from multitask.data.classes import not_supported
 from multitask.data.format import check_classes
 from multitask.data.storage import DataError
 
@@ -52,6 +53,8 @@ def read_labels(
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if reason := not_supported(column.type):
+        raise DataError(f"{where}: labels are of type {column.type}; {reason}")
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise DataError(f"{where}: row {row} has no label, expected one in every row. Fill it in or drop the row.")

@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 from PIL import Image
 
+from multitask.data.classes import MULTI_LABEL
 from multitask.data.sources.files import FileSource, check_exist, check_paths, path_array
 from multitask.data.sources.interface import Source
 from multitask.data.sources.labels import name_classes
@@ -163,6 +164,8 @@ def _check_item(item: Any, label: int, row: int, where: str) -> None:
             f"{where}: item {row} is ({found}), expected (PIL image, label). Choose a data set of labelled images and "
             "leave out options that change them."
         )
+    if np.ndim(parts[1]) > 0:
+        raise DataError(f"{where}: item {row} has {np.size(parts[1])} labels; {MULTI_LABEL}")
     if not np.array_equal(parts[1], label):
         raise DataError(
             f"{where}: item {row} has label {parts[1]!r}, but the data set's list says {label}. Leave out options that "

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from multitask.data.classes import MULTI_LABEL, REGRESSION
 from multitask.data.sources.files import check_unique, is_hidden, path_array
 from multitask.data.sources.labels import name_classes
 from multitask.data.sources.splits import check_one_split
 from multitask.data.storage import DataError
+from patches.quoting import quoted
 
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 """Matches the key and the ending of a member, split at the first dot of its base name, as in the webdataset library."""
@@ -228,10 +230,13 @@ def _sample(
     text = content.read()
     try:
         label = int(text) if label_key in members else json.loads(text)["label"]
-        if type(label) is not int:
+        reason = {list: MULTI_LABEL, float: REGRESSION}.get(type(label))
+        if reason is None and type(label) is not int:
             raise TypeError("no integer")
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{path}: sample '{key}' has the label {text[:80]!r}, expected a class number. Write the tar with numbers."
         ) from error
+    if reason is not None:
+        raise DataError(f"{path}: sample '{key}' has the label {quoted(label)}; {reason}")
     return key, image.offset_data, image.size, label

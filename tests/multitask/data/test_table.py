@@ -315,6 +315,14 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     [
         ({"image": pa.array(["a", "b", "c"]), "label": pa.array([0, 1, 2])}, "found string as column 'image'"),
         ({"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([0.0, 1.0, 2.0])}, "found double as column 'label'"),
+        (
+            {"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([0.0, 1.0, 2.0])},
+            "expected int64; regression is not supported: each image has a class",
+        ),
+        (
+            {"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([[0], [1], [0, 1]])},
+            "found list<.*> as column 'label', expected int64; multi-label is not supported",
+        ),
         ({"image": pa.array([b"a", b"b", b"c"])}, "found no such column as column 'label', expected int64"),
         ({"image": pa.array([b"a", b"b", b"c"]), "label": pa.array([0, 1, None])}, "row 2: found no label"),
     ],

@@ -103,9 +103,9 @@ def train_ranks(
         _, operations = ledger.ask("join", worker.name, 0, None)
         sums = Reduction(plan, worker.gradients, meetings)
         sums.watch(worker.learner.tensors())
-        steps_left = dict.fromkeys(job.workers, job.spec.steps)
+        steps_left = dict.fromkeys(job.workers, job.steps)
         server = RankServer(job, worker, ledger, sums, steps_left, operations)
-        for _ in train_steps(worker, server, job.spec.steps, in_flight=0):
+        for _ in train_steps(worker, server, job.steps, in_flight=0):
             pass
         server.rest(worker)
         worker.answer_last_requests(server)

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 import multitask
 import patches
@@ -26,7 +28,7 @@ from multitask.run.outbox import OUTBOX, Outbox
 from multitask.run.records import Text
 from multitask.run.tasks import read_tasks
 from multitask.run.trainer import track
-from multitask.server.messages import Evaluation
+from multitask.server.messages import AVERAGE, Evaluation
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
@@ -53,6 +55,7 @@ def test_a_run_leaves_its_spec_versions_result_and_mlflow_runs(make_spec: MakeSp
     assert run.result["last"]["version"] == 8
     assert [point["step"] for point in run.result["tasks"]["pets"]["curve"]] == [2, 4]
     assert run.result["tasks"]["cars"]["pushes"] == 4
+    assert run.result["stopped_early"] is None
 
     client = MlflowClient(f"sqlite:///{run.directory.parent}/mlflow.db")
     parent = client.get_run(run.result["mlflow_run_id"])
@@ -126,7 +129,7 @@ def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
 def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = make_spec()
+    spec = make_spec({"pets": {}, "cars": {"ema": 0.5}})
     cars = dump_spec(spec)["tasks"][1]
     cars["data"] = os.path.relpath(cars["data"])
     changes = [{"attach": None, "remove": "cars"}, {"attach": cars, "remove": None}]
@@ -141,7 +144,11 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
             (spec.run_directory / "tasks.json").write_text("[")  # what somebody damages ends no run
             write_json(spec.run_directory / "requests" / "one.json", changes.pop(0))
             assert driver.wants_pause()
-            driver.store.save(job.checkpoint(job.progress, evaluation.groups))
+            states = dict(evaluation.groups)
+            if "private:cars" in states:
+                averages = {AVERAGE: np.full(job.groups["private:cars"].layout.trained, 7.0, np.float32)}
+                states["private:cars"] = replace(states["private:cars"], slots=averages)
+            driver.store.save(job.checkpoint(job.progress, states))
             return Outcome(paused=True)
         return Outcome(versions={"last": evaluation})
 
@@ -149,6 +156,8 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     run = multitask.train(spec)
     assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
     assert run.spec == spec  # with absolute paths
+    removed = load_file(run.directory / "removed" / "cars.safetensors")
+    assert removed["tasks/cars/classifier.1.weight"].eq(7.0).all()  # the average
     assert read_tasks(run.directory).keys() == {"pets", "cars"}
     assert read_status(run.directory)["mlflow_task_runs"] == {"pets": 1, "cars": 2}
 

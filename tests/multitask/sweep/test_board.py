@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ KEYS = ("optimizer.rate",)
 
 
 @pytest.fixture
-def plans(make_spec: Callable[..., JobSpec]) -> list[TrialPlan]:
+def plans(make_spec: Callable[..., JobSpec], tmp_path: Path) -> list[TrialPlan]:
     spec = make_spec(steps=100)
-    return [TrialPlan(n, n, {"optimizer.rate": 0.1 * n}, replace(spec, name=f"s_{n}")) for n in range(4)]
+    specs = [replace(spec, name=f"s_{n}", directory=str(tmp_path / f"{n}")) for n in range(4)]
+    return [TrialPlan(n, n, {"optimizer.rate": 0.1 * n}, spec) for n, spec in enumerate(specs)]
 
 
 def test_time_left_follows_todays_speed(plans: list[TrialPlan]) -> None:
@@ -86,7 +88,10 @@ def test_what_tune_tells_moves_the_trials_on(plans: list[TrialPlan]) -> None:
 
     for plan in plans[:3]:
         board.on_trial_start(trial=Trial(plan), **about)
-    board.on_trial_result(trial=Trial(plans[0]), result={"round": 100, "validation_top1": 70.0}, **about)
+    # It ended by itself, at round 60 of 100.
+    board.on_trial_result(trial=Trial(plans[0]), result={"round": 60, "validation_top1": 70.0}, **about)
+    plans[0].directory.mkdir()
+    (plans[0].directory / "result.json").touch()
     board.on_trial_complete(trial=Trial(plans[0]), **about)
     board.on_trial_result(trial=Trial(plans[1]), result={"round": 50, "validation_top1": 20.0}, **about)
     board.on_trial_complete(trial=Trial(plans[1]), **about)

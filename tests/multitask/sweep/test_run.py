@@ -117,6 +117,7 @@ def test_a_source_that_does_not_fit_is_refused_before_it_is_trained(
             {"scheduler": {"name": "asha", "grace_rounds": 1}, "space": {"evaluate_every": {"grid": [4]}}},
             "are evaluated every 4",
         ),
+        ({"retrain": True, "space": {"stop_after": {"grid": [2, 3]}}}, "retrain is true and the job has stop_after"),
         ({"space": {"tasks.train_on": {"grid": ["train", "train+validation"]}}}, "a sweep chooses by validation"),
     ],
 )
@@ -125,6 +126,23 @@ def test_what_could_choose_nothing_is_refused(content: dict[str, Any], changes: 
         run_sweep({**content, **changes})
 
     assert not Path(content["directory"]).exists()
+
+
+def test_trials_in_epochs_are_known_in_steps_before_they_start(content: dict[str, Any]) -> None:
+    """24 images in batches of 8: epochs of three steps."""
+    job = {**content["job"], "steps": None, "evaluate_every": None}
+    space = {"epochs": {"grid": [1, 2]}}
+
+    with pytest.raises(SpecError, match="grace_rounds is 6, but the trials have 3 steps and are evaluated every 3"):
+        run_sweep({**content, "job": job, "space": space, "scheduler": {"name": "asha", "grace_rounds": 6}})
+
+
+def test_epochs_that_do_not_fit_a_setting_name_it(content: dict[str, Any]) -> None:
+    warm_up = {"name": "cosine", "warm_up_rounds": 5}
+    job = {**content["job"], "steps": None, "evaluate_every": None, "schedule": warm_up}
+
+    with pytest.raises(SpecError, match=r"setting epochs=1: .*warm_up_rounds is 5, but the job has 3 steps"):
+        run_sweep({**content, "job": job, "space": {"epochs": {"grid": [1, 2]}}})
 
 
 def test_a_directory_that_is_in_use_is_left_alone(content: dict[str, Any]) -> None:

@@ -157,3 +157,5 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     with pytest.raises(DataError, match=r"item 0 is \(ndarray, int\), expected \(PIL image, label\)"):
         torchvision_dataset("MNIST", tmp_path, transform=np.asarray)
+    with pytest.raises(DataError, match="item 0 has 2 labels; multi-label is not supported"):
+        torchvision_dataset("MNIST", tmp_path, target_transform=lambda label: [label, label])

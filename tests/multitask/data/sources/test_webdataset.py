@@ -114,6 +114,8 @@ def test_hidden_members_and_folders_are_left_aside(tmp_path: Path) -> None:
         ([("a.jpg", b""), ("a.cls", b"1")], r"x.tar: sample 'a' has .* not empty"),
         ([("a.jpg", image(0))], r"x.tar: sample 'a' has \['jpg'\], expected a label in 'cls' or 'json'"),
         ([("a.jpg", image(0)), ("a.cls", b"cat")], r"sample 'a' has the label b'cat', expected a class number"),
+        ([("a.jpg", image(0)), ("a.json", b'{"label": [0, 2]}')], r"has the label \[0, 2\]; multi-label is not"),
+        ([("a.jpg", image(0)), ("a.json", b'{"label": 0.5}')], "has the label 0.5; regression is not supported"),
         ([("a.jpg", image(0)), ("a.json", b'{"caption": 1}')], r"sample 'a' has the label .*caption"),
         (sample("a", 0, 0) + sample("b", 1, 0) + sample("a", 2, 0), "'x.tar/a' and 0 more images are listed more"),
         ([("a.jpg", image(0)), ("a.jpg", image(1)), ("a.cls", b"1")], "sample 'a' has '.jpg' twice"),
