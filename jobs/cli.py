@@ -232,11 +232,11 @@ def evaluate(
     json_output: AsJson = False,
 ) -> None:
     """Evaluate the exported bundles of a run on the train, validation or test tables of its tasks."""
-    from multitask.run.directory import Run, RunError, evaluate_models, open_export
-    from patches import unknown_name_message
+    from multitask.run.directory import Run, RunError, evaluate_models
+    from patches import open_export, unknown_name_message
 
     opened = Run(run)
-    _, models = open_export(run / "export")
+    models = open_export(run / "export").models
     for name in task or []:
         if name not in models:
             raise RunError(unknown_name_message("task", name, models))

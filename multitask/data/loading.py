@@ -14,7 +14,10 @@ from torch import Tensor
 
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import Crop, cut, decode, resize_images
+from multitask.data.transforms import Crop, cut
+from patches.images.decoding import decode
+from patches.images.preprocessing import SQUASH, Framing
+from patches.images.resizing import resize_images
 from patches.quoting import quoted
 
 Undecodable = Literal["fail", "skip"]
@@ -53,6 +56,7 @@ class ImageLoader:
         *,
         undecodable: Undecodable,
         draw_crop: Callable[[int, int, EncodedRow], Crop] | None = None,
+        framing: Framing = SQUASH,
         threads: int = 1,
     ) -> None:
         """Args:
@@ -60,6 +64,7 @@ class ImageLoader:
         undecodable: what happens to an image that cannot be decoded: "fail" raises an error, "skip" leaves it out.
         draw_crop: returns the part of an image to keep, given its height and width in pixels and its row. None keeps
             whole images.
+        framing: how a whole image becomes a square. A crop is always squashed to one.
         threads: number of threads that decode. It changes no value.
         """
         choices = list(get_args(Undecodable))
@@ -68,6 +73,7 @@ class ImageLoader:
         self.table = table
         self._undecodable = undecodable
         self._draw_crop = draw_crop
+        self._framing = framing if draw_crop is None else SQUASH
         self._threads = threads
         # torch.set_num_threads is not called here, because it would change all threads of the process.
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -111,7 +117,7 @@ class ImageLoader:
     def _load_part(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
         """Load rows on the current thread."""
         good: list[EncodedRow] = []
-        pixels = resize_images(self._images(rows, good), resolutions, len(rows))
+        pixels = resize_images(self._images(rows, good), resolutions, len(rows), self._framing)
         return Loaded(good, pixels)
 
     def _images(self, rows: Sequence[EncodedRow], good: list[EncodedRow]) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from multitask.data.transforms import Augment, Crop, draw_crop
 from multitask.data.windows import WindowReader
+from patches.images.preprocessing import SQUASH, Framing
 
 CROP = 1
 """First number of the random key of a crop. It keeps these draws apart from other draws with the same seed."""
@@ -57,6 +58,7 @@ class TrainStream:
         batch_size: int,
         seed: int,
         augment: Augment = "none",
+        framing: Framing = SQUASH,
         rank: int = 0,
         workers: int = 1,
         undecodable: Undecodable = "fail",
@@ -71,6 +73,7 @@ class TrainStream:
         batch_size: number of images in each batch. It may exceed the number of rows of the table.
         seed: 0 or more. All workers of a task use the same seed.
         augment: "none", or "crop_flip" for a random crop and flip that seed, epoch and row determine.
+        framing: how an image becomes a square. A random crop is squashed to one, whatever this says.
         rank: number of this worker, 0 to `workers` - 1.
         workers: number of workers that share the table.
         undecodable: what happens to an image that cannot be decoded: "fail" raises an error, "skip" counts it.
@@ -98,7 +101,9 @@ class TrainStream:
             return draw_crop(height, width, (CROP, seed, row.epoch, row.row))
 
         random_crop = crop if augment == "crop_flip" else None
-        self._loader = ImageLoader(table, undecodable=undecodable, draw_crop=random_crop, threads=threads)
+        self._loader = ImageLoader(
+            table, undecodable=undecodable, draw_crop=random_crop, framing=framing, threads=threads
+        )
         self._windows = WindowReader(table, self._order)
         self._cache, self._decode_cached = cache, decode_cached
 

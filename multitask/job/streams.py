@@ -8,7 +8,7 @@ from multitask.data import ImageTable
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.stream import TrainStream
 from multitask.job.assignment import rank_of
-from multitask.job.tables import table_key
+from multitask.job.tables import preprocessing, table_key
 from multitask.spec.schema import JobSpec, TaskSpec
 
 
@@ -20,8 +20,8 @@ def group_by_rows(
 ) -> list[list[str]]:
     """Put workers that read the same rows in the same order into one list; their resolutions may differ.
 
-    A worker with a feature cache gets a list of its own, because the images that it needs depend on the stored
-    features.
+    Workers in one list have one framing. A worker with a feature cache gets a list of its own, because the images that
+    it needs depend on the stored features.
 
     Args:
         tasks: worker -> its task.
@@ -34,8 +34,9 @@ def group_by_rows(
         rows = table_key(task, "train")
         labels = classes[task.name]
         alike = (rows, labels, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
+        framing = preprocessing(task).framing
         alone = name if task.name in cached else None
-        groups.setdefault((*alike, rank_of(name), alone), []).append(name)
+        groups.setdefault((*alike, framing, rank_of(name), alone), []).append(name)
     return list(groups.values())
 
 
@@ -55,6 +56,7 @@ def stream_factory(
         batch_size=task.batch_size,
         seed=spec.seed,
         augment=task.augment,
+        framing=preprocessing(task).framing,
         rank=rank,
         workers=task.workers,
         undecodable=task.undecodable,

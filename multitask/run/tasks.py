@@ -39,7 +39,8 @@ def write_tasks(directory: Path, job: Job) -> dict[str, TaskRecord]:
     """Write and return the record of a job's tasks. A task that has one keeps it."""
     before = read_tasks(directory)
     records = {
-        name: before.get(name) or TaskRecord(classes, job.table_identities(name), preprocessing(job.task(name)))
+        name: before.get(name)
+        or TaskRecord(classes, job.table_identities(name), preprocessing(job.task(name)).as_json())
         for name, classes in job.classes.items()
     }
     content = {name: asdict(record) for name, record in records.items()}
@@ -74,7 +75,7 @@ def record_of(task: TaskSpec, records: Mapping[str, TaskRecord]) -> TaskRecord:
     """
     if task.name in records:
         return records[task.name]
-    return TaskRecord(open_split(task, "train", verify=False).classes, {}, preprocessing(task))
+    return TaskRecord(open_split(task, "train", verify=False).classes, {}, preprocessing(task).as_json())
 
 
 def warn_of_other_tables(job: Job, records: Mapping[str, TaskRecord]) -> None:

@@ -64,6 +64,10 @@ class TaskSpec:
     many, and a new head otherwise. Any other method uses the backbone's head itself."""
     resolution: Pixels
     """Side of the square images, in pixels. A list in a file stands for one task per entry: NAME@96, NAME@128, ..."""
+    resize: Literal["squash", "center_crop", "pad"] = "squash"
+    """How an image that is no square becomes one, in training, evaluation and prediction. `squash` resizes height and
+    width to the resolution. `center_crop` resizes the shorter side to it and keeps the square in the middle. `pad`
+    resizes the longer side to it and fills the rest with the colour `mean`."""
     batch_size: Count = 64
     """Number of images in one forward pass."""
     accumulate: Count = 1
@@ -83,8 +87,8 @@ class TaskSpec:
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Labels that a node needs to hold a worker of this task: {zone: west}. Engine `local` ignores them."""
     augment: Literal["none", "crop_flip"] = "none"
-    """`none` only resizes the training images. `crop_flip` takes random resized crops and flips them horizontally at
-    random."""
+    """`none` only resizes the training images. `crop_flip` takes random resized crops, whatever `resize` says, and
+    flips them horizontally at random."""
     cache_features: PathText | None = None
     """Folder on a local disk that stores the outputs of the frozen backbone for each training image, so that only the
     first epoch computes them. Tasks and later runs may share the folder."""

@@ -19,7 +19,7 @@ import patches
 from multitask.data import DataError, write_table
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job.job import Job
-from multitask.run.directory import Run, RunError, evaluate_models, open_export, write_json, write_spec
+from multitask.run.directory import Run, RunError, evaluate_models, write_json, write_spec
 from multitask.run.live import LiveStatus, read_status
 from multitask.run.mlflow_store import MlflowStore, TrackingError
 from multitask.run.outbox import OUTBOX, Outbox
@@ -74,7 +74,8 @@ def test_exported_bundles_give_the_trained_models_in_a_fresh_process(make_spec: 
     fresh = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert fresh == trained
-    backbone, models = open_export(export.backbone.parent)
+    bank = patches.open_export(export.backbone.parent)
+    backbone, models = bank.backbone, bank.models
     assert {path.name for path in export.backbone.parent.iterdir()} == {
         "backbone.safetensors",
         "cars.patch",
@@ -173,8 +174,8 @@ def test_a_folder_that_is_no_run_is_never_replaced(make_spec: MakeSpec) -> None:
 def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished run"):
         Run(tmp_path)
-    with pytest.raises(RunError, match="multitask export"):
-        open_export(tmp_path)
+    with pytest.raises(patches.BundleError, match="multitask export"):
+        patches.open_export(tmp_path)
 
 
 def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpec) -> None:
