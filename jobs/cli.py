@@ -13,6 +13,7 @@ from jobs.cascade_verbs import app as cascade_app
 from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.plan_verbs import plan
+from jobs.predict_verbs import predict
 from jobs.sweep_verbs import sweep
 from jobs.tables import show
 from multitask.startup import RUN_PROCESS, put_off_torch_compile
@@ -32,6 +33,7 @@ app.add_typer(jobs_app, name="jobs")
 # Options that `submit` does not know belong to the verb that it submits.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 app.command()(plan)
+app.command()(predict)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]

@@ -109,30 +109,34 @@ class PatchBank:
             for name, model in asked.items()
         }
 
-    def classes(self, task: str) -> tuple[str, ...]:
+    def classes(self, task: str | None = None) -> tuple[str, ...]:
         """Return the names of a task's classes, in the order of its logits.
 
+        Args:
+            task: name of the task. It may be left out if the bank has only one.
         Raises:
-            PatchError: the bank has no task of that name, or does not know its classes.
+            PatchError: the bank has no such task, or does not know its classes.
         """
-        classes = self._model(task).classes
-        if classes is None:
-            raise PatchError(self._unknown(task, "class names"))
-        return classes
+        name, model = self._one(task)
+        if model.classes is None:
+            raise PatchError(_unknown(name, "class names"))
+        return model.classes
 
-    def preprocessing(self, task: str) -> Preprocessing:
+    def preprocessing(self, task: str | None = None) -> Preprocessing:
         """Return how an image becomes the input of a task's network.
 
+        Args:
+            task: name of the task. It may be left out if the bank has only one.
         Raises:
-            PatchError: the bank has no task of that name, or does not know its preprocessing.
+            PatchError: the bank has no such task, or does not know its preprocessing.
         """
-        content = self._model(task).preprocessing
-        if content is None:
-            raise PatchError(self._unknown(task, "preprocessing"))
+        name, model = self._one(task)
+        if model.preprocessing is None:
+            raise PatchError(_unknown(name, "preprocessing"))
         try:
-            return Preprocessing.from_json(content)
+            return Preprocessing.from_json(model.preprocessing)
         except PatchError as error:
-            raise PatchError(f"Task '{task}': {error}") from error
+            raise PatchError(f"Task '{name}': {error}") from error
 
     def predict(
         self, images: "Iterable[ImageLike]", task: str | None = None, *, batch_size: int = BATCH_SIZE
@@ -175,43 +179,33 @@ class PatchBank:
             raise PatchError(f"Expected a list of images, found a single {type(images).__name__}. Pass it in a list.")
         if batch_size < 1:
             raise PatchError(f"batch_size is {batch_size}, expected 1 or more.")
-        name = self._only_task() if task is None else task
-        classes, preprocessing = self.classes(name), self.preprocessing(name)
+        name, classes, preprocessing = self._one(task)[0], self.classes(task), self.preprocessing(task)
         device = next(self.backbone.network.parameters()).device
 
         def answer(squares: list[Tensor]) -> list[Answer]:
             inputs = network_input(torch.stack(squares), preprocessing, device)
-            return answers_of(name, classes, self.all_tasks(inputs, [name])[name])
+            return answers_of([name] * len(squares), classes, self.all_tasks(inputs, [name])[name])
 
         return answer_in_batches(read_squares(images, preprocessing), batch_size, answer)
 
-    def _only_task(self) -> str:
-        if len(self._models) != 1:
+    def _one(self, task: str | None) -> tuple[str, PatchedModel]:
+        """Return the name and the model of a task that has a patch; without a name, those of the only task.
+
+        Raises:
+            PatchError: there is no such task, or it is the backbone itself, or there are several and no name.
+        """
+        if task is None and len(self._models) != 1:
             raise PatchError(
                 f"Expected the name of the task that answers, because there are {len(self._models)}: "
                 f"{', '.join(self._models)}. Name one of them."
             )
-        return self.tasks[0]
-
-    def _model(self, task: str) -> PatchedModel:
-        """Return the model of a task that has a patch.
-
-        Raises:
-            PatchError: there is no such task, or it is the backbone itself.
-        """
-        if task not in self._models:
-            raise PatchError(unknown_name_message("task of this bank", task, self._models))
-        model = self._models[task]
+        name = self.tasks[0] if task is None else task
+        if name not in self._models:
+            raise PatchError(unknown_name_message("task of this bank", name, self._models))
+        model = self._models[name]
         if model is None:
-            raise PatchError(self._unknown(task, "class names and preprocessing"))
-        return model
-
-    @staticmethod
-    def _unknown(task: str, what: str) -> str:
-        return (
-            f"Task '{task}' has no {what}: they come from a bundle, and it was added without one. Save its model as a "
-            "bundle (patches.save_bundle) and add the bundle's path."
-        )
+            raise PatchError(_unknown(name, "class names and no preprocessing"))
+        return name, model
 
 
 def open_export(folder: str | os.PathLike[str]) -> PatchBank:
@@ -232,3 +226,10 @@ def open_export(folder: str | os.PathLike[str]) -> PatchBank:
     for bundle in bundles:
         bank.add(bundle.stem, bundle)
     return bank
+
+
+def _unknown(task: str, what: str) -> str:
+    return (
+        f"Task '{task}' has no {what}: they come from a bundle, and it was added without one. Save its model as a "
+        "bundle (patches.save_bundle) and add the bundle's path."
+    )

@@ -25,16 +25,16 @@ class Answer:
     """Output of the network, shape (classes,), float32, on the CPU."""
 
 
-def answers_of(task: str, classes: Sequence[str], logits: Tensor) -> list[Answer]:
+def answers_of(tasks: Sequence[str], classes: Sequence[str], logits: Tensor) -> list[Answer]:
     """Return the answers that logits of shape (n, classes) stand for.
 
     Args:
-        task: name of the task whose model computed them.
+        tasks: name of the task whose model computed the logits of each image, n names.
         classes: a name for each logit, in order.
     """
     logits = logits.float().cpu()
     found = []
-    for own, probabilities in zip(logits, logits.softmax(dim=1), strict=True):
+    for task, own, probabilities in zip(tasks, logits, logits.softmax(dim=1), strict=True):
         best = int(own.argmax())
         found.append(Answer(task, classes[best], float(probabilities[best]), probabilities, own))
     return found

@@ -1,7 +1,7 @@
 """Running a cascade on images. Each stage sees only the images that no stage before it has answered."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -14,9 +14,15 @@ from multitask.cascade.cascade import Answers, Cascade, OperatingPoint
 from multitask.cascade.classes import common_classes
 from multitask.cascade.errors import CascadeError
 from patches.backbone import Backbone
+from patches.errors import ImageError
 from patches.images.preprocessing import Preprocessing
+from patches.images.reading import ImageLike, read_whole
 from patches.images.resizing import network_input, resize_images
 from patches.patch import PatchedModel
+from patches.prediction import Answer, answer_in_batches, answers_of
+
+BATCH_SIZE = 16
+"""Number of images that `CascadeModel.answers` has in memory at their full size."""
 
 
 class CascadeModel:
@@ -93,6 +99,25 @@ class CascadeModel:
             return logits[:, self._columns[model]] if model in self._columns else logits
 
         return point.answer(len(images), self.num_classes, ask)
+
+    def answers(self, images: Iterable[ImageLike]) -> Iterator[Answer | ImageError]:
+        """Yield the answer to each image, as `PatchBank.answers` does. Its `task` is the model that answered.
+
+        Raises:
+            CascadeError: the models have no class names.
+        """
+        names, stages = self.classes, self.cascade.point().stages
+        if names is None:
+            raise CascadeError(
+                "The cascade's models have no class names. Load it from a package, or set their classes."
+            )
+
+        def answer(whole: list[Tensor]) -> list[Answer]:
+            found = self(whole)
+            tasks = [stages[stage].model for stage in found.stages]
+            return answers_of(tasks, names, torch.from_numpy(found.logits))
+
+        return answer_in_batches(read_whole(images), BATCH_SIZE, answer)
 
     def _reads(self, point: OperatingPoint) -> dict[Preprocessing, set[int]]:
         """Return, for each view, the shared steps whose outputs a model of the operating point reads."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from patches.errors import ImageError
 from patches.images.decoding import decode
 from patches.images.formats import png_image, readable
-from patches.images.orientation import AS_STORED, REVERSED, TAG, upright
+from patches.images.orientation import AS_STORED, TAG, upright
 from patches.images.png import rgb_pixels
 from patches.images.preprocessing import Preprocessing
 from patches.images.resizing import resize_images
@@ -120,7 +120,7 @@ def _of_pillow(image: Image.Image) -> Tensor:
         pixels_chw = torch.from_numpy(rgb_pixels(png_image(image))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise RuntimeError(str(error)) from error
-    return upright(pixels_chw, orientation if orientation in (*REVERSED, 5) else AS_STORED)
+    return upright(pixels_chw, orientation if orientation in range(1, 9) else AS_STORED)
 
 
 def _pixels_or_error(number: int, image: ImageLike) -> Tensor | ImageError:
