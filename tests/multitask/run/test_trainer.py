@@ -316,8 +316,14 @@ def test_workers_share_a_decode_where_they_read_the_same_rows_in_the_same_order(
         "pets_1": {"resolution": 8},
         "pets_5": {"resolution": 8, "workers": 2, "batch_size": 5},
         "pets_flip": {"resolution": 8, "workers": 2, "augment": "crop_flip"},
+        "pets_crop": {"resolution": 8, "workers": 2, "resize": "center_crop"},
+        "pets_crop_12": {"resolution": 12, "workers": 2, "resize": "center_crop", "mean": (0.1, 0.2, 0.3)},
+        "pets_pad": {"resolution": 8, "workers": 2, "resize": "pad"},
+        "pets_pad_dark": {"resolution": 8, "workers": 2, "resize": "pad", "mean": (0.1, 0.2, 0.3)},
         "cars": {"workers": 2},
     }
     job = Job(make_spec(tasks))
     shared = [names for names in job.sharing(job.workers) if len(names) > 1]
-    assert shared == [["pets_8/0", "pets_12/0"], ["pets_8/1", "pets_12/1"]]
+    assert shared == [
+        [f"{one}/{rank}", f"{one.removesuffix('_8')}_12/{rank}"] for one in ("pets_8", "pets_crop") for rank in (0, 1)
+    ]
