@@ -66,7 +66,7 @@ class Preprocessing:
         """How an image becomes a square. With `pad`, the border has the colour that is closest to the mean."""
         if self.resize != "pad":
             return Framing(self.resize)
-        red, green, blue = (min(255, max(0, round(255 * mean))) for mean in self.mean)
+        red, green, blue = (round(min(255.0, max(0.0, 255 * mean))) for mean in self.mean)
         return Framing("pad", (red, green, blue))
 
     def as_json(self) -> dict[str, Any]:

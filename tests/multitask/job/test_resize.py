@@ -10,12 +10,13 @@ import torchvision.transforms.v2 as v2
 from torch import Tensor
 
 import patches
+from multitask.cascade.model import pixels as cascade_pixels
 from multitask.data import write_table
 from multitask.job.job import Job
 from multitask.job.models import attach_task
 from multitask.job.tables import open_split, preprocessing, table_batches
 from multitask.spec.schema import JobSpec
-from patches.images.reading import read_squares
+from patches.images.reading import read_squares, read_whole
 from patches.images.resizing import network_input
 from tests.multitask.data.images import encode, pixels
 
@@ -53,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("resize", ["squash", "center_crop", "pad"])
-def test_training_evaluation_and_prediction_read_the_pixels_that_torchvision_makes(
+def test_training_evaluation_prediction_and_cascades_read_the_pixels_that_torchvision_makes(
     make_spec: MakeSpec, data: Path, tmp_path: Path, resize: str
 ) -> None:
     spec = make_spec({"pets": {"data": str(data), "resize": resize, "mean": MEAN, "std": STD, "batch_size": 12}})
@@ -74,11 +75,11 @@ def test_training_evaluation_and_prediction_read_the_pixels_that_torchvision_mak
     patches.save_bundle(model, tmp_path / "pets.patch", classes=classes, preprocessing=content)
     bank = patches.PatchBank(job.backbone)
     bank.add("pets", tmp_path / "pets.patch")
-    squares = list(read_squares([encode(photo, "PNG") for photo in PHOTOS], bank.preprocessing()))
-    inputs = network_input(
-        torch.stack([square for square in squares if isinstance(square, Tensor)]), bank.preprocessing(), "cpu"
-    )
-    assert torch.equal(inputs, evaluated.images())
+    view, photos = bank.preprocessing(), [encode(photo, "PNG") for photo in PHOTOS]
+    squares = torch.stack([square for square in read_squares(photos, view) if isinstance(square, Tensor)])
+    assert torch.equal(network_input(squares, view, "cpu"), evaluated.images())
+    whole = [image for image in read_whole(photos) if isinstance(image, Tensor)]
+    assert torch.equal(cascade_pixels(whole, view, torch.device("cpu")), evaluated.images())
 
 
 @pytest.mark.parametrize("resize", ["center_crop", "pad"])

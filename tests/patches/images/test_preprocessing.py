@@ -59,6 +59,6 @@ def test_a_job_spec_has_the_ways_to_resize_that_there_are() -> None:
 
 
 def test_the_border_has_the_pixel_value_closest_to_the_mean() -> None:
-    mean = (0.485, 0.0, 1.0)
+    mean = (0.485, -0.1, 1e308)
     assert Preprocessing(16, mean, (1.0, 1.0, 1.0), "pad").framing == Framing("pad", (124, 0, 255))
     assert Preprocessing(16, mean, (1.0, 1.0, 1.0), "center_crop").framing == Framing("center_crop")
