@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -93,8 +93,8 @@ class TrainBatches:
         table: ImageTable,
         *,
         resolution: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
         resize: Resize = "squash",
         **options: Any,
     ) -> None:
@@ -103,7 +103,7 @@ class TrainBatches:
         resolution, mean, std, resize: as in `Preprocessing`.
         options: the other arguments of `TrainStream`, such as `batch_size` and `seed`.
         """
-        preprocessing = Preprocessing(resolution, (*mean,), (*std,), resize)
+        preprocessing = Preprocessing(resolution, mean, std, resize)
         self._view = BatchView(preprocessing)
         self._stream = TrainStream(table, framing=preprocessing.framing, **options)
         self.rows_per_epoch = self._stream.rows_per_epoch
@@ -138,8 +138,8 @@ def eval_batches(
     *,
     batch_size: int,
     resolution: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
     resize: Resize = "squash",
     undecodable: Undecodable = "fail",
     rows: int | None = None,
@@ -155,7 +155,7 @@ def eval_batches(
     """
     check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
     check_option("rows", rows, rows is None or rows >= 1, "1 or more")
-    preprocessing = Preprocessing(resolution, (*mean,), (*std,), resize)
+    preprocessing = Preprocessing(resolution, mean, std, resize)
     loader = ImageLoader(table, undecodable=undecodable, framing=preprocessing.framing, threads=threads)
     return _eval_batches(_rows_in_order(table, rows), loader, BatchView(preprocessing), batch_size)
 
