@@ -5,13 +5,11 @@ Axes: h and w are pixels. No function here uses or changes a global random state
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-Augment = Literal["none", "crop_flip"]
-"""Random change of training images: none, or a crop and a flip."""
 CROP_AREA = (0.08, 1.0)
 """Smallest and largest share of the image's area that a crop covers."""
 CROP_ASPECT = (3 / 4, 4 / 3)

@@ -33,10 +33,10 @@ def group_by_rows(
         task = tasks[name]
         rows = table_key(task, "train")
         labels = classes[task.name]
-        alike = (rows, labels, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
-        framing = preprocessing(task).framing
+        chosen = (task.batch_size, task.workers, rank_of(name), task.sampling, task.shuffle_window)
+        changed = (task.augment, task.undecodable, preprocessing(task).framing)
         alone = name if task.name in cached else None
-        groups.setdefault((*alike, framing, rank_of(name), alone), []).append(name)
+        groups.setdefault((rows, labels, chosen, changed, alone), []).append(name)
     return list(groups.values())
 
 
@@ -57,6 +57,7 @@ def stream_factory(
         seed=spec.seed,
         augment=task.augment,
         framing=preprocessing(task).framing,
+        sampling=task.sampling,
         rank=rank,
         workers=task.workers,
         undecodable=task.undecodable,

@@ -92,6 +92,8 @@ class RunStatus:
     error: str | None = None
     """What ended a failed run."""
     mlflow_run_id: str | None = None
+    mlflow_task_runs: dict[str, Count] = field(default_factory=dict)
+    """Task -> the number of MLflow runs that tasks of this name have had."""
     rejected_calls: Count = 0
 
 

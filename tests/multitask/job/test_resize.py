@@ -83,11 +83,14 @@ def test_training_evaluation_prediction_and_cascades_read_the_pixels_that_torchv
 
 
 @pytest.mark.parametrize("resize", ["center_crop", "pad"])
-def test_a_random_crop_is_squashed_whatever_resize_says(make_spec: MakeSpec, data: Path, resize: str) -> None:
+@pytest.mark.parametrize(("augment", "squashed"), [("crop_flip", True), ("resize_crop", True), ("flip", False)])
+def test_a_random_crop_is_squashed_whatever_resize_says(
+    make_spec: MakeSpec, data: Path, resize: str, augment: str, squashed: bool
+) -> None:
     both = []
     for one in ("squash", resize):
-        task = {"data": str(data), "resize": one, "augment": "crop_flip"}
+        task = {"data": str(data), "resize": one, "augment": augment}
         batches = Job(make_spec({"pets": task})).make_batches("pets/0")
         both.append(next(batches).images())
         batches.close()
-    assert torch.equal(*both)
+    assert torch.equal(*both) == squashed
