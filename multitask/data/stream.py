@@ -104,12 +104,9 @@ class TrainStream:
         self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window, labels=labels)
         self.rows_per_epoch = self._order.rows_per_epoch
         """Number of rows that this worker consumes in one epoch."""
+        augmentation = Augmentation(changes, seed)
         self._loader = ImageLoader(
-            table,
-            undecodable=undecodable,
-            augmentation=Augmentation(changes, seed),
-            framing=framing,
-            threads=threads,
+            table, undecodable=undecodable, augmentation=augmentation, framing=framing, threads=threads
         )
         self._windows = WindowReader(table, self._order)
         self._cache, self._decode_cached = cache, decode_cached
