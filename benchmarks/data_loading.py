@@ -38,6 +38,7 @@ from multitask.data import open_table, write_table
 from multitask.data.batches import BatchView, TrainBatches
 from multitask.data.shared import SharedStream
 from multitask.data.stream import TrainStream
+from patches.images.preprocessing import Preprocessing
 
 try:
     import webdataset
@@ -126,7 +127,7 @@ def together(folder: Path) -> Iterator[Tensor]:
         return TrainStream(table, batch_size=BATCH, seed=0, window=WINDOW, start=start)
 
     shared = SharedStream(stream, {str(resolution): resolution for resolution in TOGETHER})
-    views = {str(resolution): BatchView(resolution, **NORMAL) for resolution in TOGETHER}
+    views = {str(resolution): BatchView(Preprocessing(resolution, **NORMAL)) for resolution in TOGETHER}
     while True:
         batches = [cast(Tensor, view.batch(shared.next(reader)).pixels) for reader, view in views.items()]
         yield batches[-1]

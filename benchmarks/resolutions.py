@@ -34,17 +34,17 @@ from torch import Tensor
 import multitask
 import patches
 from benchmarks._common import Goal, at_least, at_most, environment, finish, make_parser
-from multitask.cascade import Cascade, CascadeModel, OperatingPoint, Predictions, View, check
+from multitask.cascade import Cascade, CascadeModel, OperatingPoint, Predictions, check
 from multitask.cascade.from_run import cascade_from_run
 from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import Rule
 from multitask.data import open_table
-from multitask.data.transforms import decode
 from multitask.evaluation import evaluate, reestimate_statistics, torch_threads
 from multitask.job.job import Job
-from multitask.job.tables import open_split, table_batches
+from multitask.job.tables import open_split, preprocessing, table_batches
 from multitask.run.directory import Run, evaluate_models
 from multitask.spec.reading import load_spec
+from patches.images.decoding import decode
 
 SPEC = Path(__file__).parents[1] / "jobs" / "specs" / "demo_resolutions.yaml"
 SEEDS = (0, 1, 2)
@@ -262,7 +262,7 @@ def cascade(directory: Path, fitted: Cascade, test: Predictions) -> Cascaded:
     checked = check(fitted, test)
     run = Run(directory)
     _, models = run.models("best")
-    views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
+    views = {task.name: preprocessing(task) for task in run.spec.tasks}
     timed = [CascadeModel(one, models, views) for one in (fitted, alone(fitted, fitted.reference))]
     with torch_threads(threads()):
         seconds, reference_s = time_in_turns(timed, batches(run))

@@ -261,21 +261,19 @@ def _costs(models: list[str], export: Path | None, cost: str, table: Path | None
 def _measured(cost: str, models: list[str], export: Path | None) -> "Costs":
     """Return the costs of exported models: their multiply-accumulates, or their latency on this machine."""
     import patches
-    from multitask.cascade import CascadeError, View, count_macs, measure_latency
-    from multitask.run.directory import open_export
+    from multitask.cascade import CascadeError, count_macs, measure_latency
 
     if export is None:
         raise CascadeError(
             "Costs are counted or measured on the models themselves. Name their folder (--export FOLDER), or read the "
             "costs from a file (--cost-table)."
         )
-    _, opened = open_export(export)
+    bank = patches.open_export(export)
     for name in models:
-        if name not in opened:
-            raise CascadeError(patches.unknown_name_message(f"bundle in '{export}'", name, opened))
-    views = {name: View.of(patches.inspect_bundle(export / f"{name}.patch").preprocessing) for name in models}
+        if name not in bank.tasks:
+            raise CascadeError(patches.unknown_name_message(f"bundle in '{export}'", name, bank.tasks))
     measure = count_macs if cost == "macs" else measure_latency
-    return measure({name: opened[name].eval() for name in models}, views)
+    return measure({name: bank.models[name] for name in models}, {name: bank.preprocessing(name) for name in models})
 
 
 def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
@@ -304,7 +302,7 @@ def _path(point: "OperatingPoint") -> str:
 def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
     """Yield the decoded images of a table in their order, in batches."""
     from multitask.data import DataError
-    from multitask.data.transforms import decode
+    from patches.images.decoding import decode
 
     batch: list[Tensor] = []
     for number, group in enumerate(table.groups()):

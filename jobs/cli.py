@@ -18,6 +18,7 @@ from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
 from jobs.groups import Group
 from jobs.plan_verbs import plan
+from jobs.predict_verbs import predict
 from jobs.report_verbs import report, report_after_training
 from jobs.sweep_verbs import sweep
 from jobs.tables import show
@@ -62,6 +63,7 @@ app.add_typer(jobs_app, name="jobs")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 app.command()(plan)
 app.command()(report)
+app.command()(predict)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
@@ -316,11 +318,11 @@ def evaluate(
     json_output: AsJson = False,
 ) -> None:
     """Evaluate the exported bundles of a run on the train, validation or test tables of its tasks."""
-    from multitask.run.directory import Run, RunError, evaluate_models, open_export
-    from patches import unknown_name_message
+    from multitask.run.directory import Run, RunError, evaluate_models
+    from patches import open_export, unknown_name_message
 
     opened = Run(run)
-    _, models = open_export(run / "export")
+    models = open_export(run / "export").models
     for name in task or []:
         if name not in models:
             raise RunError(unknown_name_message("task", name, models))

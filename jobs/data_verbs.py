@@ -242,7 +242,7 @@ def verify(
 ) -> None:
     """Compare every shard with the index (presence, SHA-256, schema, labels); the exit status is 1 if one differs."""
     from multitask.data import DataError
-    from multitask.data.transforms import decode as decode_image
+    from patches.images.decoding import decode as decode_image
 
     broken = 0
     for uri, opened in _open_all(table, verify=True).items():

@@ -46,7 +46,7 @@ def gather(
     about: dict[str, Any] = {
         "backbone": backbone.identity(),
         "k": k,
-        "preprocessing": preprocessing(found[0]),
+        "preprocessing": preprocessing(found[0]).as_json(),
     }
     written = {}
     tables = {split: open_split(found[0], split) for split in ("train", "validation")}

@@ -92,8 +92,8 @@ def save_bundle(
         model: a task's model, or MIST's edge network alone.
         path: the file to write.
         classes: a name for each output, in order.
-        preprocessing: how an image becomes the network's input (size, mean, standard deviation). JSON must be able to
-            hold it.
+        preprocessing: how an image becomes the network's input, as `Preprocessing.as_json` returns it, which
+            `PatchBank.predict` and cascades need. Without them anything that JSON can hold will do.
         metrics: values that were measured with this patch. JSON must be able to hold them.
     Returns:
         The manifest that was written.
@@ -207,6 +207,7 @@ def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedMode
             "head ('+last_layer').",
         )
     model.classes = tuple(info.classes)
+    model.preprocessing = info.preprocessing
     return model
 
 

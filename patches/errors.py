@@ -9,6 +9,10 @@ class BackboneError(ValueError):
     """A backbone cannot be built, or weights do not fit it."""
 
 
+class ImageError(ValueError):
+    """An image that is to be answered cannot be read or decoded. The message names the image."""
+
+
 class FeatureError(ValueError):
     """Stored features cannot be written or read, or do not fit the purpose that they were given for."""
 

@@ -45,6 +45,8 @@ class PatchedModel(nn.Module):
             drawn from `seed` and never trained).
         seed: the seed of a fresh or fixed head.
         classes: name of each output, in order, or None if they are unknown. `load_bundle` sets it.
+        preprocessing: how an image becomes the network's input, in the form in which a bundle holds it, or None if it
+            is unknown. `load_bundle` sets it.
         private_names, shared_names: state-dict names in `network`. Every name is in exactly one of the two.
         reads: indices of the steps whose outputs `condense` needs. It is empty if the task needs the images only.
         first_private_block: index of the first step that differs from the backbone's: the first step that uses a
@@ -77,6 +79,7 @@ class PatchedModel(nn.Module):
         self.head = head
         self.seed = seed
         self.classes: tuple[str, ...] | None = None
+        self.preprocessing: Mapping[str, Any] | None = None
         names = list(network.state_dict())
         self.private_names = tuple(name for name in names if name in private_names)
         self.shared_names = tuple(name for name in names if name not in private_names)

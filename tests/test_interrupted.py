@@ -28,7 +28,7 @@ from multitask.data.importing import import_table
 from multitask.errors import TrainingError
 from multitask.job.checkpoint import Checkpoint, CheckpointStore
 from multitask.report.pages import write_sweep_report
-from multitask.run.directory import Run, open_export, write_json
+from multitask.run.directory import Run, write_json
 from multitask.server.progress import Progress
 from multitask.spec.reading import load_spec
 from multitask.sweep.final import Verdict
@@ -231,7 +231,7 @@ def export_work(files: Path) -> Work:
         for name in found - {"backbone.safetensors"}:
             patches.inspect_bundle(folder / name)
         if found == names:
-            open_export(folder)
+            patches.open_export(folder)
         return found == names
 
     return Work(lambda folder: run.export("best", folder), check, most_bytes=4000)

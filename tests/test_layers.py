@@ -52,11 +52,18 @@ def test_no_files_import_each_other_in_a_circle(graph: Graph) -> None:
     assert circle(graph) == []
 
 
-def test_importing_patches_loads_no_cluster_and_no_torchvision() -> None:
-    names = ("ray", "mlflow", "torchvision", "multitask", "pyarrow")
-    code = f"import sys, patches; print([name for name in {names} if name in sys.modules])"
+def test_predicting_loads_no_cluster_and_importing_patches_no_torchvision_either() -> None:
+    code = """
+import sys, patches, torch
+found = lambda *names: [name for name in names if name in sys.modules]
+cluster = ("ray", "mlflow", "multitask", "pyarrow", "pandas")
+print(found(*cluster, "torchvision"))
+export = patches.open_export("tests/data/v0_1/finished/export")
+answers = export.predict([torch.zeros(3, 9, 9, dtype=torch.uint8)], task="pets_8")
+print(found(*cluster), len(answers))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == ["[]", "[] 1"]
 
 
 def test_engines_reach_the_cluster_and_its_time_through_the_interface_alone() -> None:

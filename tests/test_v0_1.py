@@ -14,13 +14,13 @@ import multitask
 import patches
 from multitask.cascade import CascadeModel, check, load_cascade, read_predictions
 from multitask.data import DataError, open_table
-from multitask.data.transforms import decode
 from multitask.job.checkpoint import CheckpointStore
-from multitask.run.directory import Run, RunError, evaluate_models, open_export
+from multitask.run.directory import Run, RunError, evaluate_models
 from multitask.run.live import read_status
 from multitask.sweep.outcomes import choose, read_outcome
 from multitask.sweep.plan import plan_trials
 from multitask.sweep.spec import load_sweep
+from patches.images.decoding import decode
 from tests.jobs.command import multitask as command
 
 FILES = Path(__file__).parent / "data" / "v0_1"
@@ -82,7 +82,8 @@ def test_an_export_without_the_tables_writes_nothing(files: Path) -> None:
 
 
 def test_the_bundles_load_verify_and_answer_as_then(files: Path, expected: dict[str, Any]) -> None:
-    backbone, models = open_export(files / "finished" / "export")
+    bank = patches.open_export(files / "finished" / "export")
+    backbone, models = bank.backbone, bank.models
 
     assert backbone.content_hash() == expected["backbone_hash"]
     x = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -178,6 +178,7 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
             resolution=task.resolution,
             mean=task.mean,
             std=task.std,
+            resize=task.resize,
             augment="none",
             seed=run.spec.seed,
         )
@@ -185,7 +186,8 @@ def _reestimated(run: Run, folder: Path) -> dict[str, Any]:
             reestimate_statistics(model, islice(batches, REESTIMATION_BATCHES))
         models[task.name] = model
         files.append(folder / f"{task.name}.patch")
-        patches.save_bundle(model, files[-1], classes=model.classes, preprocessing={"resolution": task.resolution})
+        preprocessing = patches.Preprocessing(task.resolution, task.mean, task.std, task.resize)
+        patches.save_bundle(model, files[-1], classes=model.classes, preprocessing=preprocessing.as_json())
     return {
         "title": "private last layer, statistics re-estimated per task",
         "parameters": run.result["parameters"],

@@ -3,7 +3,7 @@
 from multitask.cascade.artifact import load_cascade, save_cascade, save_package
 from multitask.cascade.cascade import Answers, Cascade, OperatingPoint
 from multitask.cascade.checking import Check, check, fit_and_check
-from multitask.cascade.costs import Costs, View, count_macs, measure_latency, read_costs
+from multitask.cascade.costs import Costs, count_macs, measure_latency, read_costs
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.model import CascadeModel
@@ -19,7 +19,6 @@ __all__ = [
     "Costs",
     "OperatingPoint",
     "Predictions",
-    "View",
     "check",
     "count_macs",
     "fit",

@@ -16,12 +16,13 @@ import torch
 
 from multitask.cascade.cascade import Cascade
 from multitask.cascade.classes import common_classes
-from multitask.cascade.costs import View
 from multitask.cascade.document import FORMAT, Document, describe, understand
 from multitask.cascade.errors import CascadeError
 from patches.backbone import load_backbone
 from patches.bundle import inspect_bundle, load_bundle
+from patches.errors import PatchError
 from patches.files import atomic_file, write_atomic
+from patches.images.preprocessing import Preprocessing
 from patches.patch import PatchedModel
 from patches.quoting import quoted, shortened
 from patches.strict_json import parse_json
@@ -78,14 +79,14 @@ def load_cascade(path: str | os.PathLike[str]) -> Cascade:
 
 def open_package(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> tuple[Cascade, dict[str, PatchedModel], dict[str, View]]:
+) -> tuple[Cascade, dict[str, PatchedModel], dict[str, Preprocessing]]:
     """Load a package.
 
     Args:
         path: the package.
         device: device for the backbone and the models.
     Returns:
-        The cascade, its models on one backbone, and the view of each model.
+        The cascade, its models on one backbone, and the preprocessing of each model.
     Raises:
         CascadeError: the file is not a package or is damaged, its backbone or a bundle is not the one that was saved
             with it, or its models answer different questions.
@@ -110,7 +111,7 @@ def open_package(
             if info.payload_sha256 != hashes.get(model):
                 raise _other(path, _member(model))
             models[model] = load_bundle(bundle, backbone)
-            views[model] = _view(path, model, info.preprocessing)
+            views[model] = _preprocessing(path, model, info.preprocessing)
             classes[model] = info.classes
     try:
         common_classes(classes)
@@ -169,10 +170,10 @@ def _extracted(path: str | os.PathLike[str], models: tuple[str, ...], folder: Pa
     return wanted[BACKBONE], {model: wanted[_member(model)] for model in models}
 
 
-def _view(path: str | os.PathLike[str], model: str, preprocessing: Mapping[str, Any]) -> View:
+def _preprocessing(path: str | os.PathLike[str], model: str, content: Mapping[str, Any]) -> Preprocessing:
     try:
-        return View.of(preprocessing)
-    except (LookupError, TypeError, ValueError) as error:
+        return Preprocessing.from_json(content)
+    except PatchError as error:
         raise CascadeError(
             f"'{path}': the bundle of model '{shortened(model)}' has no usable preprocessing ({shortened(error)}). "
             "Export the bundles again."

@@ -18,41 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from multitask.cascade.errors import CascadeError
-from multitask.data.batches import BatchView
+from patches.images.preprocessing import Preprocessing
 from patches.names import unknown_name_message
-from patches.options import is_number
 from patches.patch import PatchedModel
-from patches.quoting import quoted, shortened
+from patches.quoting import shortened
 
 MACS, MILLISECONDS = "MACs", "ms"
-MOST_PIXELS = 8192
-"""Largest side of the images that a model reads."""
-
-
-@dataclass(frozen=True)
-class View:
-    """How a model sees an image. Two models with equal views read the same pixels."""
-
-    resolution: int
-    """Height and width of the image that the model reads, in pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @classmethod
-    def of(cls, preprocessing: Mapping[str, Any]) -> "View":
-        """Make a view from the preprocessing that a bundle describes.
-
-        Raises:
-            KeyError: the preprocessing has no resolution, mean or std.
-            ValueError: one of them is no usable number.
-        """
-        resolution, mean, std = (preprocessing[key] for key in ("resolution", "mean", "std"))
-        if type(resolution) is not int or resolution > MOST_PIXELS:
-            raise CascadeError(f"resolution={quoted(resolution)}: expected a whole number up to {MOST_PIXELS}.")
-        if not all(isinstance(values, list | tuple) and all(map(is_number, values)) for values in (mean, std)):
-            raise CascadeError(f"mean={quoted(mean)} and std={quoted(std)}: expected three numbers each.")
-        BatchView(resolution, mean, std)  # checks the values
-        return cls(resolution, tuple(mean), tuple(std))
 
 
 @dataclass(frozen=True)
@@ -91,7 +62,7 @@ class Costs:
                 raise CascadeError(unknown_name_message("model in the costs", model, self.alone))
 
 
-def count_macs(models: Mapping[str, PatchedModel], views: Mapping[str, View]) -> Costs:
+def count_macs(models: Mapping[str, PatchedModel], views: Mapping[str, Preprocessing]) -> Costs:
     """Count the multiply-accumulates (MACs) of convolutions, linear layers and attention, with torch's own counter.
 
     The counter counts a multiplication and an addition as two operations (FLOPs). A MAC is one of each, so MACs =
@@ -99,14 +70,14 @@ def count_macs(models: Mapping[str, PatchedModel], views: Mapping[str, View]) ->
 
     Args:
         models: models on one backbone, in eval mode.
-        views: view of each model.
+        views: preprocessing of each model.
     """
     return _costs(MACS, models, views, lambda call, view: _macs(call, torch.zeros(_shape(1, view))))
 
 
 def measure_latency(
     models: Mapping[str, PatchedModel],
-    views: Mapping[str, View],
+    views: Mapping[str, Preprocessing],
     device: torch.device | str | None = None,
     batch_size: int = 64,
     repeats: int = 7,
@@ -115,13 +86,13 @@ def measure_latency(
 
     Args:
         models: models on one backbone, in eval mode, on `device`.
-        views: view of each model.
+        views: preprocessing of each model.
         device: device of the models. None means the CPU.
         batch_size: number of images in a batch. In small batches, an image costs more.
         repeats: number of batches. The result is their median.
     """
 
-    def milliseconds(call: Callable[[torch.Tensor], Any], view: View) -> float:
+    def milliseconds(call: Callable[[torch.Tensor], Any], view: Preprocessing) -> float:
         images = torch.zeros(_shape(batch_size, view), device=device).contiguous(memory_format=torch.channels_last)
         seconds = []
         for _ in range(repeats + 2):  # the first two calls only warm up
@@ -169,20 +140,20 @@ def shared_steps(one: PatchedModel, other: PatchedModel) -> int:
 def _costs(
     unit: str,
     models: Mapping[str, PatchedModel],
-    views: Mapping[str, View],
-    measure: Callable[[Callable[[torch.Tensor], Any], View], float],
+    views: Mapping[str, Preprocessing],
+    measure: Callable[[Callable[[torch.Tensor], Any], Preprocessing], float],
 ) -> Costs:
     """Measure each model, and each part of the backbone that two models share.
 
     Args:
         unit: unit of the costs.
         models: models on one backbone.
-        views: view of each model.
-        measure: returns the cost of calling a function with images of a view.
+        views: preprocessing of each model.
+        measure: returns the cost of calling a function with images of one preprocessing.
     """
     with torch.no_grad():
         alone = {name: measure(model, views[name]) for name, model in models.items()}
-        prefixes: dict[tuple[View, int], float] = {}
+        prefixes: dict[tuple[Preprocessing, int], float] = {}
         shared = {}
         for one in sorted(models):
             for other in sorted(models):
@@ -214,6 +185,6 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _shape(images: int, view: View) -> tuple[int, int, int, int]:
+def _shape(images: int, view: Preprocessing) -> tuple[int, int, int, int]:
     """Return the shape of a batch as a model reads it."""
     return images, 3, view.resolution, view.resolution

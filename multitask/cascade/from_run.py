@@ -5,11 +5,13 @@ from typing import Any
 
 from multitask.cascade.artifact import save_package
 from multitask.cascade.cascade import Cascade
-from multitask.cascade.costs import View, count_macs
+from multitask.cascade.costs import count_macs
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.predictions import Predictions, read_predictions
 from multitask.run.directory import Run, evaluate_models
+from patches.bundle import inspect_bundle
+from patches.images.preprocessing import Preprocessing
 
 SEED = 0
 """Seed of the random half of the validation images."""
@@ -44,7 +46,9 @@ def cascade_from_run(run: Run, to: str | os.PathLike[str], **options: Any) -> tu
         folder = run.directory / "predictions" / split
         evaluate_models(models, run.spec, split, folder)
         pools[split] = read_predictions(folder, list(models))
-    views = {task.name: View(task.resolution, task.mean, task.std) for task in run.spec.tasks}
+    views = {
+        name: Preprocessing.from_json(inspect_bundle(bundle).preprocessing) for name, bundle in export.bundles.items()
+    }
     fitting, _ = pools["validation"].halves(SEED)
     cascade = fit(fitting, count_macs(models, views), **options)
     save_package(cascade, to, export.backbone.parent)

@@ -1,7 +1,7 @@
 """Running a cascade on images. Each stage sees only the images that no stage before it has answered."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -12,11 +12,17 @@ from torch import Tensor
 from multitask.cascade.artifact import open_package
 from multitask.cascade.cascade import Answers, Cascade, OperatingPoint
 from multitask.cascade.classes import common_classes
-from multitask.cascade.costs import View
 from multitask.cascade.errors import CascadeError
-from multitask.data.transforms import normalise, resize_images
 from patches.backbone import Backbone
+from patches.errors import ImageError
+from patches.images.preprocessing import Preprocessing
+from patches.images.reading import ImageLike, read_whole
+from patches.images.resizing import network_input, resize_images
 from patches.patch import PatchedModel
+from patches.prediction import Answer, answer_in_batches, answers_of
+
+BATCH_SIZE = 16
+"""Number of images that `CascadeModel.answers` has in memory at their full size."""
 
 
 class CascadeModel:
@@ -26,11 +32,13 @@ class CascadeModel:
     pixels, the steps of the backbone that they share are computed once.
     """
 
-    def __init__(self, cascade: Cascade, models: Mapping[str, PatchedModel], views: Mapping[str, View]) -> None:
+    def __init__(
+        self, cascade: Cascade, models: Mapping[str, PatchedModel], views: Mapping[str, Preprocessing]
+    ) -> None:
         """Args:
         cascade: the cascade.
         models: at least the models of the cascade, all on one backbone. They are put into eval mode.
-        views: view of each model.
+        views: preprocessing of each model. Models with equal ones see the same pixels.
         Raises:
             CascadeError: a model of the cascade is missing, or the models are on several backbones or have different
                 classes.
@@ -92,9 +100,28 @@ class CascadeModel:
 
         return point.answer(len(images), self.num_classes, ask)
 
-    def _reads(self, point: OperatingPoint) -> dict[View, set[int]]:
+    def answers(self, images: Iterable[ImageLike]) -> Iterator[Answer | ImageError]:
+        """Yield the answer to each image, as `PatchBank.answers` does. Its `task` is the model that answered.
+
+        Raises:
+            CascadeError: the models have no class names.
+        """
+        names, stages = self.classes, self.cascade.point().stages
+        if names is None:
+            raise CascadeError(
+                "The cascade's models have no class names. Load it from a package, or set their classes."
+            )
+
+        def answer(whole: list[Tensor]) -> list[Answer]:
+            found = self(whole)
+            tasks = [stages[stage].model for stage in found.stages]
+            return answers_of(tasks, names, torch.from_numpy(found.logits))
+
+        return answer_in_batches(read_whole(images), BATCH_SIZE, answer)
+
+    def _reads(self, point: OperatingPoint) -> dict[Preprocessing, set[int]]:
         """Return, for each view, the shared steps whose outputs a model of the operating point reads."""
-        reads: dict[View, set[int]] = {}
+        reads: dict[Preprocessing, set[int]] = {}
         for stage in point.stages:
             reads.setdefault(self._views[stage.model], set()).update(self.models[stage.model].reads)
         return reads
@@ -104,14 +131,18 @@ class _Undecided:
     """The images that no stage has answered, with the results for them that later stages can still use."""
 
     def __init__(
-        self, images: list[Tensor], trunk: Backbone, reads: Mapping[View, Collection[int]], device: torch.device
+        self,
+        images: list[Tensor],
+        trunk: Backbone,
+        reads: Mapping[Preprocessing, Collection[int]],
+        device: torch.device,
     ) -> None:
         self._images, self._trunk, self._reads, self._device = images, trunk, reads, device
         self._places = np.arange(len(images))
-        self._seen: dict[View, _Seen] = {}
+        self._seen: dict[Preprocessing, _Seen] = {}
         self._logits: dict[str, Tensor] = {}
 
-    def keep(self, places: NDArray[np.int64], models: Collection[str], views: Collection[View]) -> None:
+    def keep(self, places: NDArray[np.int64], models: Collection[str], views: Collection[Preprocessing]) -> None:
         """Drop the images at other positions, and the results that the remaining stages do not use.
 
         Args:
@@ -131,7 +162,7 @@ class _Undecided:
             seen.keep(chosen)
         self._places = places
 
-    def ask(self, name: str, model: PatchedModel, view: View) -> NDArray[np.float32]:
+    def ask(self, name: str, model: PatchedModel, view: Preprocessing) -> NDArray[np.float32]:
         """Return the logits of a model for all undecided images, shape (n, classes)."""
         if name not in self._logits:
             if view not in self._seen:
@@ -165,15 +196,15 @@ class _Seen:
         self.outputs = {step: output[chosen] for step, output in self.outputs.items()}
 
 
-def pixels(images: Sequence[Tensor], view: View, device: torch.device) -> Tensor:
+def pixels(images: Sequence[Tensor], view: Preprocessing, device: torch.device) -> Tensor:
     """Return images as a model reads them, equal to those of an evaluation.
 
     Args:
         images: each of shape (3, height, width), uint8.
-        view: how the model sees an image.
+        view: preprocessing of the model.
         device: device of the result.
     Returns:
         Shape (n, 3, resolution, resolution), float32, channels last in memory.
     """
-    resized_nchw = resize_images(images, [view.resolution], len(images))[view.resolution].permute(0, 3, 1, 2)
-    return normalise(resized_nchw.to(device), view.mean, view.std).contiguous(memory_format=torch.channels_last)
+    squares_nhwc = resize_images(images, [view.resolution], len(images), view.framing)[view.resolution]
+    return network_input(squares_nhwc, view, device)

@@ -38,7 +38,8 @@ class Augmentation:
             RandAugment.
         seed: 0 or more.
         """
-        self._crops = not {"crop_flip", "resize_crop"}.isdisjoint(changes)
+        self.crops = not {"crop_flip", "resize_crop"}.isdisjoint(changes)
+        """Whether a part of each image is cut out, which then becomes a square."""
         self._flips = not {"crop_flip", "flip"}.isdisjoint(changes)
         self._jitters, self._rand_augments = "color_jitter" in changes, "rand_augment" in changes
         self._seed = seed
@@ -50,11 +51,11 @@ class Augmentation:
             image_chw: shape (3, h, w), uint8.
             key: numbers that determine the draw together with the seed, such as (epoch, row).
         """
-        if not (self._crops or self._flips):
+        if not (self.crops or self._flips):
             return image_chw
         height, width = image_chw.shape[1:]
         crop = draw_crop(height, width, (CROP, self._seed, *key))
-        if not self._crops:
+        if not self.crops:
             crop = Crop(0, 0, height, width, crop.flip)
         return cut(image_chw, crop if self._flips else crop._replace(flip=False))
 

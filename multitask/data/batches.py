@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +16,8 @@ from torch import Tensor
 from multitask.data.loading import EncodedRow, ImageLoader, Loaded, Undecodable, check_option
 from multitask.data.stream import Drawn, TrainStream, join_parts
 from multitask.data.table import ImageTable
-from multitask.data.transforms import normalise
+from patches.images.preprocessing import Preprocessing, Resize
+from patches.images.resizing import normalise
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +54,10 @@ class Batch:
 
 
 class BatchView:
-    """How one task sees the images of a stream: its resolution and its normalisation."""
+    """How one task sees the images of a stream: its preprocessing without the framing, which is the stream's."""
 
-    def __init__(self, resolution: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Args:
-        resolution: height and width of the images, in pixels.
-        mean: one number for each channel, on the scale 0 to 1.
-        std: one number for each channel, on the scale 0 to 1.
-        """
-        # torch 2.15 cannot resize uint8 images to a single pixel: an internal assertion fails.
-        check_option("resolution", resolution, resolution >= 2, "2 or more pixels")
-        check_option("mean", mean, len(mean) == 3, "three numbers, one for each channel")
-        check_option("std", std, len(std) == 3 and min(std) > 0, "three numbers above 0, one for each channel")
-        self.resolution = resolution
-        self._mean = (mean[0], mean[1], mean[2])
-        self._std = (std[0], std[1], std[2])
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
 
     def batch(self, drawn: Drawn) -> Batch:
         """Return the batch at this resolution."""
@@ -75,13 +65,13 @@ class BatchView:
         labels = torch.from_numpy(np.require(drawn.labels, requirements="W"))
         pixels = None
         if drawn.pixels:
-            array = np.require(drawn.pixels[self.resolution], requirements="W")
+            array = np.require(drawn.pixels[self.preprocessing.resolution], requirements="W")
             pixels = torch.from_numpy(array).permute(0, 3, 1, 2)
         return Batch(
             pixels,
             labels,
-            self._mean,
-            self._std,
+            self.preprocessing.mean,
+            self.preprocessing.std,
             skipped=drawn.skipped,
             bad_images=drawn.bad_images,
             position=drawn.position,
@@ -99,17 +89,23 @@ class TrainBatches:
     """Endless training batches of one worker at one resolution."""
 
     def __init__(
-        self, table: ImageTable, *, resolution: int, mean: Sequence[float], std: Sequence[float], **options: Any
+        self,
+        table: ImageTable,
+        *,
+        resolution: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        resize: Resize = "squash",
+        **options: Any,
     ) -> None:
         """Args:
         table: the images.
-        resolution: height and width of the images, in pixels.
-        mean: one number for each channel, on the scale 0 to 1.
-        std: one number for each channel, on the scale 0 to 1.
+        resolution, mean, std, resize: as in `Preprocessing`.
         options: the other arguments of `TrainStream`, such as `batch_size` and `seed`.
         """
-        self._view = BatchView(resolution, mean, std)
-        self._stream = TrainStream(table, **options)
+        preprocessing = Preprocessing(resolution, mean, std, resize)
+        self._view = BatchView(preprocessing)
+        self._stream = TrainStream(table, framing=preprocessing.framing, **options)
         self.rows_per_epoch = self._stream.rows_per_epoch
         """Number of rows that this worker consumes in one epoch."""
 
@@ -122,7 +118,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        return self._view.batch(self._stream.draw([self._view.resolution]))
+        return self._view.batch(self._stream.draw([self._view.preprocessing.resolution]))
 
 
 def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
@@ -142,8 +138,9 @@ def eval_batches(
     *,
     batch_size: int,
     resolution: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    resize: Resize = "squash",
     undecodable: Undecodable = "fail",
     rows: int | None = None,
     threads: int = 1,
@@ -153,13 +150,14 @@ def eval_batches(
     Args:
         table: the images.
         batch_size, undecodable, threads: as in `TrainStream`.
-        resolution, mean, std: as in `TrainBatches`.
+        resolution, mean, std, resize: as in `Preprocessing`.
         rows: read only this many rows, spread evenly over the table, because a table may be sorted by class.
     """
     check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
     check_option("rows", rows, rows is None or rows >= 1, "1 or more")
-    loader = ImageLoader(table, undecodable=undecodable, threads=threads)
-    return _eval_batches(_rows_in_order(table, rows), loader, BatchView(resolution, mean, std), batch_size)
+    preprocessing = Preprocessing(resolution, mean, std, resize)
+    loader = ImageLoader(table, undecodable=undecodable, framing=preprocessing.framing, threads=threads)
+    return _eval_batches(_rows_in_order(table, rows), loader, BatchView(preprocessing), batch_size)
 
 
 def _rows_in_order(table: ImageTable, rows: int | None) -> Iterator[EncodedRow]:
@@ -183,7 +181,7 @@ def _eval_batches(rows: Iterator[EncodedRow], loader: ImageLoader, view: BatchVi
     parts: list[Loaded] = []
     missing, skipped = batch_size, 0
     while chunk := list(islice(rows, missing)):
-        parts.append(loader.load(chunk, [view.resolution]))
+        parts.append(loader.load(chunk, [view.preprocessing.resolution]))
         for bad in loader.take_bad():
             log.warning("Skipped %s", bad)
         good = len(parts[-1].rows)

@@ -4,19 +4,14 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from multitask.data.png import SIGNATURE
 from multitask.data.storage import DataError
-from multitask.data.transforms import decode
+from patches.images import formats
+from patches.images.decoding import decode
+from patches.images.formats import encoded
 from patches.quoting import shortened
 
-DECODED = (b"\xff\xd8\xff", SIGNATURE, b"RIFF", b"GIF8")
-"""First bytes of the files that training decodes: JPEG, PNG, WebP and GIF."""
-CONVERTED = ("BMP", "PPM", "TIFF")
-"""Pillow's names of the formats that are stored as PNG. A PGM is a PPM, too."""
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-"""Pillow's modes of pixels that a PNG stores as they are."""
 JPEG_QUALITY = 95
 
 
@@ -32,18 +27,9 @@ def readable(image: bytes, name: str) -> bytes:
     Raises:
         DataError: a BMP, PPM, PGM or TIFF cannot be decoded, has several pages, or has pixels of unknown range.
     """
-    if image.startswith(DECODED):
-        return image
     try:
-        with Image.open(io.BytesIO(image), formats=CONVERTED) as opened:
-            pages = getattr(opened, "n_frames", 1)
-            if pages > 1:
-                raise ValueError(f"it has {pages} pages, expected one")
-            opened.load()
-            return _encoded(_png_pixels(opened), "PNG")
-    except UnidentifiedImageError:
-        return image
-    except Exception as error:  # Pillow raises errors of many kinds for damaged files
+        return formats.readable(image)
+    except RuntimeError as error:
         raise _undecodable(name, error, "stored as PNG, which training can read", "convert it yourself") from error
 
 
@@ -71,29 +57,7 @@ def limit_side(image: bytes, max_side: int, name: str) -> bytes:
         raise _undecodable(name, error, "scaled down", "import without a maximum side") from error
     scaled = Image.fromarray(np.ascontiguousarray(pixels_chw.permute(1, 2, 0)))
     scaled.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    return _encoded(scaled, "JPEG", quality=JPEG_QUALITY)
-
-
-def _png_pixels(opened: Image.Image) -> Image.Image:
-    """Return the pixels of an opened image in a mode that a PNG can have.
-
-    Raises:
-        ValueError: it is unknown which of the pixels' values are black and white.
-    """
-    if opened.mode in PNG_MODES:
-        return opened
-    if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM"):
-        return Image.fromarray(np.asarray(opened).astype(np.uint16))
-    if opened.mode in ("CMYK", "RGBX", "YCbCr"):
-        return opened.convert("RGB")
-    raise ValueError(f"its pixels are of Pillow's mode {opened.mode}, expected 1, 8 or 16 bits for each value")
-
-
-def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
-    """Encode an image, without the tags of the file that it comes from."""
-    file = io.BytesIO()
-    image.save(file, kind, exif=b"", **options)
-    return file.getvalue()
+    return encoded(scaled, "JPEG", quality=JPEG_QUALITY)
 
 
 def _undecodable(name: str, error: Exception, why: str, instead: str) -> DataError:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from multitask.data.encoding import limit_side, readable
 from multitask.data.format import ROWS_PER_SHARD, Row, check_classes, write_index, write_shard
-from multitask.data.orientation import without_orientation
 from multitask.data.sources import Source
 from multitask.data.storage import DataError, Location, locate
 from patches.files import DiskFullError
+from patches.images.orientation import without_orientation
 from patches.quoting import shortened
 
 NOTES, PLAN = ".import", "plan.json"

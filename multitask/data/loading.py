@@ -14,7 +14,9 @@ from torch import Tensor
 from multitask.data.augmentation import Augmentation
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import decode, resize_images
+from patches.images.decoding import decode
+from patches.images.preprocessing import SQUASH, Framing
+from patches.images.resizing import resize_images
 from patches.quoting import quoted
 
 Undecodable = Literal["fail", "skip"]
@@ -60,12 +62,14 @@ class ImageLoader:
         *,
         undecodable: Undecodable,
         augmentation: Augmentation | None = None,
+        framing: Framing = SQUASH,
         threads: int = 1,
     ) -> None:
         """Args:
         table: the table that contains the rows.
         undecodable: what happens to an image that cannot be decoded: "fail" raises an error, "skip" leaves it out.
         augmentation: changes the images at random. None leaves them as they are.
+        framing: how a whole image becomes a square. A random crop is always squashed to one.
         threads: number of threads that decode. It changes no value.
         """
         choices = list(get_args(Undecodable))
@@ -74,6 +78,7 @@ class ImageLoader:
         self.table = table
         self._undecodable = undecodable
         self._augmentation = augmentation
+        self._framing = framing if augmentation is None or not augmentation.crops else SQUASH
         self._threads = threads
         # torch.set_num_threads is not called here, because it would change all threads of the process.
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -117,7 +122,7 @@ class ImageLoader:
     def _load_part(self, rows: Sequence[EncodedRow], resolutions: Sequence[int]) -> Loaded:
         """Load rows on the current thread."""
         good: list[EncodedRow] = []
-        pixels = resize_images(self._images(rows, good), resolutions, len(rows))
+        pixels = resize_images(self._images(rows, good), resolutions, len(rows), self._framing)
         if self._augmentation is not None:
             for images_nhwc in pixels.values():
                 self._augmentation.change(images_nhwc, [row.key for row in good])

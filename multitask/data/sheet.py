@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import decode
+from patches.images.decoding import decode
 from patches.quoting import shortened
 
 CELL_INCHES = 1.3

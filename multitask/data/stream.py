@@ -16,6 +16,7 @@ from multitask.data.order import EpochOrder
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from multitask.data.windows import WindowReader
+from patches.images.preprocessing import SQUASH, Framing
 
 Sampling = Literal["natural", "balanced"]
 """How often a row comes in an epoch: once, or so often that all classes have the same number of rows."""
@@ -57,6 +58,7 @@ class TrainStream:
         batch_size: int,
         seed: int,
         augment: Augment | Sequence[Augment] = "none",
+        framing: Framing = SQUASH,
         sampling: Sampling = "natural",
         rank: int = 0,
         workers: int = 1,
@@ -72,6 +74,7 @@ class TrainStream:
         batch_size: number of images in each batch. It may exceed the number of rows of the table.
         seed: 0 or more. All workers of a task use the same seed.
         augment: one or several random changes of the images, which seed, epoch and row determine.
+        framing: how an image becomes a square. A random crop is squashed to one, whatever this says.
         sampling: "natural" reads each row once in an epoch. "balanced" reads the rows of rare classes more often and
             those of frequent classes less often (`draw_readings` in `order.py`). An epoch has the same length in both.
         rank: number of this worker, 0 to `workers` - 1.
@@ -101,8 +104,9 @@ class TrainStream:
         self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window, labels=labels)
         self.rows_per_epoch = self._order.rows_per_epoch
         """Number of rows that this worker consumes in one epoch."""
+        augmentation = Augmentation(changes, seed)
         self._loader = ImageLoader(
-            table, undecodable=undecodable, augmentation=Augmentation(changes, seed), threads=threads
+            table, undecodable=undecodable, augmentation=augmentation, framing=framing, threads=threads
         )
         self._windows = WindowReader(table, self._order)
         self._cache, self._decode_cached = cache, decode_cached

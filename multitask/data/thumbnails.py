@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from multitask.data.transforms import decode
+from patches.images.decoding import decode
 
 
 def thumbnail(image: bytes, side: int) -> bytes:

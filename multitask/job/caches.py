@@ -4,12 +4,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from multitask.data import ImageTable
 from multitask.data.feature_cache import CachePlan
+from multitask.job.tables import preprocessing
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
 from patches import Backbone, PatchedModel
+from patches.images.preprocessing import Preprocessing
 
 GB = 1e9
 
@@ -40,8 +43,7 @@ def plan_caches(
         key = {
             "backbone": backbone.architecture() | {"content_hash": content_hash},
             "steps": {"read": list(model.reads), "kept": list(shapes)},
-            # "upright": version 0.1 stored features of images without their EXIF orientation.
-            "images": {"resolution": task.resolution, "mean": list(task.mean), "std": list(task.std), "upright": True},
+            "images": _images_key(preprocessing(task)),
             "table": tables[task.name].identity,
             # The last bits of the features depend on these values too: a kernel may add numbers in another order if
             # the batch size changes, and torch's attention uses another kernel in eval mode.
@@ -83,6 +85,17 @@ def describe(plans: Mapping[str, CachePlan]) -> list[str]:
                 f"written; {plan.free_bytes() / GB:.3g} GB are free in {plan.path}"
             )
     return lines
+
+
+def _images_key(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return what the features depend on of the way that images become the network's input.
+
+    `squash` is left out, and so is the interpolation, which are both as in version 0.1: with them no cache that exists
+    would be found. "upright": version 0.1 stored features of images without their EXIF orientation.
+    """
+    content = preprocessing.as_json() | {"upright": True}
+    del content["interpolation"]
+    return content
 
 
 def _check_model(task: TaskSpec, model: PatchedModel) -> None:

@@ -29,7 +29,7 @@ from multitask.job.models import attach_task, backbone_key, check_training, load
 from multitask.job.rules import make_rules, make_schedule
 from multitask.job.serving import parameter_group, served_tasks
 from multitask.job.streams import group_by_rows, stream_factory
-from multitask.job.tables import table_batches, table_key
+from multitask.job.tables import preprocessing, table_batches, table_key
 from multitask.server.clock import Clock
 from multitask.server.group import ParameterGroup
 from multitask.server.messages import GroupValues, StepRecord
@@ -342,9 +342,8 @@ class Job:
         return stream
 
     def view(self, worker: str) -> BatchView:
-        """Return the resolution and the normalisation with which a worker's task sees the images of its stream."""
-        task = self.task(self.workers[worker])
-        return BatchView(task.resolution, task.mean, task.std)
+        """Return how a worker's task sees the images of its stream."""
+        return BatchView(preprocessing(self.task(self.workers[worker])))
 
     def make_batches(self, worker: str, position: int | None = None) -> Iterator[Batch]:
         """Return a worker's batches from a stream of its own, which prepares them in the background.

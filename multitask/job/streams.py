@@ -8,7 +8,7 @@ from multitask.data import ImageTable
 from multitask.data.feature_cache import FeatureCache
 from multitask.data.stream import TrainStream
 from multitask.job.assignment import rank_of
-from multitask.job.tables import table_key
+from multitask.job.tables import preprocessing, table_key
 from multitask.spec.schema import JobSpec, TaskSpec
 
 
@@ -20,8 +20,8 @@ def group_by_rows(
 ) -> list[list[str]]:
     """Put workers that read the same rows in the same order into one list; their resolutions may differ.
 
-    A worker with a feature cache gets a list of its own, because the images that it needs depend on the stored
-    features.
+    Workers in one list have one framing. A worker with a feature cache gets a list of its own, because the images that
+    it needs depend on the stored features.
 
     Args:
         tasks: worker -> its task.
@@ -34,7 +34,7 @@ def group_by_rows(
         rows = table_key(task, "train")
         labels = classes[task.name]
         chosen = (task.batch_size, task.workers, rank_of(name), task.sampling, task.shuffle_window)
-        changed = (task.augment, task.undecodable)
+        changed = (task.augment, task.undecodable, preprocessing(task).framing)
         alone = name if task.name in cached else None
         groups.setdefault((rows, labels, chosen, changed, alone), []).append(name)
     return list(groups.values())
@@ -56,6 +56,7 @@ def stream_factory(
         batch_size=task.batch_size,
         seed=spec.seed,
         augment=task.augment,
+        framing=preprocessing(task).framing,
         sampling=task.sampling,
         rank=rank,
         workers=task.workers,

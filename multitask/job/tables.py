@@ -1,10 +1,10 @@
 """The tables that a job's tasks read."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from multitask.data import Batch, ImageTable, eval_batches, open_table, open_tables
 from multitask.spec.schema import TaskSpec
+from patches.images.preprocessing import Preprocessing
 
 
 def open_split(task: TaskSpec, split: str, *, verify: bool = True) -> ImageTable:
@@ -25,14 +25,9 @@ def table_key(task: TaskSpec, split: str) -> str:
     return f"{task.data}/{task.train_on if split == 'train' else split}"
 
 
-def preprocessing(task: TaskSpec) -> dict[str, Any]:
-    """Return how an image becomes the input of the task's model, in the form in which a bundle says it."""
-    return {
-        "resolution": task.resolution,
-        "interpolation": "bilinear",
-        "mean": list(task.mean),
-        "std": list(task.std),
-    }
+def preprocessing(task: TaskSpec) -> Preprocessing:
+    """Return how an image becomes the input of the task's model."""
+    return Preprocessing(task.resolution, task.mean, task.std, task.resize)
 
 
 def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, threads: int = 1) -> Iterator[Batch]:
@@ -48,6 +43,7 @@ def table_batches(table: ImageTable, task: TaskSpec, rows: int | None = None, th
         resolution=task.resolution,
         mean=task.mean,
         std=task.std,
+        resize=task.resize,
         undecodable=task.undecodable,
         rows=rows,
         threads=threads,

@@ -122,22 +122,6 @@ class Run:
         return export
 
 
-def open_export(folder: Path) -> tuple[patches.Backbone, dict[str, patches.PatchedModel]]:
-    """Load an exported backbone and all bundles in the same folder.
-
-    Raises:
-        RunError: the folder has no bundles or no backbone.
-        patches.BundleError: a bundle does not fit the backbone, or is damaged.
-    """
-    paths = sorted(folder.glob("*.patch"))
-    if not paths or not (folder / "backbone.safetensors").is_file():
-        raise RunError(f"'{folder}' does not hold a backbone.safetensors and bundles. Run `multitask export RUN`.")
-    architecture = patches.inspect_bundle(paths[0]).backbone
-    weights = folder / "backbone.safetensors"
-    backbone = patches.load_backbone(architecture["name"], weights, **architecture["options"])
-    return backbone, {path.stem: patches.load_bundle(path, backbone) for path in paths}
-
-
 def evaluate_models(
     models: Mapping[str, patches.PatchedModel], spec: JobSpec, split: str, save_to: Path | None = None
 ) -> dict[str, dict[str, float]]:

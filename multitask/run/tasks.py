@@ -43,7 +43,8 @@ def write_tasks(directory: Path, job: Job, before: Mapping[str, TaskRecord]) -> 
         before: task -> its record, for the tasks that have one.
     """
     records = {
-        name: before.get(name) or TaskRecord(classes, job.table_identities(name), preprocessing(job.task(name)))
+        name: before.get(name)
+        or TaskRecord(classes, job.table_identities(name), preprocessing(job.task(name)).as_json())
         for name, classes in job.classes.items()
     }
     content = {name: asdict(record) for name, record in records.items()}
@@ -78,7 +79,7 @@ def record_of(task: TaskSpec, records: Mapping[str, TaskRecord]) -> TaskRecord:
     """
     if task.name in records:
         return records[task.name]
-    return TaskRecord(open_split(task, "train", verify=False).classes, {}, preprocessing(task))
+    return TaskRecord(open_split(task, "train", verify=False).classes, {}, preprocessing(task).as_json())
 
 
 def kept_classes(spec: JobSpec, records: Mapping[str, TaskRecord]) -> dict[str, tuple[str, ...]]:

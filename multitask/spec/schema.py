@@ -68,6 +68,10 @@ class TaskSpec:
     many, and a new head otherwise. Any other method uses the backbone's head itself."""
     resolution: Pixels
     """Side of the square images, in pixels. A list in a file stands for one task per entry: NAME@96, NAME@128, ..."""
+    resize: Literal["squash", "center_crop", "pad"] = "squash"
+    """How an image that is no square becomes one, in training, evaluation and prediction. `squash` resizes height and
+    width to the resolution. `center_crop` resizes the shorter side to it and keeps the square in the middle. `pad`
+    resizes the longer side to it and fills the rest with the colour `mean`."""
     batch_size: Count = 64
     """Number of images in one forward pass."""
     accumulate: Count = 1
@@ -88,8 +92,8 @@ class TaskSpec:
     """Labels that a node needs to hold a worker of this task: {zone: west}. Engine `local` ignores them."""
     augment: Augmentations = "none"
     """Random changes of the training images, a name or a list of names. `none` only resizes them; `resize_crop` takes
-    random resized crops; `flip` mirrors half of them; `crop_flip` does both; `color_jitter` changes brightness,
-    contrast and saturation; `rand_augment` is RandAugment with torchvision's defaults."""
+    random resized crops, whatever `resize` says; `flip` mirrors half of them; `crop_flip` does both; `color_jitter`
+    changes brightness, contrast and saturation; `rand_augment` is RandAugment with torchvision's defaults."""
     mix: Literal["none", "mixup", "cutmix"] = "none"
     """Whether the images of a batch are mixed with each other, and their labels in the same shares."""
     mix_alpha: Rate | None = None

@@ -13,8 +13,8 @@ from jobs.demo.run import run_demo
 from multitask.cascade import CascadeModel, read_predictions
 from multitask.cascade.cascade import answers_of
 from multitask.data import open_table
-from multitask.data.transforms import decode
 from multitask.run.directory import Run
+from patches.images.decoding import decode
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 TASKS = ["fashion", "animals", "digits"]

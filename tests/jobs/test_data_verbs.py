@@ -12,7 +12,7 @@ from PIL import Image
 
 from multitask.cluster import session
 from multitask.data import importing, open_table, write_table
-from multitask.data.transforms import decode
+from patches.images.decoding import decode
 from tests.jobs.command import multitask
 from tests.multitask.data.images import tensor, turned
 from tests.multitask.data.tables import number_image, small_table

@@ -13,13 +13,13 @@ TURNED_RIGHT = 6
 KINDS = ("jpg", "turned.jpg", "alpha.png", "grey.png", "deep.png", "webp")
 
 
-def write_photos(folder: Path, each: int) -> None:
+def write_photos(folder: Path, each: int, seed: int = 0) -> None:
     """Write photos of all kinds, and one that is cut off, into one folder for each class.
 
     Args:
         each: number of photos of each kind in each class.
     """
-    chance = np.random.default_rng(0)
+    chance = np.random.default_rng(seed)
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
         for kind in KINDS:

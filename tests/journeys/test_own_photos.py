@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import multitask
-from multitask.data import sources
+from multitask.cascade import read_predictions
+from multitask.data import open_table, sources
 from multitask.data.importing import import_table
 from tests import browser
 from tests.jobs.command import multitask as command
@@ -34,13 +35,21 @@ directory: runs/sides
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
-def answers(export: Path, photos: list[Path]) -> list[str]:
-    """Return the class of each photo, as a fresh process answers."""
-    arguments = [sys.executable, "-m", "tests.journeys.answers", str(export), "photos", *map(str, photos)]
-    answered = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert answered.returncode == 0, answered.stderr
-    found: list[str] = json.loads(answered.stdout)
-    return found
+def fresh_process(module: str, *arguments: object) -> tuple[Any, str]:
+    """Return the JSON that a module prints in a process of its own, and what it prints on standard error."""
+    asked = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(asked, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def evaluated(run: Path, tables: Path, photos: Path, predictions: Path) -> tuple[list[Path], list[list[float]]]:
+    """Return the test photos that can be decoded and their logits, as `multitask evaluate` computes them."""
+    done = command("evaluate", run, "--save-predictions", predictions)
+    assert done.returncode == 0, done.stderr
+    ids = [group.ids[place] for group in open_table(tables / "test").groups() for place in range(len(group))]
+    found = read_predictions(predictions)
+    return [photos / ids[row] for row in found.rows], found.logits["photos"].tolist()
 
 
 def look_at_report(page: Path) -> None:
@@ -89,10 +98,18 @@ def test_photos_of_all_kinds_get_the_right_names(
 
     journey(tmp_path)
 
+    run, photos = tmp_path / "runs" / "sides", tmp_path / "photos"
+    tested, logits = evaluated(run, tmp_path / "tables", photos, tmp_path / "predictions")
     (tmp_path / "elsewhere").mkdir()
-    moved = shutil.move(tmp_path / "runs" / "sides", tmp_path / "elsewhere" / "sides")
+    export = Path(shutil.move(run, tmp_path / "elsewhere" / "sides")) / "export"
     shutil.rmtree(tmp_path / "tables")
-    photos = [path for path in sorted((tmp_path / "photos").rglob("*.*")) if path.name.partition(".")[2] in KINDS]
-    whole = [path for path in photos if path.stem != "cut off"]
-    assert len(whole) == 8 * len(CLASSES) * len(KINDS)
-    assert answers(Path(moved) / "export", whole) == [path.parent.name for path in whole]
+    assert fresh_process("tests.journeys.answers", export, 24, *tested)[0] == logits
+
+    shutil.rmtree(photos)
+    write_photos(tmp_path / "never imported", each=2, seed=1)
+    found, said = fresh_process("jobs.cli", "predict", export, tmp_path / "never imported", "--json")
+    assert found["answered"] == 2 * len(CLASSES) * len(KINDS)
+    for answer in found["answers"]:
+        assert answer["class"] == Path(answer["file"]).parent.name
+    assert "cut off.jpg: " in said
+    assert "1 of 37 files cannot be decoded." in said

@@ -9,7 +9,6 @@ import torch
 import multitask
 import patches
 from multitask.job.job import Job
-from multitask.run.directory import open_export
 from multitask.spec.schema import JobSpec
 from patches import PatchBank, PatchError
 
@@ -41,7 +40,7 @@ def test_a_job_trains_side_tasks_and_exports_bundles_that_share_their_steps(name
     run = multitask.train(spec)
     models = run.models("last")[1]
     export = run.export()
-    backbone, _ = open_export(export.backbone.parent)
+    backbone = patches.open_export(export.backbone.parent).backbone
 
     assert all(torch.equal(tensor, host[key]) for key, tensor in backbone.network.state_dict().items())
     bank, x = PatchBank(backbone), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -317,7 +317,7 @@ def test_running_part_of_a_model_uses_its_own_tensors() -> None:
         assert torch.equal(model.run(features, model.first_private_block), model(x))
 
 
-@pytest.mark.parametrize("error", [patches.PatchError, patches.BackboneError, patches.BundleError])
+@pytest.mark.parametrize("error", [patches.PatchError, patches.BackboneError, patches.BundleError, patches.ImageError])
 def test_errors_cross_process_borders(error: type[Exception]) -> None:
     again = pickle.loads(pickle.dumps(error("what to do")))
     assert type(again) is error

@@ -49,7 +49,7 @@ def image_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = N
                 f"{top}: {unknown_name_message('class folder', folder, names)} Rename or remove the folder."
             )
         others: Counter[str] = Counter()
-        paths = path_array(_images(top, folder, others), top)
+        paths = path_array(images_below(top, folder, others), top)
         if not len(paths):
             found = f", found {list_counts(others)}" if others else ""
             raise DataError(
@@ -94,10 +94,14 @@ def _class_folders(top: str, left_aside: Counter[str]) -> list[str]:
     return folders
 
 
-def _images(top: str, folder: str, left_aside: Counter[str]) -> list[str]:
-    """Return paths below `top`, with '/', in torchvision's order, and count the other files and folders.
+def images_below(top: str, folder: str, left_aside: Counter[str]) -> list[str]:
+    """Return the images in a folder of `top` and below: paths below `top`, with '/', in torchvision's order.
 
-    In torchvision's order, the folders are sorted by their whole path, and then the files by name.
+    In that order, the folders are sorted by their whole path, and then the files by name. Hidden files and folders and
+    files without the ending of an image are counted in `left_aside`, by their kind.
+
+    Raises:
+        DataError: a folder cannot be listed.
     """
     images = []
     seen = {os.path.realpath(top), os.path.realpath(os.path.join(top, folder))}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import patches
-from multitask.cascade import CascadeError, CascadeModel, View, load_cascade, save_cascade, save_package
+from multitask.cascade import CascadeError, CascadeModel, load_cascade, save_cascade, save_package
 from tests.multitask.cascade.pools import made_cascade
 from tests.patches.helpers import small_backbone
 
@@ -189,25 +189,3 @@ def test_models_with_different_class_lists_answer_no_question_together(
         patched.setattr("multitask.cascade.artifact.common_classes", lambda _: None)
         path = packed(tmp_path, middle=[*"abcdf"])
     assert "have different classes" in refused(path, CascadeModel.load)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("resolution", 16.0),
-        ("resolution", True),
-        ("resolution", 10**9),
-        ("resolution", 1),
-        ("mean", None),
-        ("mean", "abc"),
-        ("mean", [0.5, 0.5]),
-        ("std", [0.25, 0.25, 0.0]),
-        ("std", [0.25, 0.25, "0.25"]),
-        ("std", [0.25, 0.25, float("nan")]),
-    ],
-)
-def test_a_view_needs_numbers(key: str, value: Any) -> None:
-    preprocessing = {"resolution": 16, "mean": [0.5] * 3, "std": [0.25] * 3}
-    assert View.of(preprocessing).resolution == 16
-    with pytest.raises(ValueError, match=key):
-        View.of(preprocessing | {key: value})

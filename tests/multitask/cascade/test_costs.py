@@ -5,12 +5,13 @@ import torch
 from torchvision.models import MobileNet_V2_Weights, ViT_B_16_Weights
 
 import patches
-from multitask.cascade import CascadeError, Costs, View, count_macs, measure_latency, read_costs
+from multitask.cascade import CascadeError, Costs, count_macs, measure_latency, read_costs
+from patches import Preprocessing
 from tests.patches.helpers import small_backbone, small_transformer
 
 PLAIN = {"mean": [0.5] * 3, "std": [0.5] * 3}
-SMALL = View.of({"resolution": 16, **PLAIN})
-LARGE = View.of({"resolution": 32, **PLAIN})
+SMALL = Preprocessing.from_json({"resolution": 16, **PLAIN})
+LARGE = Preprocessing.from_json({"resolution": 32, **PLAIN})
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ LARGE = View.of({"resolution": 32, **PLAIN})
 )
 def test_macs_are_those_that_torchvision_states(name: str, weights: MobileNet_V2_Weights) -> None:
     model = patches.attach(patches.load_backbone(name), "last_layer", 1000)
-    counted = count_macs({"model": model}, {"model": View.of({"resolution": 224, **PLAIN})})
+    counted = count_macs({"model": model}, {"model": Preprocessing.from_json({"resolution": 224, **PLAIN})})
 
     assert counted.unit == "MACs"
     assert counted.alone["model"] / 1e9 == pytest.approx(weights.value.meta["_ops"], abs=5e-4)

@@ -13,9 +13,9 @@ from multitask.cascade import CascadeError, CascadeModel, check, load_cascade, r
 from multitask.cascade.cascade import answers_of
 from multitask.cascade.from_run import cascade_from_run
 from multitask.data import open_table
-from multitask.data.transforms import decode
 from multitask.run.directory import Run
 from multitask.spec.schema import JobSpec
+from patches.images.decoding import decode
 from tests.conftest import MakeData
 
 IMAGES = 120

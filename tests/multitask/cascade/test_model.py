@@ -18,7 +18,6 @@ from multitask.cascade import (
     CascadeModel,
     Costs,
     Predictions,
-    View,
     fit,
     load_cascade,
     save_cascade,
@@ -28,7 +27,7 @@ from multitask.cascade.artifact import open_package
 from multitask.cascade.greedy import MIN_GAP
 from multitask.cascade.model import pixels
 from multitask.cascade.rules import features
-from patches import PatchedModel
+from patches import PatchedModel, Preprocessing
 from tests.patches.helpers import randomised, small_backbone
 
 IMAGES = 150
@@ -60,7 +59,7 @@ def learn(model: PatchedModel, x: Tensor, reverse: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(images: list[Tensor], views: dict[str, View]) -> dict[str, PatchedModel]:
+def models(images: list[Tensor], views: dict[str, Preprocessing]) -> dict[str, PatchedModel]:
     """Three resolutions with norms of their own, and two heads at 16 px that share all steps before them."""
     torch.set_num_threads(1)  # `one_thread` comes after the fixtures of a module
     backbone = small_backbone(dropout=0.0, norm_momentum=0.5)
@@ -78,11 +77,8 @@ def models(images: list[Tensor], views: dict[str, View]) -> dict[str, PatchedMod
 
 
 @pytest.fixture(scope="module")
-def views() -> dict[str, View]:
-    return {
-        name: View.of({"resolution": size, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"})
-        for name, size in SIZES.items()
-    }
+def views() -> dict[str, Preprocessing]:
+    return {name: Preprocessing(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)) for name, size in SIZES.items()}
 
 
 def sure_third(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -91,7 +87,7 @@ def sure_third(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 @pytest.fixture(scope="module")
-def predictions(images: list[Tensor], models: dict[str, PatchedModel], views: dict[str, View]) -> Predictions:
+def predictions(images: list[Tensor], models: dict[str, PatchedModel], views: dict[str, Preprocessing]) -> Predictions:
     """Logits as evaluation computes them; labels that the smaller models know where they are sure."""
     with torch.no_grad():
         logits = {
@@ -153,7 +149,7 @@ def test_thresholds_stay_clear_of_every_score(cascade: Cascade, predictions: Pre
 
 
 def test_only_undecided_images_go_on_and_shared_steps_run_once(
-    images: list[Tensor], models: dict[str, PatchedModel], views: dict[str, View], predictions: Predictions
+    images: list[Tensor], models: dict[str, PatchedModel], views: dict[str, Preprocessing], predictions: Predictions
 ) -> None:
     pool = predictions.only(["last16", "other16"])
     costs = Costs("MACs", {"last16": 10, "other16": 101}, {("other16", "last16"): 9})
@@ -302,7 +298,7 @@ def test_bundles_of_different_classes_make_no_package(
 
 
 def test_models_must_be_there_and_on_one_backbone(
-    cascade: Cascade, models: dict[str, PatchedModel], views: dict[str, View]
+    cascade: Cascade, models: dict[str, PatchedModel], views: dict[str, Preprocessing]
 ) -> None:
     name = cascade.models[0]
     with pytest.raises(CascadeError, match=f"needs the models {name}"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from multitask.data.png import SIGNATURE, chunks
+from patches.images.png import SIGNATURE, chunks
 
 ORIENTATION, MAKER = 0x0112, 0x010F
 """EXIF tags."""
@@ -18,6 +18,12 @@ ORIENTATION, MAKER = 0x0112, 0x010F
 
 def pixels(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Shape (3, height, width), uint8."""
+    small = Image.fromarray(pixels(4, 4, 3, seed=seed))
+    return torch.from_numpy(np.array(small.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
 
 
 def encode(image: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:

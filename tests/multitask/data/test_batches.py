@@ -373,9 +373,9 @@ def test_one_decodable_image_is_enough(tmp_path: Path, workers: int) -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0, but allowed is 1 or more"),
-        ({"resolution": 1}, "resolution is 1, but allowed is 2 or more pixels"),
-        ({"mean": (0.5,)}, r"mean is \(0.5,\), but allowed is three numbers"),
-        ({"std": (0.5, 0.5, 0.0)}, "std is .* three numbers above 0"),
+        ({"resolution": 1}, "resolution=1: use a whole number from 2 to 8192"),
+        ({"mean": (0.5,)}, r"mean=\(0.5,\): use three numbers"),
+        ({"std": (0.5, 0.5, 0.0)}, "std=.* three numbers above 0"),
         ({"undecodable": "ignore"}, r"undecodable is 'ignore', but allowed is one of \['fail', 'skip'\]"),
     ],
 )

@@ -7,7 +7,7 @@ from PIL import Image
 
 from multitask.data import DataError
 from multitask.data.encoding import limit_side, readable
-from multitask.data.transforms import decode
+from patches.images.decoding import decode
 from tests.multitask.data.images import ORIENTATION, encode, pixels, tensor
 from tests.multitask.data.tables import png
 

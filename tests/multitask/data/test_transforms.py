@@ -1,119 +1,18 @@
-import io
-import math
-
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as v2
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from multitask.data.transforms import Crop, cut, decode, draw_crop, normalise, resize_images
-from tests.multitask.data.images import encode, pixels
-from tests.multitask.data.images import tensor as encoded
-from tests.multitask.data.tables import png
+from multitask.data.transforms import Crop, cut, draw_crop
+from patches.images.resizing import resize_images
+from tests.multitask.data.images import pixels
 
 
 def resized(images: list[torch.Tensor], resolution: int) -> torch.Tensor:
     """Shape (n, 3, resolution, resolution)."""
     return resize_images(images, [resolution], len(images))[resolution].permute(0, 3, 1, 2)
-
-
-def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Shape (3, height, width), uint8."""
-    small = Image.fromarray(pixels(4, 4, 3, seed=seed))
-    return torch.from_numpy(np.array(small.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-
-
-def test_a_colour_png_decodes_to_its_pixels() -> None:
-    image = pixels(5, 7, 3)
-    torch.testing.assert_close(decode(encoded(png(image))), torch.from_numpy(image).permute(2, 0, 1))
-
-
-def test_a_grey_png_becomes_three_equal_channels() -> None:
-    image = pixels(5, 7)
-    torch.testing.assert_close(decode(encoded(png(image))), torch.from_numpy(image).expand(3, 5, 7))
-
-
-def test_transparency_is_dropped() -> None:
-    image = pixels(5, 7, 4)
-    torch.testing.assert_close(decode(encoded(png(image))), torch.from_numpy(image[..., :3]).permute(2, 0, 1))
-
-
-def test_a_16_bit_png_keeps_its_high_byte() -> None:
-    image = pixels(5, 7).astype(np.uint16) * 256
-    torch.testing.assert_close(decode(encoded(png(image))), torch.from_numpy(image // 256).byte().expand(3, 5, 7))
-
-
-def test_a_jpeg_decodes_as_pillow_does() -> None:
-    content = png(smooth(40, 30).permute(1, 2, 0).numpy(), "JPEG")
-    reference = torch.from_numpy(np.array(Image.open(io.BytesIO(content)))).permute(2, 0, 1)
-    torch.testing.assert_close(decode(encoded(content)), reference, atol=2, rtol=0)
-
-
-WHOLE_PNG, WHOLE_JPEG = png(pixels(20, 20, 3)), png(pixels(20, 20, 3), "JPEG")
-
-
-def two_frames(kind: str) -> bytes:
-    frames = [Image.fromarray(pixels(4, 4, 3, seed=seed)) for seed in (0, 1)]
-    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no image",
-        WHOLE_PNG[:-400],
-        WHOLE_JPEG[: len(WHOLE_JPEG) // 2],
-        WHOLE_PNG[:8],
-        two_frames("GIF"),
-        two_frames("WEBP"),
-    ],
-    ids=["empty", "text", "half a PNG", "half a JPEG", "a PNG signature", "an animated GIF", "an animated WebP"],
-)
-def test_what_is_no_whole_image_raises_one_kind_of_error(content: bytes) -> None:
-    with pytest.raises(RuntimeError) as caught:
-        decode(encoded(content))
-    assert "/" not in str(caught.value), "the message should name no file of the machine that built torchvision"
-
-
-def test_the_first_picture_of_an_animated_png_is_used() -> None:
-    assert np.array_equal(decode(encoded(two_frames("PNG"))).permute(1, 2, 0), pixels(4, 4, 3, seed=0))
-
-
-def test_an_image_fills_the_square_whatever_its_aspect() -> None:
-    image = torch.zeros(3, 8, 32, dtype=torch.uint8)
-    image[:, :, 16:] = 255
-    square = resized([image], 8)[0]
-    assert (square[:, :, :3] == 0).all()
-    assert (square[:, :, 5:] == 255).all()
-
-
-@pytest.mark.parametrize(("height", "width", "resolution"), [(28, 28, 16), (28, 28, 40), (31, 17, 12), (9, 50, 24)])
-def test_resize_is_pillows_bilinear(height: int, width: int, resolution: int) -> None:
-    image = smooth(height, width)
-    reference = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((resolution,) * 2, Image.Resampling.BILINEAR)
-    result = resized([image], resolution)
-    assert result.shape == (1, 3, resolution, resolution)
-    torch.testing.assert_close(result[0], torch.from_numpy(np.array(reference)).permute(2, 0, 1), atol=1, rtol=0)
-
-
-def test_an_image_of_the_right_size_is_unchanged() -> None:
-    image = torch.from_numpy(pixels(3, 16, 16))
-    assert torch.equal(resized([image], 16)[0], image)
-
-
-@settings(max_examples=30)
-@given(
-    sizes=st.lists(st.sampled_from([(28, 28), (28, 20), (7, 16), (16, 16), (1, 9), (1, 1)]), min_size=1, max_size=9),
-    resolution=st.integers(2, 33),
-)
-def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(sizes: list[tuple[int, int]], resolution: int) -> None:
-    images = [torch.from_numpy(pixels(3, *size, seed=i)) for i, size in enumerate(sizes)]
-    alone = torch.cat([resized([image], resolution) for image in images])
-    assert torch.equal(resized(images, resolution), alone)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -159,14 +58,3 @@ def test_a_crop_lies_in_its_image_and_is_fixed_by_its_key(height: int, width: in
 def test_a_long_thin_image_gives_its_middle() -> None:
     crop = draw_crop(2, 300, (0, 0, 0))
     assert (crop.top, crop.left, crop.height, crop.width) == (0, 148, 2, 3)
-
-
-def test_pixels_are_normalised_for_each_channel() -> None:
-    images = torch.from_numpy(pixels(2, 3, 4, 4))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    normal = normalise(images, mean, std)
-    assert normal.dtype == torch.float32
-    for channel in range(3):
-        reference = (images[:, channel].double() / 255 - mean[channel]) / std[channel]
-        torch.testing.assert_close(normal[:, channel].double(), reference, atol=1e-6, rtol=1e-6)
-    assert math.isclose(normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), (0,) * 3, (1,) * 3).max(), 1.0)

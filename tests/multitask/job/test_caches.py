@@ -291,3 +291,11 @@ def test_the_hash_of_the_backbone_is_that_of_its_values(make_spec: MakeSpec, tmp
     assert before.key["computation"].keys() == {"eval", "batch_size", "threads", "device"}
     assert before.key["backbone"]["content_hash"] == load_backbone("vit_b_16", num_classes=4, **VIT).content_hash()
     assert other.caches["pets"].path != before.path
+
+
+def test_each_way_to_resize_has_a_cache_of_its_own(make_spec: MakeSpec, tmp_path: Path) -> None:
+    def path(**task: Any) -> Path:
+        return Job(spec_of(make_spec, tmp_path / "cache", "last_layer", "vit_b_16", task)).caches["pets"].path
+
+    assert path() == path(resize="squash")
+    assert len({path(), path(resize="center_crop"), path(resize="pad"), path(resize="pad", mean=(0.1, 0.2, 0.3))}) == 4

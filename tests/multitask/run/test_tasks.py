@@ -16,7 +16,7 @@ from multitask.cascade import read_predictions
 from multitask.data import DataError
 from multitask.job.job import Job
 from multitask.job.models import attach_task
-from multitask.run.directory import Run, RunError, evaluate_models, open_export
+from multitask.run.directory import Run, RunError, evaluate_models
 from multitask.run.tasks import read_tasks, record_of, write_tasks
 from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.spec.schema import JobSpec
@@ -64,7 +64,7 @@ def test_tables_of_another_class_order_change_no_result(
     bundle = run.export().bundles["pets"].read_bytes()
     before = {split: evaluate_models(run.models()[1], spec, split) for split in SPLITS}
     write(data, CLASSES)
-    for models in (run.models()[1], open_export(run.directory / "export")[1]):
+    for models in (run.models()[1], patches.open_export(run.directory / "export").models):
         assert {split: evaluate_models(models, spec, split) for split in SPLITS} == before
 
     shutil.rmtree(data)

@@ -21,7 +21,7 @@ import patches
 from multitask.data import DataError, write_table
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.job.job import Job
-from multitask.run.directory import Run, RunError, evaluate_models, open_export, write_json, write_spec
+from multitask.run.directory import Run, RunError, evaluate_models, write_json, write_spec
 from multitask.run.live import LiveStatus, read_status
 from multitask.run.mlflow_store import MlflowStore, TrackingError
 from multitask.run.outbox import OUTBOX, Outbox
@@ -78,7 +78,8 @@ def test_exported_bundles_give_the_trained_models_in_a_fresh_process(make_spec: 
     fresh = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert fresh == trained
-    backbone, models = open_export(export.backbone.parent)
+    bank = patches.open_export(export.backbone.parent)
+    backbone, models = bank.backbone, bank.models
     assert {path.name for path in export.backbone.parent.iterdir()} == {
         "backbone.safetensors",
         "cars.patch",
@@ -187,8 +188,8 @@ def test_a_folder_that_is_no_run_is_never_replaced(make_spec: MakeSpec) -> None:
 def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished run"):
         Run(tmp_path)
-    with pytest.raises(RunError, match="multitask export"):
-        open_export(tmp_path)
+    with pytest.raises(patches.BundleError, match="multitask export"):
+        patches.open_export(tmp_path)
 
 
 def test_a_failed_run_names_itself_and_is_marked_so_in_mlflow(make_spec: MakeSpec) -> None:
@@ -332,8 +333,14 @@ def test_workers_share_a_decode_where_they_read_the_same_rows_in_the_same_order(
         "pets_1": {"resolution": 8},
         "pets_5": {"resolution": 8, "workers": 2, "batch_size": 5},
         "pets_flip": {"resolution": 8, "workers": 2, "augment": "crop_flip"},
+        "pets_crop": {"resolution": 8, "workers": 2, "resize": "center_crop"},
+        "pets_crop_12": {"resolution": 12, "workers": 2, "resize": "center_crop", "mean": (0.1, 0.2, 0.3)},
+        "pets_pad": {"resolution": 8, "workers": 2, "resize": "pad"},
+        "pets_pad_dark": {"resolution": 8, "workers": 2, "resize": "pad", "mean": (0.1, 0.2, 0.3)},
         "cars": {"workers": 2},
     }
     job = Job(make_spec(tasks))
     shared = [names for names in job.sharing(job.workers) if len(names) > 1]
-    assert shared == [["pets_8/0", "pets_12/0"], ["pets_8/1", "pets_12/1"]]
+    assert shared == [
+        [f"{one}/{rank}", f"{one.removesuffix('_8')}_12/{rank}"] for one in ("pets_8", "pets_crop") for rank in (0, 1)
+    ]

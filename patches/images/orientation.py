@@ -8,7 +8,7 @@ import zlib
 
 from torch import Tensor
 
-from multitask.data.png import SIGNATURE as PNG
+from patches.images.png import SIGNATURE as PNG
 
 TAG = 0x0112
 AS_STORED = 1

@@ -34,7 +34,7 @@ def decode_png(image: bytes | memoryview) -> Tensor:
             if kind.isupper() and zlib.crc32(content, zlib.crc32(kind)) != checksum:
                 raise ValueError(f"chunk {kind.decode()} differs from its checksum")
         with Image.open(io.BytesIO(image), formats=("PNG",)) as opened:
-            pixels_hwc = _pixels(opened)
+            pixels_hwc = rgb_pixels(opened)
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise RuntimeError(f"Found a PNG that is damaged or incomplete: {error}.") from error
     return torch.from_numpy(pixels_hwc).permute(2, 0, 1)
@@ -54,8 +54,8 @@ def chunks(image: bytes | memoryview) -> Iterator[tuple[bytes, bytes | memoryvie
         place += 12 + size
 
 
-def _pixels(opened: Image.Image) -> np.ndarray:
-    """Return the pixels, shape (h, w, 3), uint8."""
+def rgb_pixels(opened: Image.Image) -> np.ndarray:
+    """Return the pixels of an image that Pillow has opened, in a mode that a PNG can have: shape (h, w, 3), uint8."""
     if opened.mode.startswith("I;16"):
         grey_hw = (np.asarray(opened) >> 8).astype(np.uint8)
         return np.repeat(grey_hw[:, :, None], 3, axis=2)

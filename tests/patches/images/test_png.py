@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from multitask.data.png import SIGNATURE, decode_png
+from patches.images.png import SIGNATURE, decode_png
 from tests.multitask.data.images import encode, join_png, pixels, split_png, tensor
 
 COLOUR = Image.fromarray(pixels(9, 7, 3))

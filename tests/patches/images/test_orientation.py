@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageOps
 
 from multitask.data.encoding import limit_side
-from multitask.data.orientation import read_orientation, without_orientation
-from multitask.data.transforms import decode
+from patches.images.decoding import decode
+from patches.images.orientation import read_orientation, without_orientation
 from tests.multitask.data.images import MAKER, encode, pixels, tensor, turned
 
 # Blocks of one colour, so that JPEG changes them little.

@@ -1,0 +1,1 @@
+"""Images: from encoded bytes to the tensors that a network reads. Training and prediction run the same lines."""
