@@ -1,17 +1,21 @@
-"""Logs of a run, with one JSON object per line: time, level, run, task, worker, step and event."""
+"""Logs of a run, with one JSON object per line: time, level, run, task, worker, step, event and measured numbers."""
 
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import Any
 
 LOG = "log.jsonl"
 ABOUT = ("run", "task", "worker", "step")
 """Keys that tell what a line is about. A logging call gives them as `extra`."""
+NUMBERS = ("version", "top1", "top5", "loss")
+"""Keys of what was measured: accuracies are in percent. A logging call gives them as `extra` too."""
 PACKAGE = logging.getLogger("multitask")
 """Logger of this package."""
 
@@ -33,10 +37,16 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             **{key: about[key] for key in ABOUT if key in about},
             "event": record.getMessage(),
+            **{key: _finite(about[key]) for key in NUMBERS if key in about},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def _finite(number: Any) -> Any:
+    """Return a number as JSON can hold it: it has no infinity, and nothing that is no number."""
+    return number if math.isfinite(number) else None
 
 
 class LogFile(WatchedFileHandler):

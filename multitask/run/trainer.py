@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -300,11 +300,14 @@ class Training:
         Raises:
             TrainingError: an evaluated version holds NaN or infinity.
         """
+        told = []
         for evaluation in evaluations:
             check_finite(self._job, evaluation)
-            if self._is_best(evaluation):
+            best = self._is_best(evaluation)
+            if best:
                 self._write_version("best", evaluation)
-        self._monitor.update(records, evaluations, progress)
+            told.append(replace(evaluation, best=best))
+        self._monitor.update(records, told, progress)
         for evaluation in evaluations:
             self._trial.on_evaluation(evaluation)
 
