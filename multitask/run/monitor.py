@@ -116,7 +116,8 @@ class RunMonitor:
         return {
             name: {
                 "processes": list(status.processes.values()),
-                "pushes": status.pushes,
+                # A push that was lost with the server and made again is one push.
+                "pushes": status.made - status.lost - status.rejected,
                 "mean_staleness": status.staleness / max(1, status.pushes),
                 "redone_steps": status.redone,
                 "lost_pushes": status.lost,

@@ -158,6 +158,16 @@ def test_a_run_that_goes_on_with_more_steps_counts_up_to_them(watched: Watched, 
     assert (status["made"], status["steps"]) == (407, 500)
 
 
+def test_pushes_that_are_made_again_after_a_loss_are_no_more_than_the_steps(watched: Watched) -> None:
+    with watched.showing():
+        watched.make({"pets/0": [0.5] * 207, "cars/1": [1.0] * 10})
+        watched.progress.workers["pets/0"].step = 200  # all workers went back to a checkpoint
+        watched.make({"pets/0": [0.5] * 200, "cars/1": [1.0] * 2}, lost=4, rejected=3)
+    pets, cars = watched.monitor.summary().values()
+    assert (pets["pushes"], pets["mean_staleness"]) == (400, 0)
+    assert cars["pushes"] == 12 - 4 - 3
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_shows_whole_names_and_numbers_beside_the_bars(make_spec: MakeSpec, width: int) -> None:
     file = io.StringIO()
