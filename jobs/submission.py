@@ -124,8 +124,8 @@ def read_json(client: "JobSubmissionClient", path: Path) -> Any:
 def forget(client: "JobSubmissionClient", job: str) -> None:
     """Delete a job that has ended from the cluster's list of jobs.
 
-    Ray watches over a job about once a second, and looks once more a while after its end. A job that it does not find then
-    is entered again, as a failed one without a command. So the job is deleted only when Ray has looked.
+    Ray looks at a job about once a second, and once more some time after its end. A job that it does not find then is
+    entered again, as a failed one without a command. So the job is deleted only when Ray has looked.
     """
     time.sleep(SETTLED_S)
     try:

@@ -3,13 +3,11 @@
 import contextlib
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Any
 
 LOG = "log.jsonl"
 ABOUT = ("run", "task", "worker", "step")
@@ -37,16 +35,11 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             **{key: about[key] for key in ABOUT if key in about},
             "event": record.getMessage(),
-            **{key: _finite(about[key]) for key in NUMBERS if key in about},
+            **{key: about[key] for key in NUMBERS if key in about},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
-
-
-def _finite(number: Any) -> Any:
-    """Return a number as JSON can hold it: it has no infinity, and nothing that is no number."""
-    return number if math.isfinite(number) else None
 
 
 class LogFile(WatchedFileHandler):

@@ -97,8 +97,10 @@ class Standing:
         """Return the table's title, and the best trial so far."""
         known = [line for line in self.lines.values() if line.top1 is not None]
         best = max(known, key=lambda line: line.top1 or 0.0, default=None)
-        shown = "" if best is None else f"; best so far: trial {best.plan.number} with {best.top1:.1f} % validation top-1"
-        return self.title(name, now) + shown
+        if best is None:
+            return self.title(name, now)
+        shown = f"best so far: trial {best.plan.number} with {best.top1:.1f} % validation top-1"
+        return f"{self.title(name, now)}; {shown}"
 
     @property
     def _unknown(self) -> int:

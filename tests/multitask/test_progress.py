@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, and a line every half minute elsewhere."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -25,11 +25,15 @@ def clock() -> Clock:
     return Clock()
 
 
+def terminal(file: io.StringIO, width: int = 80) -> Console:
+    return Console(file=file, force_terminal=True, width=width, legacy_windows=False, _environ={"TERM": "xterm"})
+
+
 @pytest.fixture
-def piped() -> Iterator[tuple[Console, Callable[[], list[str]]]]:
+def piped() -> tuple[Console, Callable[[], list[str]]]:
     """A console that is no terminal, and the lines in it."""
     file = io.StringIO()
-    yield Console(file=file), lambda: file.getvalue().splitlines()
+    return Console(file=file), lambda: file.getvalue().splitlines()
 
 
 def test_durations_are_for_people() -> None:
@@ -88,8 +92,7 @@ def test_short_work_prints_no_line(piped: tuple[Console, Callable[[], list[str]]
 
 def test_a_terminal_gets_a_bar_to_the_end() -> None:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=80, legacy_windows=False, _environ={"TERM": "xterm"})
-    with showing_rows("evaluating [pets]", console) as on_rows:
+    with showing_rows("evaluating [pets]", terminal(file)) as on_rows:
         on_rows(3, 8)
         on_rows(8, 8)
     shown = file.getvalue()
