@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jobs.groups import Group
 from jobs.tables import show
+from multitask.progress import OnRows, showing_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,10 +188,11 @@ def run(
     assert model.classes is not None, "bundles have class names"
     opened = opened.in_classes(model.classes)
     parts, seconds = [], 0.0
-    for images in _pictures(opened, batch_size):
-        start = time.perf_counter()
-        parts.append(model(images, max_cost=max_cost, max_latency_ms=max_latency_ms))
-        seconds += time.perf_counter() - start
+    with showing_rows("answering") as on_rows:
+        for images in _pictures(opened, batch_size, on_rows):
+            start = time.perf_counter()
+            parts.append(model(images, max_cost=max_cost, max_latency_ms=max_latency_ms))
+            seconds += time.perf_counter() - start
     labels, stages, costs = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "stages", "costs")
     )
@@ -299,8 +301,12 @@ def _path(point: "OperatingPoint") -> str:
     return " > ".join(stage.model for stage in point.stages)
 
 
-def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
-    """Yield the decoded images of a table in their order, in batches."""
+def _pictures(table: "ImageTable", batch_size: int, on_rows: OnRows) -> "Iterator[list[Tensor]]":
+    """Yield the decoded images of a table in their order, in batches.
+
+    Args:
+        on_rows: called when a batch is done, with the number of rows done and that of all rows.
+    """
     from multitask.data import DataError
     from patches.images.decoding import decode
 
@@ -317,6 +323,8 @@ def _pictures(table: "ImageTable", batch_size: int) -> "Iterator[list[Tensor]]":
                 ) from error
             if len(batch) == batch_size:
                 yield batch
+                on_rows(table.first_row(number) + place + 1, table.num_rows)
                 batch = []
     if batch:
         yield batch
+        on_rows(table.num_rows, table.num_rows)

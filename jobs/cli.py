@@ -318,6 +318,7 @@ def evaluate(
     json_output: AsJson = False,
 ) -> None:
     """Evaluate the exported bundles of a run on the train, validation or test tables of its tasks."""
+    from multitask.progress import showing_rows
     from multitask.run.directory import Run, RunError, evaluate_models
     from patches import open_export, unknown_name_message
 
@@ -327,7 +328,8 @@ def evaluate(
         if name not in models:
             raise RunError(unknown_name_message("task", name, models))
     models = {name: model for name, model in models.items() if not task or name in task}
-    metrics = evaluate_models(models, opened.spec, split, save_predictions)
+    with showing_rows(f"evaluating on {split}") as on_rows:
+        metrics = evaluate_models(models, opened.spec, split, save_predictions, on_rows)
     if json_output:
         print(json.dumps(metrics))
     else:

@@ -2,18 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jobs.groups import Group
 from jobs.tables import show
+from multitask.progress import showing_rows
 
 app = typer.Typer(
     cls=Group, help="Import image data sets into tables, and look at what is in a table.", no_args_is_help=True
@@ -247,7 +244,7 @@ def verify(
     broken = 0
     for uri, opened in _open_all(table, verify=True).items():
         if decode:
-            with _progress() as on_rows:
+            with showing_rows("decoding") as on_rows:
                 for number, group in enumerate(opened.groups()):
                     for place in range(len(group)):
                         try:
@@ -301,7 +298,7 @@ def _import(
     for note in source.notes:
         print(note, file=sys.stderr)
     splits = {name: float(_value(share)) for name, share in _pairs(split, "--split").items()}
-    with ray_session(), _progress() as on_rows:
+    with ray_session(), showing_rows("importing") as on_rows:
         tables = import_table(
             source,
             target,
@@ -315,15 +312,6 @@ def _import(
         )
     for name, rows in tables.items():
         print(f"{target}{'/' if name else ''}{name}: {rows:,} images of {len(source.classes)} classes")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yields the function that moves it, which takes the number of rows done and of all rows."""
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _open_all(uri: str, verify: bool) -> dict[str, Any]:

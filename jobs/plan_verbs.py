@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from jobs.tables import show
+from multitask.progress import duration
 
 if TYPE_CHECKING:
     from multitask.capacity.estimate import Deployment, Estimate
@@ -44,10 +45,11 @@ def plan(
     """Time a few steps on this machine, and estimate how fast a cluster would be and what would limit it."""
     from multitask.capacity.costs import SERVER_COSTS, fit
     from multitask.capacity.estimate import doublings, estimate, saturation
-    from multitask.capacity.timing import cores_here, time_deployment
+    from multitask.capacity.timing import cores_here, steps_of_all, time_deployment
     from multitask.spec.reading import load_spec
 
     job = load_spec(spec)
+    steps = steps_of_all(job)
     if workers is not None:
         tasks = tuple(replace(task, workers=workers, min_workers=None) for task in job.tasks)
         job = replace(job, workers=None, tasks=tasks)
@@ -56,27 +58,38 @@ def plan(
         job, nodes=nodes, cores=cpus_per_node or cores_here(), network_gbit=network_gbit, costs=costs
     )
     estimates = list(doublings(layout, LARGE))
+    hours = [steps / one.workers * max(one.steps_s) / 3600 for one in estimates]
     factor = saturation(layout)
     if json_output:
         found = {"saturation": None if factor is None else asdict(estimate(layout.times(factor)))}
-        print(json.dumps(asdict(layout) | {"estimates": [asdict(one) for one in estimates]} | found))
+        grown = [asdict(one) | {"hours": time} for one, time in zip(estimates, hours, strict=True)]
+        print(json.dumps(asdict(layout) | {"steps": steps, "estimates": grown} | found))
         return
-    _show(layout, estimates)
+    _show(layout, estimates, hours, steps)
     _print_limit(layout, factor)
 
 
-def _show(layout: "Deployment", estimates: list["Estimate"]) -> None:
+def _show(layout: "Deployment", estimates: list["Estimate"], hours: list[float], job_steps: int) -> None:
+    """Print the estimates.
+
+    Args:
+        hours: for each estimate, the hours that the job takes.
+        job_steps: number of steps that all workers of the spec make together.
+    """
     steps = Table("tasks", "workers", "images", "step ms here", "spread", "step ms planned", "MB pushed")
     for kind, step_s in zip(layout.kinds, estimates[0].steps_s, strict=True):
         numbers = 1000 * kind.step_s, 1000 * kind.spread_s, 1000 * step_s, kind.pushed_bytes / 1e6
         steps.add_row(", ".join(kind.tasks), f"{kind.workers}", f"{kind.images}", *(f"{one:,.1f}" for one in numbers))
-    growth = Table("workers", "nodes", "step ms", "images/s", "of free", "shard load", "its cores", "MB/s", "limit")
-    for one in estimates:
+    growth = Table(
+        *("workers", "nodes", "step ms", "images/s", "whole job", "of free", "shard load", "its cores", "MB/s", "limit")
+    )
+    for one, time in zip(estimates, hours, strict=True):
         growth.add_row(
             f"{one.workers:,}",
             f"{one.nodes:,}",
             f"{1000 * max(one.steps_s):,.0f}",
             f"{one.images_per_s:,.0f}",
+            duration(3600 * time),
             f"{one.efficiency:.2f}",
             f"{one.server_load:.2f}",
             f"{one.server_cores:.1f}",
@@ -85,9 +98,11 @@ def _show(layout: "Deployment", estimates: list["Estimate"]) -> None:
         )
     show(steps, growth)
     print(
-        "of free: images/s divided by those of workers that share nothing. shard load: share of the time that the "
-        "thread of a shard is busy. its cores: cores that a node with shards needs for them in addition to its "
-        "workers. MB/s: over the busiest node's link, in each direction."
+        f"whole job: time in which the workers together make the {job_steps:,} steps of the spec's workers, so that "
+        "more workers make fewer steps each; without evaluations and checkpoints. of free: images/s divided by those "
+        "of workers that share nothing. shard load: share of the time that the thread of a shard is busy. its cores: "
+        "cores that a node with shards needs for them in addition to its workers. MB/s: over the busiest node's link, "
+        "in each direction."
     )
 
 

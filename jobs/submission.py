@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ SETUP_TIMEOUT_S = 1800
 """Time that a node without any of the pinned packages gets to install them."""
 PAUSE_S = 1.0
 """Time between two looks at a job's status."""
+SETTLED_S = 4.0
+"""Time after the end of a job in which Ray has looked at it once more: up to three looks, one a second, and a spare."""
 BROKEN_ENDS = 3
 """Number of times that the log of an ended job is read again after its connection broke."""
 KEPT_CHARS = 100_000
@@ -77,10 +80,12 @@ def start(
         },
         "config": {"setup_timeout_seconds": SETUP_TIMEOUT_S},
     }
+    program = ["sh", "jobs/submitted.sh"]
     if requirements is not None:
         runtime_env["pip"] = {"packages": list(requirements)}
+        program = ["python", "-m", "jobs.submitted"]  # of the environment that Ray makes for the job
     return client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "jobs.submitted", str(storage), *command]),
+        entrypoint=shlex.join([*program, str(storage), *command]),
         runtime_env=runtime_env,
         metadata={"command": shlex.join(["multitask", *command]), "version": version},
     )
@@ -89,24 +94,44 @@ def start(
 def read_json(client: "JobSubmissionClient", path: Path) -> Any:
     """Return the content of a JSON file on the cluster's head, or None if there is no such file.
 
-    A job prints the file and is deleted afterwards.
+    A job prints the file and is deleted afterwards, whatever happens.
 
     Args:
         path: file with a JSON object whose first line is an opening brace alone.
     Raises:
-        RuntimeError: the job did not run.
+        RuntimeError: the job did not run, or the file cannot be read or is damaged.
     """
-    job = client.submit_job(entrypoint=shlex.join(["cat", str(path)]))
-    while not (details := client.get_job_info(job)).status.is_terminal():
-        time.sleep(PAUSE_S)
-    log = client.get_job_logs(job)
-    client.delete_job(job)
-    if details.status == "SUCCEEDED":
+    file = shlex.quote(str(path))
+    job = client.submit_job(entrypoint=f"if [ -e {file} ]; then cat {file}; else printf '{{\\n}}'; fi")
+    try:
+        while not (details := client.get_job_info(job)).status.is_terminal():
+            time.sleep(PAUSE_S)
+        log = client.get_job_logs(job)
+    except BaseException:  # Ctrl-C too, where the cluster does not come to run the job
+        client.stop_job(job)
+        raise
+    finally:
+        forget(client, job)
+    if details.status != "SUCCEEDED":
+        raise RuntimeError(f"The cluster could not run the job that reads {path}: {details.message}")
+    try:
         # Ray's log also has lines of its own before and after the object.
-        return json.JSONDecoder().raw_decode(log, log.index("{\n"))[0]
-    if details.driver_exit_code == 1:
-        return None
-    raise RuntimeError(f"The cluster could not run the job that reads {path}: {details.message}")
+        return json.JSONDecoder().raw_decode(log, log.index("{\n"))[0] or None
+    except ValueError as error:
+        raise RuntimeError(f"{path} on the cluster's head is damaged: {error}. Look at the run's log.jsonl.") from error
+
+
+def forget(client: "JobSubmissionClient", job: str) -> None:
+    """Delete a job that has ended from the cluster's list of jobs.
+
+    Ray looks at a job about once a second, and once more some time after its end. A job that it does not find then is
+    entered again, as a failed one without a command. So the job is deleted only when Ray has looked.
+    """
+    time.sleep(SETTLED_S)
+    try:
+        client.delete_job(job)
+    except (RuntimeError, OSError) as error:  # it has not ended, or the cluster is gone
+        print(f"Job {job} stays in the cluster's list of jobs: {error}", file=sys.stderr)
 
 
 class JobLog:

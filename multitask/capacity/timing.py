@@ -17,7 +17,8 @@ import torch
 from multitask.capacity.costs import FLOAT_BYTES, SERVER_COSTS, ServerCosts
 from multitask.capacity.estimate import Cluster, Deployment, Kind
 from multitask.evaluation import torch_threads
-from multitask.job.job import Job
+from multitask.job.job import Job, settled
+from multitask.job.tables import open_split
 from multitask.server.messages import Reply
 from multitask.spec.errors import SpecError
 from multitask.spec.schema import JobSpec, TaskSpec
@@ -39,6 +40,14 @@ UNCHANGED = Reply(version=0, rate=0.0)
 def cores_here() -> int:
     """Return the number of cores of this machine."""
     return os.cpu_count() or 1
+
+
+def steps_of_all(spec: JobSpec) -> int:
+    """Return the number of steps that all workers of a job make together."""
+    rows = {task.name: open_split(task, "train", verify=False).num_rows for task in spec.tasks}
+    spec = settled(spec, rows)
+    assert spec.steps is not None, "a settled spec has steps in place of epochs"
+    return spec.steps * sum(task.workers for task in spec.tasks)
 
 
 def time_deployment(

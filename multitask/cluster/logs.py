@@ -1,4 +1,4 @@
-"""Logs of a run, with one JSON object per line: time, level, run, task, worker, step and event."""
+"""Logs of a run, with one JSON object per line: time, level, run, task, worker, step, event and measured numbers."""
 
 import contextlib
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 LOG = "log.jsonl"
 ABOUT = ("run", "task", "worker", "step")
 """Keys that tell what a line is about. A logging call gives them as `extra`."""
+NUMBERS = ("version", "top1", "top5", "loss")
+"""Keys of what was measured: accuracies are in percent. A logging call gives them as `extra` too."""
 PACKAGE = logging.getLogger("multitask")
 """Logger of this package."""
 
@@ -33,6 +35,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             **{key: about[key] for key in ABOUT if key in about},
             "event": record.getMessage(),
+            **{key: about[key] for key in NUMBERS if key in about},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

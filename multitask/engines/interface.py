@@ -138,7 +138,8 @@ def take(
     for checkpoint in () if driver.has_ended() else checkpoints:
         if checkpoint.is_finite():
             driver.store.save(checkpoint)
-            log.info("Saved a checkpoint of version %d.", checkpoint.progress.version)
+            version = checkpoint.progress.version
+            log.info("Saved a checkpoint of version %d.", version, extra={"version": version})
         else:
             log.warning(
                 "No checkpoint of version %d: it holds values that are not finite.", checkpoint.progress.version

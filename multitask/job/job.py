@@ -71,7 +71,7 @@ class Job:
         loaded = LoadedInputs() if loaded is None else loaded
         loaded.add(spec)
         self._tables = loaded.tables
-        spec = _settled(spec, loaded.train_rows(spec))
+        spec = settled(spec, loaded.train_rows(spec))
         self.backbone = loaded.backbones[backbone_key(spec)]
         """The backbone with its starting values. Only the process that built the job has it."""
         found = {task.name: self._tables[table_key(task, "train")].classes for task in spec.tasks}
@@ -369,7 +369,7 @@ class Job:
         return {split: self._tables[table_key(self.task(task), split)].identity for split in SPLITS}
 
 
-def _settled(spec: JobSpec, rows: Mapping[str, int]) -> JobSpec:
+def settled(spec: JobSpec, rows: Mapping[str, int]) -> JobSpec:
     """Return a spec with what follows from the training tables: each task's number of workers, and the steps.
 
     Args:

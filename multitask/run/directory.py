@@ -1,7 +1,7 @@
 """The run directory: its files, and the models and bundles that are made from them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import patches
-from multitask.data import Batch
+from multitask.data import Batch, ImageTable
 from multitask.data.predictions import predictions_writer
 from multitask.errors import RunError
 from multitask.evaluation import evaluate, torch_threads
 from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, table_batches
+from multitask.progress import OnRows
 from multitask.run.files import (
     RESULT_REMEDY,
     VERSION_REMEDY,
@@ -123,7 +124,11 @@ class Run:
 
 
 def evaluate_models(
-    models: Mapping[str, patches.PatchedModel], spec: JobSpec, split: str, save_to: Path | None = None
+    models: Mapping[str, patches.PatchedModel],
+    spec: JobSpec,
+    split: str,
+    save_to: Path | None = None,
+    on_rows: OnRows = lambda *_: None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate models on a whole table of their tasks' data.
 
@@ -134,25 +139,51 @@ def evaluate_models(
         split: "train", "validation" or "test".
         save_to: folder for each task's predictions, in the format of `multitask.cascade.read_predictions`. The row of
             an image is its number in the table.
+        on_rows: called after each batch, with the number of rows done and that of all rows, over all tasks.
     Returns:
         Task -> top1 and top5 (percent) and loss.
     Raises:
         RunError: the folder of a task's data does not exist.
-        DataError: a table cannot be read, or has a class that the model does not know.
+        DataError: a table cannot be read, or has a class that the model does not know. No model is evaluated before all
+            tables are open.
     """
     tasks = [task for task in spec.tasks if task.name in models]
     check_data(spec, tasks)
+    tables = {task.name: _table_of(models[task.name], task, split) for task in tasks}
+    done, total = 0, sum(table.num_rows for table in tables.values())
+
+    def told(batches: Iterator[Batch]) -> Iterator[Batch]:
+        nonlocal done
+        for batch in batches:
+            yield batch
+            done += len(batch.labels) + batch.skipped
+            on_rows(done, total)
+
     with torch_threads(spec.resources.threads_per_worker):
-        return {task.name: _evaluate_task(models[task.name], task, split, save_to) for task in tasks}
+        return {
+            task.name: _evaluate_on(
+                models[task.name],
+                told(table_batches(tables[task.name], task)),
+                tables[task.name].classes,
+                None if save_to is None else save_to / f"{task.name}.parquet",
+            )
+            for task in tasks
+        }
 
 
-def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:
+def _table_of(model: patches.PatchedModel, task: TaskSpec, split: str) -> ImageTable:
+    """Open a table of a task, with its labels in the order of the model's classes."""
     # A model of a run of version 0.1 does not know its classes. They are those of its training table.
     classes = model.classes or open_split(task, "train", verify=False).classes
-    batches = table_batches(open_split(task, split).in_classes(classes), task)
+    return open_split(task, split).in_classes(classes)
+
+
+def _evaluate_on(
+    model: patches.PatchedModel, batches: Iterator[Batch], classes: Sequence[str], save_to: Path | None
+) -> dict[str, float]:
     if save_to is None:
         return evaluate(model, batches)
-    with predictions_writer(save_to / f"{task.name}.parquet", model.num_classes, classes) as add:
+    with predictions_writer(save_to, model.num_classes, classes) as add:
 
         def keep(batch: Batch, logits: Tensor) -> None:
             assert batch.rows is not None

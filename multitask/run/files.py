@@ -57,7 +57,7 @@ class TaskStatus:
     made: Count = 0
     """Number of steps that they have made."""
     pushes: Count = 0
-    """Number of pushes that were applied to the shared tensors."""
+    """Number of pushes that were applied to the shared tensors; one that was lost and made again counts twice."""
     staleness: Count = 0
     """Sum of the staleness of these pushes."""
     redone: Count = 0

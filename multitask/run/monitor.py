@@ -1,18 +1,19 @@
-"""The monitor of a run, which shows its progress in bars and records it in MLflow, status file and result."""
+"""The monitor of a run, which shows its progress and records it in MLflow, status file and result."""
 
 import contextlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from multitask.job.job import Job
+from multitask.progress import Clock
+from multitask.run.display import display_on
 from multitask.run.files import TaskStatus
 from multitask.run.live import LiveStatus
 from multitask.run.losses import add_loss
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class RunMonitor:
-    """Show a run's progress in bars, and record it in MLflow, in the status file and in the run's result."""
+    """Show a run's progress, and record it in MLflow, in the status file and in the run's result."""
 
     def __init__(
         self,
@@ -35,15 +36,17 @@ class RunMonitor:
         tracker: Tracker,
         console: Console | None,
         status: Mapping[str, Any] | None,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Args:
         directory: the run directory.
         job: the job at its start; `change_tasks` replaces it.
-        console: console of the progress bars; standard error by default.
+        console: where the progress is shown; standard error by default.
         status: content of the status file, if the run goes on from an earlier start.
+        clock: the time, for what is shown every half minute.
         """
         self._tracker = tracker
-        self._console = console or Console(stderr=True)
+        self._console, self._clock = console or Console(stderr=True), clock
         self._live = LiveStatus(directory)
         self.rejected_calls = 0
         """Number of pushes and joins that came from unknown workers or from replaced processes."""
@@ -58,27 +61,15 @@ class RunMonitor:
 
     @contextlib.contextmanager
     def showing(self, job: Job) -> Iterator[None]:
-        """Show progress bars while the block runs."""
-        columns = (
-            TextColumn("{task.description:>16}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._console) as self._bars, self._live.beating():
-            self._bar_of: dict[str, TaskID] = {}
+        """Show the progress while the block runs."""
+        with display_on(self._console, self._clock) as self._display, self._live.beating():
             self.change_tasks(job)
             yield
 
     def change_tasks(self, job: Job) -> None:
         """Show the tasks of this job: tasks that it does not have are removed, and new ones are added."""
         self._take_job(job, self._tasks)
-        for name in self._bar_of.keys() - self._tasks.keys():
-            self._bars.remove_task(self._bar_of.pop(name))
-        for name in self._tasks.keys() - self._bar_of.keys():
-            status = self._tasks[name]
-            self._bar_of[name] = self._bars.add_task(name, total=status.steps, completed=status.made, state="starting")
+        self._display.change_tasks(self._tasks)
         self._write("running", now=True)
 
     def update(
@@ -102,18 +93,20 @@ class RunMonitor:
             status.redone, status.lost, status.rejected = (
                 sum(getattr(worker, count) for worker in workers) for count in ("redone", "lost", "rejected")
             )
-            self._bars.update(self._bar_of[name], completed=status.made, state=_line(status))
         self.rejected_calls = progress.rejected_calls
+        # A server that went back to a checkpoint may repeat evaluations.
+        evaluations = [evaluation for evaluation in evaluations if evaluation.version not in self._versions]
         for evaluation in evaluations:
             self._note_evaluation(evaluation)
+        self._display.update(self._tasks, by_task, evaluations)
         self._log_speed(int(progress.rounds))
         # An evaluation is written at once, before a later checkpoint: a run that goes on from that checkpoint does not
         # make the evaluation again.
         self._write("running", now=bool(evaluations))
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bars."""
-        self._console.print(text, markup=False)
+        """Print a line beside the progress."""
+        self._console.out(text, highlight=False)
 
     def end(self, state: str, error: str | None = None) -> None:
         """Write the last status: "finished", "stopped" or "failed"."""
@@ -124,7 +117,8 @@ class RunMonitor:
         return {
             name: {
                 "processes": list(status.processes.values()),
-                "pushes": status.pushes,
+                # A push that was lost with the server and made again is one push.
+                "pushes": status.made - status.lost - status.rejected,
                 "mean_staleness": status.staleness / max(1, status.pushes),
                 "redone_steps": status.redone,
                 "lost_pushes": status.lost,
@@ -140,7 +134,8 @@ class RunMonitor:
         """Take over a job, and what is known of its tasks."""
         self._job = job
         steps = {task.name: job.steps * task.workers for task in job.spec.tasks}
-        self._tasks = {name: tasks.get(name) or TaskStatus(steps[name]) for name in steps}
+        # The status of an earlier start may come from a spec with another number of steps.
+        self._tasks = {name: replace(tasks.get(name) or TaskStatus(0), steps=steps[name]) for name in steps}
 
     def _note_steps(self, name: str, news: list[StepRecord]) -> None:
         status = self._tasks[name]
@@ -174,15 +169,13 @@ class RunMonitor:
             self._speed_from, self._pushed, self._pushed_bytes = time.monotonic(), 0, 0
 
     def _note_evaluation(self, evaluation: Evaluation) -> None:
-        """Log an evaluation, unless it repeats one from before the server went back to a checkpoint."""
-        if evaluation.version in self._versions:
-            return
+        """Log an evaluation."""
         self._versions.add(evaluation.version)
         for name, metrics in evaluation.metrics.items():
             self._tasks[name].curve.append({"step": evaluation.round, "version": evaluation.version, **metrics})
             named = {f"validation_{key}": value for key, value in metrics.items()}
-            about = {"task": name, "step": evaluation.round}
-            log.info("Validation of version %d: %s.", evaluation.version, metrics, extra=about)
+            about = {"task": name, "step": evaluation.round, "version": evaluation.version, **metrics}
+            log.info("Validation of version %d: top-1 %.1f %%.", evaluation.version, metrics["top1"], extra=about)
             self._tracker.log_metrics(name, named, evaluation.round)
         self._tracker.log_metrics(None, {"validation_mean_top1": evaluation.mean_top1}, evaluation.round)
 
@@ -198,16 +191,6 @@ class RunMonitor:
             "tasks": {name: asdict(status) for name, status in self._tasks.items()},
         }
         self._live.write(content, now=now)
-
-
-def _line(status: TaskStatus) -> str:
-    """Return the text beside a task's progress bar."""
-    if not status.latest:
-        return "starting"
-    latest = status.latest
-    line = f"loss {latest['loss']:.3f}, {latest['samples_per_s']:.0f} images/s, staleness {latest['staleness']:.0f}"
-    counts = {"redone": status.redone, "lost": status.lost, "rejected": status.rejected, "skipped": status.skipped}
-    return ", ".join([line, *(f"{count} {name}" for name, count in counts.items() if count)])
 
 
 def _step_metrics(record: StepRecord) -> dict[str, float]:

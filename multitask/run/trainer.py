@@ -292,9 +292,10 @@ class Training:
             if self._stop is not None:
                 break
             check_finite(self._job, evaluation)
-            if not self._versions.keep_if_best(self._job, evaluation):
+            is_best = self._versions.keep_if_best(self._job, evaluation)
+            if not is_best:
                 self._stop_early(evaluation)
-            told.append(evaluation)
+            told.append(replace(evaluation, best=is_best))
         self._monitor.update(records, told, progress)
         for evaluation in told:
             self._trial.on_evaluation(evaluation)

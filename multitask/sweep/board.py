@@ -1,4 +1,4 @@
-"""The live table of a sweep: the running trials, the best trials so far, and the time that is left."""
+"""What a sweep shows while it runs: its trials and the time that is left, in a live table or in lines."""
 
 import time
 from collections import Counter
@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from multitask.progress import Clock, Pace, duration
 from multitask.sweep.actor import METRIC, ROUND
 from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan, describe
@@ -88,10 +89,20 @@ class Standing:
         table.add_column("setting", overflow="fold")
         for line in (*running, *best):
             accuracy = "" if line.top1 is None else f"{line.top1:.2f}"
-            rounds = f"{line.round}/{line.plan.steps}"
+            # Under `async` and `bounded`, rounds go on while slower tasks make their last steps.
+            rounds = f"{min(line.round, line.plan.steps)}/{line.plan.steps}"
             setting = Text(describe({key: line.plan.values[key] for key in self.keys}))
             table.add_row(str(line.plan.number), line.state, rounds, accuracy, setting)
         return Group(Text(self.title(name, now), style="bold"), table)
+
+    def sentence(self, name: str, now: float) -> str:
+        """Return the table's title, and the best trial so far."""
+        known = [line for line in self.lines.values() if line.top1 is not None]
+        best = max(known, key=lambda line: line.top1 or 0.0, default=None)
+        if best is None:
+            return self.title(name, now)
+        shown = f"best so far: trial {best.plan.number} with {best.top1:.1f} % validation top-1"
+        return f"{self.title(name, now)}; {shown}"
 
     @property
     def _unknown(self) -> int:
@@ -100,10 +111,19 @@ class Standing:
 
 
 class Board(tune.Callback):
-    """A Tune callback that keeps the table up to date, and a context manager that shows it."""
+    """A Tune callback that notes what the trials do, and a context manager that shows it.
+
+    A terminal has a live table; elsewhere a line is printed every half minute.
+    """
 
     def __init__(
-        self, name: str, keys: Sequence[str], trials: int, outcomes: Sequence[TrialOutcome], console: Console
+        self,
+        name: str,
+        keys: Sequence[str],
+        trials: int,
+        outcomes: Sequence[TrialOutcome],
+        console: Console,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Prepare the table.
 
@@ -112,25 +132,34 @@ class Board(tune.Callback):
             keys: keys of the space.
             trials: number of all trials, also of those that the searcher has yet to suggest.
             outcomes: outcomes of the known trials before this start.
-            console: where the table is shown.
+            console: where the table or the lines are shown.
+            clock: the time, in seconds.
         """
-        self._name = name
+        self._name, self._console, self._clock = name, console, clock
         lines = {o.plan.number: Line(o.plan, _shown(o.state), o.rounds, o.top1) for o in outcomes}
-        self.standing = Standing(keys, trials, lines)
+        self.standing = Standing(keys, trials, lines, began=clock())
         self.ended: set[int] = set()
         """Numbers of the trials that came to their end in this start."""
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
+        self._pace = Pace(clock)
 
     def __enter__(self) -> "Board":
-        self._live.start()
+        if self._console.is_interactive:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        if self._console.is_interactive:
+            self._live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle nothing. Tune pickles its callbacks, but they are never read: sweeps resume from run directories."""
         return {}
+
+    def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:  # noqa: ARG002
+        """Print a line if that is due. Tune calls this several times a second."""
+        if not self._console.is_interactive and self._pace.due():
+            self._console.out(self.standing.sentence(self._name, self._clock()), highlight=False)
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:  # noqa: ARG002
         self._line(trial).state = "running"
@@ -154,15 +183,7 @@ class Board(tune.Callback):
         return self.standing.lines.setdefault(plan.number, Line(plan))
 
     def _render(self) -> Group:
-        return self.standing.table(self._name, time.monotonic())
-
-
-def duration(seconds: float) -> str:
-    """Format a duration for people: `45 s`, `12 min`, `3 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+        return self.standing.table(self._name, self._clock())
 
 
 def _shown(state: str) -> str:

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from multitask.progress import duration
 from multitask.report.plots import Drawn
-from multitask.sweep.board import duration
 from multitask.sweep.figures import Series, method_colours
 from multitask.sweep.final import Verdict
 from multitask.sweep.outcomes import Choice, TrialOutcome

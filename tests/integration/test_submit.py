@@ -85,8 +85,9 @@ def cluster() -> Iterator[Cluster]:
         port = probe.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    # A job's command starts with `python`: the one that has Ray.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    # A job has to find Ray's own Python without it.
+    ours = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join(path for path in environment["PATH"].split(os.pathsep) if path != ours)
     # In Ray's usual folder a job would find the address of the cluster that was started last on this machine. A short
     # path, as those of sockets in it have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:

@@ -33,7 +33,7 @@ def run(make_spec: Callable[..., JobSpec], make_data: MakeData) -> Path:
     return found
 
 
-def test_fit_evaluate_run_and_plot(run: Path, tmp_path: Path) -> None:
+def test_fit_evaluate_run_and_plot(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, export = tmp_path / "pets.cascade", run / "export"
     fitted = multitask(
         *("cascade", "fit", run / "validation", "--to", package, "--export", export),
@@ -53,8 +53,12 @@ def test_fit_evaluate_run_and_plot(run: Path, tmp_path: Path) -> None:
     assert "of 120 images rightly" in shown
 
     table = Run(run).spec.tasks[0].data + "/test"
-    ran = multitask("cascade", "run", package, table, "--to", tmp_path / "answers.parquet", "--json")
+    monkeypatch.setattr("multitask.progress.LINE_EVERY_S", 0)
+    options = ("--to", tmp_path / "answers.parquet", "--batch-size", 50, "--json")
+    ran = multitask("cascade", "run", package, table, *options)
     assert ran.returncode == 0, ran.stderr
+    lines = [line.partition(" images")[0] for line in ran.stderr.splitlines()]
+    assert lines == [f"answering: {done} of 120" for done in (50, 100, 120)]
     found = json.loads(ran.stdout)
     assert (found["accuracy"], found["mean_cost"]) == (check["accuracy"]["mean"], check["mean_cost"]["mean"])
     assert found["shares"] == [stage["share"] for stage in check["stages"]]

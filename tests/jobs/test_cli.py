@@ -67,8 +67,11 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
     assert folded.returncode == 0, folded.stderr
     assert not any("running_mean" in name for name in load_file(tmp_path / "plain.safetensors"))
 
-    evaluated = multitask("evaluate", run, "--task", "pets", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multitask.progress.LINE_EVERY_S", 0)
+        evaluated = multitask("evaluate", run, "--task", "pets", "--json")
     assert list(json.loads(evaluated.stdout)) == ["pets"]
+    assert "evaluating on test: 24 of 24 images" in evaluated.stderr
     unknown = multitask("evaluate", run, "--task", "pet")
     assert unknown.returncode == 1
     assert "Did you mean 'pets'?" in unknown.stderr

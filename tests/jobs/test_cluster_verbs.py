@@ -80,6 +80,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(cluster_verbs, "connect", lambda _: invented)
     monkeypatch.setattr(package, "PROJECT", make_checkout(tmp_path / "project"))
     monkeypatch.setattr(submission, "PAUSE_S", 0)
+    monkeypatch.setattr(submission, "SETTLED_S", 0)
     return invented
 
 
@@ -149,6 +150,8 @@ def test_the_verbs_have_help(arguments: list[str]) -> None:
 def test_nothing_is_installed_on_nodes_that_have_it_all(cluster: Cluster, spec_file: Path) -> None:
     assert multitask("submit", "train", spec_file, "--storage", "/shared", "--installed").returncode == 0
     assert "pip" not in cluster.told["runtime_env"]
+    words = shlex.split(cluster.told["entrypoint"])
+    assert words == ["sh", "jobs/submitted.sh", "/shared", "train", "submitted/mine.yaml"]
 
 
 def test_a_failed_job_ends_as_it_did_with_its_own_error_last(cluster: Cluster, spec_file: Path) -> None:
@@ -281,14 +284,25 @@ def test_a_runs_status_is_read_there_by_a_job_of_which_nothing_stays(cluster: Cl
     found = json.loads(shown.stdout)
     assert (found["state"], found["engine"]) == ("running", "async")
     assert 5 <= found["silent_s"] < 60
-    assert cluster.told == {"entrypoint": "cat '/shared/a run/status.json'"}
-    assert cluster.deleted == ["raysubmit_1"]
+    assert "cat '/shared/a run/status.json'" in cluster.told["entrypoint"]
+    assert (cluster.deleted, cluster.stopped) == (["raysubmit_1"], [])
 
 
-@pytest.mark.parametrize(("exit_code", "said"), [(1, "The cluster's head has no run in"), (None, "Ray's account")])
-def test_a_status_that_cannot_be_read_there_is_an_error(cluster: Cluster, exit_code: int | None, said: str) -> None:
-    cluster.status, cluster.exit_code = JobStatus.FAILED, exit_code
+@pytest.mark.parametrize(
+    ("status", "log", "said"),
+    [
+        (JobStatus.SUCCEEDED, "Runtime env is setting up.\n{\n}", "The cluster's head has no run in"),
+        (JobStatus.SUCCEEDED, '{\n  "name": ', "/shared/run/status.json on the cluster's head is damaged"),
+        (JobStatus.SUCCEEDED, "\n", "/shared/run/status.json on the cluster's head is damaged"),
+        (JobStatus.FAILED, "cat: /shared/run/status.json: Permission denied\n", "Ray's account"),
+    ],
+)
+def test_a_status_that_cannot_be_read_there_is_an_error_and_nothing_stays(
+    cluster: Cluster, status: JobStatus, log: str, said: str
+) -> None:
+    cluster.status, cluster.log = status, log
     shown = multitask("status", "/shared/run", "--address", "http://head:8265")
     assert shown.returncode == 1
     assert said in shown.stderr
+    assert cluster.deleted == ["raysubmit_1"]
     assert cluster.deleted == ["raysubmit_1"]

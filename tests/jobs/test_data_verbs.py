@@ -135,11 +135,13 @@ def test_names_are_shown_as_they_are(
     assert f"{tmp_path}/t[/x]" in described.stdout
 
 
-def test_images_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path / "t", [(number_image(0), 0, "a"), (b"no image", 0, "b")], ["x"])
     assert data("verify", tmp_path / "t").returncode == 0
+    monkeypatch.setattr("multitask.progress.LINE_EVERY_S", 0)
     found = data("verify", tmp_path / "t", "--decode")
     assert found.returncode == 1
+    assert found.stderr.startswith("decoding: 2 of 2 images")
     assert "shard-00000.parquet, row 1 (b): cannot be decoded" in found.stdout
     assert "1 images cannot be decoded" in found.stderr
     assert data("head", tmp_path / "t", "--to", tmp_path / "sheet.png").returncode == 0

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from multitask.capacity import timing as pace
+from multitask.capacity.estimate import Kind
 from multitask.job.job import Job
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
@@ -43,6 +44,9 @@ def test_a_plan_reaches_from_the_spec_to_a_thousand_workers(write_spec: Callable
     assert [one["workers"] for one in estimates] == [2**number for number in range(1, 11)]
     assert [one["nodes"] for one in estimates] == [one["workers"] for one in estimates]
     assert estimates[0]["images_per_s"] == pytest.approx(16 / estimates[0]["steps_s"][0])
+    assert found["steps"] == 8, "of two workers, 4 each"
+    for one in estimates:
+        assert one["hours"] == pytest.approx(8 / one["workers"] * max(one["steps_s"]) / 3600)
     # Steps take milliseconds, so a thousand workers push more than one shard can handle.
     assert estimates[-1]["limit"] == found["saturation"]["limit"] == "the server's shards"
 
@@ -122,3 +126,17 @@ def test_a_timed_step_leaves_no_cache(make_spec: MakeSpec, tmp_path: Path) -> No
 
     assert layout.kinds[0].step_s > 0
     assert not (tmp_path / "features").exists()
+
+
+def test_the_whole_job_takes_hours_and_less_with_more_workers(
+    write_spec: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A step of 3 s: 4,800 steps of each of the spec's two workers take 4 h, and half of that with four.
+    monkeypatch.setattr(pace, "time_kinds", lambda *_, **__: (Kind(("pets",), 4, 8, 3.0, 0.0, 0.1, 10, 10),))
+    spec = write_spec({"pets": {"workers": 2}}, steps=4800)
+
+    shown = multitask("plan", spec, "--nodes", 4, "--cpus-per-node", 4, "--workers", 4).stdout
+
+    (row,) = [line for line in shown.splitlines() if line.startswith("│ 4       │")]
+    assert "│ 2 h 1 min │" in row  # the server takes a little of each step
+    assert "the 9,600 steps of the spec's workers" in shown

@@ -37,6 +37,16 @@ def test_a_line_says_what_it_is_about(tmp_path: Path) -> None:
     }
 
 
+def test_numbers_are_fields_of_the_line(tmp_path: Path) -> None:
+    measured = {"version": 120, "top1": 81.25, "top5": 100.0, "loss": 0.625}
+    with log_to(tmp_path / LOG, "job"):
+        log.info("Measured.", extra={"task": "pets", "step": 60, **measured})
+
+    (line,) = lines_of(tmp_path / LOG)
+    assert {key: line[key] for key in measured} == measured
+    assert (line["event"], line["task"], line["step"]) == ("Measured.", "pets", 60)
+
+
 def test_afterwards_logging_is_as_before(tmp_path: Path) -> None:
     package = logging.getLogger("multitask")
     before = package.level, list(package.handlers)
@@ -54,6 +64,10 @@ def test_a_run_writes_its_start_its_validations_and_its_end(make_spec: MakeSpec)
     assert lines[-1]["event"] == "Finished."
     validated = [line for line in lines if line["event"].startswith("Validation")]
     assert [(line["task"], line["step"]) for line in validated] == [("pets", 2), ("pets", 4)]
+    assert [{key: line[key] for key in ("top1", "top5", "loss")} for line in validated] == [
+        {key: point[key] for key in ("top1", "top5", "loss")} for point in run.result["tasks"]["pets"]["curve"]
+    ]
+    assert validated[0]["event"] == f"Validation of version 2: top-1 {validated[0]['top1']:.1f} %."
     assert any(line["event"].startswith("Saved a checkpoint of version") for line in lines)
 
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 import patches
 from multitask.cascade import read_predictions
-from multitask.data import DataError
+from multitask.data import DataError, write_table
 from multitask.job.job import Job
 from multitask.job.models import attach_task
 from multitask.run.directory import Run, RunError, evaluate_models
 from multitask.run.tasks import read_tasks, record_of, write_tasks
 from multitask.run.trainer import Stopped, Trial, resume, train
 from multitask.spec.schema import JobSpec
-from tests.conftest import CLASSES, run_engine, write_named
+from tests.conftest import CLASSES, png, run_engine, write_named
 
 MakeSpec = Callable[..., JobSpec]
 OTHER = ["class 2", "class 0", "class 3", "class 1"]
@@ -90,6 +90,25 @@ def test_a_table_that_lacks_a_class_is_evaluated_by_name(make_spec: MakeSpec, da
     write_named(data / "test", [*CLASSES, "class x"])
     with pytest.raises(DataError, match=r"test: found 'class x', which the model does not know"):
         evaluate_models({"pets": model}, spec, "test")
+
+
+def test_an_evaluation_tells_how_far_it_is_and_reads_no_image_before_all_tables_are_open(
+    make_spec: MakeSpec, data: Path
+) -> None:
+    spec = make_spec({"cars": {}, "pets": {"data": str(data), "undecodable": "skip"}})
+    shutil.rmtree(data / "test")
+    images = [(b"no image" if row in (8, 23) else png(row, row % 4), row % 4) for row in range(24)]
+    write_table(data / "test", images, CLASSES)
+    job, told = Job(spec), []
+    models = {task.name: attach_task(job.backbone, task, spec) for task in spec.tasks}
+
+    evaluate_models(models, spec, "test", on_rows=lambda *done: told.append(done))
+
+    # The second batch of pets passes over an image that cannot be decoded, and the last one over another.
+    assert told == [(done, 48) for done in (8, 16, 24, 32, 41, 48)]
+    shutil.rmtree(data / "test")
+    with pytest.raises(DataError):
+        evaluate_models(models, spec, "test", on_rows=lambda *_: pytest.fail("an image was read"))
 
 
 def test_a_task_keeps_its_record_and_another_of_its_name_gets_a_new_one(

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from multitask.spec.schema import JobSpec
-from multitask.sweep.board import Board, Line, Standing, duration
+from multitask.sweep.board import Board, Line, Standing
 from multitask.sweep.outcomes import TrialOutcome
 from multitask.sweep.plan import TrialPlan
+from tests.multitask.test_progress import Clock
 
 KEYS = ("optimizer.rate",)
 
@@ -76,6 +77,37 @@ def test_a_narrow_terminal_cuts_nothing(plans: list[TrialPlan]) -> None:
     assert "…" not in text
 
 
+def test_rounds_that_go_on_beyond_the_steps_are_not_shown(plans: list[TrialPlan]) -> None:
+    """Under `async`, the workers that are left at the end count as whole rounds."""
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(Standing(KEYS, 1, {0: Line(plans[0], "running", 107, 40.0)}).table("rates", 0.0))
+    assert "100/100" in (text := console.export_text())
+    assert "107" not in text
+
+
+def test_a_pipe_gets_a_line_about_the_trials_every_half_minute(plans: list[TrialPlan]) -> None:
+    file, clock = io.StringIO(), Clock()
+    outcomes = [TrialOutcome(plan=plan, state="waiting") for plan in plans[:3]]
+    about: dict[str, Any] = {"iteration": 0, "trials": []}
+    with Board("rates [x]", KEYS, 4, outcomes, Console(file=file), clock) as board:
+        board.on_trial_start(trial=Trial(plans[1]), **about)
+        clock.now += 29
+        board.on_step_end(**about)
+        assert file.getvalue() == ""
+        clock.now += 1
+        board.on_step_end(**about)
+        board.on_trial_result(trial=Trial(plans[1]), result={"round": 50, "validation_top1": 81.25}, **about)
+        board.on_trial_complete(trial=Trial(plans[1]), **about)
+        clock.now += 30
+        board.on_step_end(**about)
+    # 50 rounds took 60 s, and three trials of 100 are left.
+    assert file.getvalue().splitlines() == [
+        "rates [x]: 4 trials, 1 running, 3 waiting",
+        "rates [x]: 4 trials, 1 stopped, 3 waiting; about 6 min left; "
+        "best so far: trial 1 with 81.2 % validation top-1",
+    ]
+
+
 class Trial:
     def __init__(self, plan: TrialPlan) -> None:
         self.config = {"plan": plan}
@@ -99,7 +131,3 @@ def test_what_tune_tells_moves_the_trials_on(plans: list[TrialPlan]) -> None:
 
     assert [line.state for line in board.standing.lines.values()] == ["finished", "stopped", "failed"]
     assert board.ended == {0, 1, 2}
-
-
-def test_durations_are_for_people() -> None:
-    assert [duration(seconds) for seconds in (45, 720, 12_000)] == ["45 s", "12 min", "3 h 20 min"]
