@@ -2,7 +2,7 @@
 
 `load_backbone` builds a backbone and `attach` makes a task's model on it. `save_bundle` and `load_bundle` write and
 read a task's patch as one file. `PatchBank` answers for many tasks with one backbone in memory, and `fold` makes a
-plain network of one task's model.
+plain network of one task's model, which `save_folded` and `load_folded` write and read.
 """
 
 from patches.backbone import Backbone, load_backbone
@@ -10,6 +10,7 @@ from patches.bank import PatchBank
 from patches.bundle import BundleInfo, inspect_bundle, load_bundle, save_bundle, verify_bundle
 from patches.errors import BackboneError, BundleError, PatchError
 from patches.fold import fold
+from patches.folded import Folded, load_folded, save_folded
 from patches.method import MethodInfo
 from patches.model import ParameterCounts, PatchedModel
 from patches.names import unknown_name_message
@@ -20,6 +21,7 @@ __all__ = [
     "BackboneError",
     "BundleError",
     "BundleInfo",
+    "Folded",
     "MethodInfo",
     "ParameterCounts",
     "PatchBank",
@@ -30,8 +32,10 @@ __all__ = [
     "inspect_bundle",
     "load_backbone",
     "load_bundle",
+    "load_folded",
     "methods",
     "save_bundle",
+    "save_folded",
     "unknown_name_message",
     "verify_bundle",
 ]
