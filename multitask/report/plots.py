@@ -112,6 +112,14 @@ def human_count(value: float) -> str:
     return f"{value:g}"
 
 
+def text_width(figure: Figure, text: str, fontsize: float) -> float:
+    """Return the width in inches that a text takes in a figure. It may have several lines."""
+    drawn = figure.text(0, 0, text, fontsize=fontsize)
+    width = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
+    drawn.remove()
+    return width
+
+
 def padded(low: float, high: float) -> tuple[float, float]:
     """Return the limits of an axis of percentages: room for labels on both sides of the values, and at most 101.5."""
     room = max(high - low, 2.0) * 0.16
