@@ -333,13 +333,21 @@ def test_torchvision_weights_of_inception(monkeypatch: pytest.MonkeyPatch, aux_l
     assert (backbone.auxiliary is not None) == aux_logits
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no route"), "no route"),
+        (RuntimeError("Cannot use ``weights_only=True`` with this; \x1b[1mset it to False"), "it is damaged"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def get_state_dict(*_: Any, **__: Any) -> None:
-        raise OSError("no route")
+        raise error
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
-    with pytest.raises(BackboneError, match=r"no route.*give the file's path"):
+    with pytest.raises(BackboneError, match=rf"fetched: {message}.*give the file's path") as raised:
         patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
+    assert "weights_only" not in str(raised.value)
 
 
 def test_fetched_weights_are_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
