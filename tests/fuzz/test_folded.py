@@ -75,4 +75,4 @@ def test_a_folded_network_is_whole_or_refused(files: list[bytes], tmp_path: Path
         assert len(opened.classes) == list(state.values())[-1].shape[0]
 
     kind = "folded networks, rewritten" if on_purpose else "folded networks, damaged"
-    fuzz(kind, 40, (patches.BundleError,), make, read)
+    fuzz(kind, 20, (patches.BundleError,), make, read)

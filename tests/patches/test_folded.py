@@ -67,8 +67,8 @@ def test_a_file_opens_as_the_folded_network(
     assert describe(safetensors.torch.load_file(path)) == describe(opened.network.state_dict())
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "inception_v3", "resnet50", "vit_b_16", "swin_b"])
-def test_every_network_has_one_folded_structure(name: str) -> None:
+@pytest.mark.parametrize("name", ["inception_v3", "swin_b"])
+def test_large_networks_have_one_folded_structure(name: str) -> None:
     with torch.device("meta"):
         folded = patches.fold(patches.attach(patches.load_backbone(name), "scale_bias+last_layer", 4))
         opened = patches.load_backbone(name, num_classes=4).network
