@@ -28,8 +28,10 @@ simulate: $(ENVIRONMENT)  ## ten thousand simulated runs of all engines, with lo
 	$(BIN)/python -m tests.simulation --seeds simulate
 
 fuzz: $(ENVIRONMENT)  ## damaged and hostile files: 100,000 bundles, 20,000 of each other kind; prints what came of them
-	FUZZ_CASES=50000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz/test_bundles.py
-	FUZZ_CASES=20000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz --ignore tests/fuzz/test_bundles.py
+	status=0; \
+	FUZZ_CASES=50000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz/test_bundles.py || status=1; \
+	FUZZ_CASES=20000 $(BIN)/python -m pytest -s --timeout 0 tests/fuzz --ignore tests/fuzz/test_bundles.py || status=1; \
+	exit $$status
 
 bench: $(ENVIRONMENT)  ## every benchmark; each prints a table and writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'

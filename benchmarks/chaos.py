@@ -116,7 +116,7 @@ class Chaos:
         self._spec_file = self._directory.with_suffix(".yaml")
         write_spec(self._spec_file, spec)
         self._log = self._directory.with_suffix(".log").open("wb")
-        self._driver = self._start(str(self._spec_file))
+        self._driver = self._start("train", str(self._spec_file))
         self.kills: list[Kill] = []
 
     def run(self, kinds: Sequence[str]) -> Disturbed:
@@ -136,7 +136,7 @@ class Chaos:
         return Disturbed(result, self._directory, self.kills)
 
     def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "jobs.cli", "train", *arguments]
+        command = [sys.executable, "-m", "jobs.cli", *arguments]
         around = {**os.environ, "RAY_ADDRESS": self._nodes.address}
         return subprocess.Popen(command, env=around, stdout=self._log, stderr=self._log, start_new_session=True)
 
@@ -147,7 +147,7 @@ class Chaos:
         if kind == "driver":
             os.killpg(self._driver.pid, signal.SIGKILL)
             self._driver.wait()
-            self._driver = self._start("--resume", str(self._directory))
+            self._driver = self._start("resume", str(self._directory))
         elif kind == "node":
             node = self._random.choice(self._nodes.list_all_nodes()[1:])
             self._nodes.remove_node(node, allow_graceful=False)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.groups import Group
+
 if TYPE_CHECKING:
     from patches import Backbone, BundleInfo
 
-app = typer.Typer(help="Look at, check and fold patch bundles.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Look at, check and fold patch bundles.", no_args_is_help=True)
 
 Bundle = Annotated[Path, typer.Argument(help="A .patch file.")]
 Weights = Annotated[

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from jobs.groups import Group
 from jobs.tables import show
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from multitask.data import ImageTable
 
 app = typer.Typer(
+    cls=Group,
     help="Build and use cascades: ordered lists of models, of which the first that is sure enough answers.",
     no_args_is_help=True,
 )

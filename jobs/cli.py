@@ -2,9 +2,13 @@
 
 import json
 import os
+import platform
 import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -13,16 +17,40 @@ from jobs.bundle_verbs import app as bundle_app
 from jobs.cascade_verbs import app as cascade_app
 from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
+from jobs.groups import Group
 from jobs.plan_verbs import plan
 from jobs.sweep_verbs import sweep
 from jobs.tables import show
 from multitask.startup import RUN_PROCESS, put_off_torch_compile
 
+if TYPE_CHECKING:
+    from multitask import Run
+
+VERBS = {
+    "Train": ("demo", "data", "train", "resume", "attach", "remove", "status", "track"),
+    "Judge and use": ("evaluate", "report", "export", "predict", "gather", "bundle", "cascade"),
+    "Search and scale": ("sweep", "submit", "jobs", "plan"),
+}
+"""Heading in the help -> its verbs, in the order of work."""
+
+
+class Verbs(Group):
+    """The whole command, whose help shows the verbs under their headings."""
+
+    def sections(self, ctx: Any) -> dict[str, list[str]]:  # noqa: ARG002
+        return {heading: [verb for verb in verbs if verb in self.commands] for heading, verbs in VERBS.items()}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(chain.from_iterable(self.sections(ctx).values()))
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Train many vision tasks on one shared backbone, and ship one backbone with a small patch per task.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode=None,  # rich's panels cut the names of options on a terminal of 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
@@ -35,6 +63,7 @@ app.command()(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
+RunningRun = Annotated[Path, typer.Argument(help="The directory of a job that is running.")]
 
 
 def main() -> None:
@@ -44,12 +73,31 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        app([argument for argument in arguments if argument != "--debug"], prog_name="multitask")
     except Exception as error:
         if debug:
             raise
         print(f"error: {error}\n(--debug shows the traceback)", file=sys.stderr)
         sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ray"))
+        print(f"multitask {metadata.version('multitask-patches')} ({versions}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the versions in use.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show an error's traceback. This option may stand after any verb too.")
+    ] = False,
+) -> None:
+    """Declare the options of the whole command. `main` takes `--debug` out before the command is parsed."""
 
 
 @app.command()
@@ -74,48 +122,80 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the same directory.")
     ] = False,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Continue the stopped run in this directory.")
-    ] = None,
-    attach: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Add a task (--task FILE) to the running job in this directory.")
-    ] = None,
-    remove: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Remove a task (--task NAME) from the running job in this directory."),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="With --attach: a YAML file with one task. With --remove: the name of a task.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="The same as `multitask resume RUN`.")] = None,
+    former: Annotated[list[str] | None, typer.Option("--attach", "--remove", "--task", hidden=True)] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Run a training job, continue a stopped one, or change the tasks of a running one."""
+    """Run a training job from its spec."""
     import multitask
-    from multitask.run.live import ask
-    from multitask.spec.reading import load_task
 
-    if sum(choice is not None for choice in (spec, resume, attach, remove)) != 1:
-        raise ValueError("Name one of: a job spec, --resume RUN, --attach RUN --task FILE, --remove RUN --task NAME.")
-    if (task is None) != (attach is None and remove is None):
-        raise ValueError("--attach needs --task FILE, --remove needs --task NAME, and --task needs one of the two.")
-    if attach is not None and task is not None:
-        ask(attach, attach=load_task(Path(task)))
-        print(f"The run in {attach} now trains the task in {task} too.")
-        return
-    if remove is not None:
-        ask(remove, remove=task)
-        print(f"The run in {remove} continues without task {task}; the task's tensors are in {remove}/removed.")
-        return
+    if former:
+        raise ValueError(
+            "Tasks are added to and removed from a running job by verbs of their own: `multitask attach RUN FILE` and "
+            "`multitask remove RUN TASK`."
+        )
+    if (spec is None) == (resume is None) or (resume is not None and overwrite):
+        raise ValueError(
+            "`multitask train` needs either a job spec, with or without --overwrite, or --resume RUN, which continues "
+            "a stopped run as `multitask resume RUN` does."
+        )
+    if resume is not None:
+        _train(lambda: multitask.resume(resume), json_output)
+    else:
+        assert spec is not None
+        _train(lambda: multitask.train(spec, overwrite=overwrite), json_output)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The directory of a run that was stopped, or whose driver was lost.")],
+    json_output: AsJson = False,
+) -> None:
+    """Continue a stopped run from its last checkpoint."""
+    import multitask
+
+    _train(lambda: multitask.resume(run), json_output)
+
+
+def _train(start: "Callable[[], Run]", json_output: bool) -> None:
+    """Train to the end, and show the result; or say how a stopped run goes on."""
+    import multitask
+    from multitask.run.tasks import read_tasks
+
     try:
-        run = multitask.resume(resume) if resume is not None else multitask.train(spec, overwrite=overwrite)  # type: ignore[arg-type]
+        run = start()
     except multitask.Stopped as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(stop.exit_status) from None
     if json_output:
         print(json.dumps(run.result))
         return
-    _show_metrics(f"Validation of the best version ({run.result['best']['version']})", run.result["best"]["tasks"])
+    best = run.result["best"]
+    classes = {name: len(record.classes) for name, record in read_tasks(run.directory).items()}
+    _show_metrics(f"Validation of the best version ({best['version']})", best["tasks"], classes)
     print(f"{run.directory}\nNext: multitask export {run.directory}")
+
+
+@app.command()
+def attach(
+    run: RunningRun,
+    file: Annotated[Path, typer.Argument(help="A YAML file with one task, which has the keys of a job spec's task.")],
+) -> None:
+    """Add a task to a running job."""
+    from multitask.run.live import ask
+    from multitask.spec.reading import load_task
+
+    ask(run, attach=load_task(file))
+    print(f"The run in {run} now trains the task in {file} too.")
+
+
+@app.command()
+def remove(run: RunningRun, task: Annotated[str, typer.Argument(help="The name of the task.")]) -> None:
+    """Remove a task from a running job; its tensors are kept in RUN/removed."""
+    from multitask.run.live import ask
+
+    ask(run, remove=task)
+    print(f"The run in {run} continues without task {task}; the task's tensors are in {run}/removed.")
 
 
 @app.command()
@@ -153,9 +233,10 @@ def status(
         print(found["error"])
     if found.get("rejected_calls"):
         print(f"rejected: {found['rejected_calls']} pushes and joins of unknown workers or replaced processes")
-    counts = ("redone", "lost", "rejected", "skipped")
+    tasks = found["tasks"]
+    counts = [name for name in ("redone", "lost", "rejected", "skipped") if any(task[name] for task in tasks.values())]
     table = Table("task", "steps", "loss", "rate", "images/s", "staleness", *counts)
-    for name, task in found["tasks"].items():
+    for name, task in tasks.items():
         latest = task["latest"]
         numbers = [f"{latest[key]:.4g}" if latest else "" for key in ("loss", "rate", "samples_per_s", "staleness")]
         table.add_row(name, f"{task['made']}/{task['steps']}", *numbers, *(str(task[count]) for count in counts))
@@ -179,9 +260,9 @@ def export(
     if json_output:
         print(json.dumps(sizes))
         return
-    table = Table("file", "bytes", "share of the backbone's size")
-    for name, size in sizes.items():
-        table.add_row(name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
+    table = Table("file", "bytes", "share of the backbone's size", title=str(exported.backbone.parent))
+    for path, size in sizes.items():
+        table.add_row(Path(path).name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
     show(table)
 
 
@@ -241,13 +322,22 @@ def evaluate(
     if json_output:
         print(json.dumps(metrics))
     else:
-        _show_metrics(f"{split} of {run / 'export'}", metrics)
+        classes = {name: model.num_classes for name, model in models.items()}
+        _show_metrics(f"{split} of {run / 'export'}", metrics, classes)
 
 
-def _show_metrics(title: str, metrics: dict[str, dict[str, float]]) -> None:
-    table = Table("task", "top-1 %", "top-5 %", "loss", title=title)
+def _show_metrics(title: str, metrics: Mapping[str, Mapping[str, float]], classes: Mapping[str, int]) -> None:
+    """Print a table of the tasks' metrics, with top-5 accuracy for tasks of more than five classes only.
+
+    Args:
+        metrics: task -> top1 and top5 in percent, loss.
+        classes: task -> its number of classes.
+    """
+    top5 = {task: f"{values['top5']:.2f}" if classes[task] > 5 else "" for task, values in metrics.items()}
+    shown = any(top5.values())
+    table = Table("task", "top-1 %", *(["top-5 %"] if shown else []), "loss", title=title)
     for task, values in metrics.items():
-        table.add_row(task, f"{values['top1']:.2f}", f"{values['top5']:.2f}", f"{values['loss']:.4f}")
+        table.add_row(task, f"{values['top1']:.2f}", *([top5[task]] if shown else []), f"{values['loss']:.4f}")
     show(table)
 
 

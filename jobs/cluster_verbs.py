@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.table import Table
 
+from jobs.groups import Group
 from jobs.tables import show
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ def carry_sweep(spec: Path, paths: "ClusterPaths") -> tuple[str, bytes]:
 Carry = Callable[[Path, "ClusterPaths"], tuple[str, bytes]]
 SUBMITTED: Mapping[str, Carry | None] = {
     "train": carry_job,
+    "resume": None,
+    "attach": None,
+    "remove": None,
     "sweep": carry_sweep,
     "evaluate": None,
     "cascade": None,
@@ -56,7 +60,7 @@ SUBMITTED: Mapping[str, Carry | None] = {
 }
 """Verb that can be submitted -> the function that prepares its `spec` for the cluster, if it has one."""
 
-jobs_app = typer.Typer(help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
+jobs_app = typer.Typer(cls=Group, help="List, follow and stop the jobs of a Ray cluster.", no_args_is_help=True)
 
 Address = Annotated[
     str | None,

@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jobs.groups import Group
 from jobs.tables import show
 
-app = typer.Typer(help="Import image data sets into tables, and look at what is in a table.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group, help="Import image data sets into tables, and look at what is in a table.", no_args_is_help=True
+)
 import_app = typer.Typer(
+    cls=Group,
     help="Copy the images of a data set into a table. An interrupted import continues when it is repeated.",
     no_args_is_help=True,
 )
@@ -220,11 +224,14 @@ def inspect(table: TableUri, json_output: AsJson = False) -> None:
     if json_output:
         print(json.dumps(described))
         return
-    shown = Table("table", "images", "classes", "images of a class", "files", "bytes", "bytes per image")
+    folder = None if table in described else table
+    header = ("table", "images", "classes", "images of a class", "files", "bytes", "bytes per image")
+    shown = Table(*header, title=folder)
     for uri, entry in described.items():
         of_class = entry["classes"].values()
         row = [len(of_class), f"{min(of_class):,} to {max(of_class):,}", entry["files"], f"{entry['bytes']:,}"]
-        shown.add_row(uri, f"{entry['images']:,}", *map(str, row), f"{entry['bytes_per_image']:,.0f}")
+        name = uri if folder is None else _name(uri)
+        shown.add_row(name, f"{entry['images']:,}", *map(str, row), f"{entry['bytes_per_image']:,.0f}")
     show(shown)
 
 
@@ -261,16 +268,20 @@ def verify(
 @app.command()
 def head(
     table: TableUri,
-    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
-    to: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("head.png"),
+    images: Annotated[int, typer.Option(min=1, help="Number of images of each table.")] = 40,
+    to: Annotated[
+        Path, typer.Option(help="The PNG file to write. With several tables, each one's name is added to its name.")
+    ] = Path("head.png"),
 ) -> None:
-    """Write a picture of a table's first images with their class names."""
-    from multitask.data import open_table
+    """Write a picture of a table's first images with their class names; of a folder, one picture for each table."""
     from multitask.data.sheet import contact_sheet
     from patches.files import write_atomic
 
-    write_atomic(to, contact_sheet(open_table(table, verify=False), images))
-    print(to)
+    tables = _open_all(table, verify=False)
+    for uri, opened in tables.items():
+        file = to if len(tables) == 1 else to.with_stem(f"{to.stem}_{_name(uri)}")
+        write_atomic(file, contact_sheet(opened, images))
+        print(file)
 
 
 def _import(
@@ -328,6 +339,11 @@ def _open_all(uri: str, verify: bool) -> dict[str, Any]:
     # If there is no table, opening the URI itself raises an error that says what is wrong.
     uris = [f"{uri.rstrip('/')}/{name}" for name in names] or [uri]
     return {table: open_table(table, verify=verify) for table in uris}
+
+
+def _name(uri: str) -> str:
+    """Return the name that a table has in its folder."""
+    return uri.rstrip("/").rpartition("/")[2]
 
 
 def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:

@@ -83,7 +83,7 @@ def _show(layout: "Deployment", estimates: list["Estimate"]) -> None:
             f"{one.node_bytes_per_s / 1e6:,.0f}",
             one.limit,
         )
-    show(steps, growth, least_width=120)
+    show(steps, growth)
     print(
         "of free: images/s divided by those of workers that share nothing. shard load: share of the time that the "
         "thread of a shard is busy. its cores: cores that a node with shards needs for them in addition to its "

@@ -16,7 +16,7 @@ from multitask.cascade import CascadeModel, check, load_cascade, read_prediction
 from multitask.data import DataError, open_table
 from multitask.data.transforms import decode
 from multitask.job.checkpoint import CheckpointStore
-from multitask.run.directory import Run, evaluate_models, open_export
+from multitask.run.directory import Run, RunError, evaluate_models, open_export
 from multitask.run.live import read_status
 from multitask.sweep.outcomes import choose, read_outcome
 from multitask.sweep.plan import plan_trials
@@ -126,6 +126,13 @@ def test_a_stopped_run_goes_on_to_the_values_of_then(files: Path) -> None:
     assert run.result["tasks"]["pets_8"]["rejected_pushes"] == REJECTED
     assert run.result["rejected_calls"] == REJECTED_CALLS
     assert [point["step"] for point in run.result["tasks"]["pets_12"]["curve"]] == [6, 12]
+
+
+def test_a_run_whose_head_is_larger_than_its_classes_is_refused_with_what_to_do(files: Path) -> None:
+    path = files / "stopped" / "spec.yaml"
+    path.write_text(path.read_text().replace("num_classes: 4", "num_classes: 5"))
+    with pytest.raises(RunError, match=r"'pets_8' was begun with version 0\.1, with a head of 5 outputs for 4 classes"):
+        multitask.resume(files / "stopped")
 
 
 def test_the_status_of_a_run_has_its_counters_under_their_new_names(files: Path) -> None:

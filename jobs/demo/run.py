@@ -21,6 +21,7 @@ from rich.console import Console
 import multitask
 import patches
 from jobs.demo.report import BASELINE, FAIR, OURS, SEPARATE, accuracy_table, write_report
+from jobs.tables import show
 from multitask.cascade import Check, check
 from multitask.cascade.figures import headline, section, stage_sheet
 from multitask.cascade.from_run import cascade_from_run
@@ -102,9 +103,9 @@ def run_demo(directory: Path, steps: int | None = None) -> Path:
     }
     write_json(directory / "results.json", results | {"cascade": asdict(checked) | {"path": str(package)}})
     report = write_report(results | {"cascade": section(checked, sheet, str(package))}, directory)
-    console.print(accuracy_table(results))
-    console.print(headline(checked))
-    _print_paths(console, directory, export, package, report)
+    show(accuracy_table(results))
+    print(headline(checked))
+    _print_paths(directory, export, package, report)
     return report
 
 
@@ -119,15 +120,14 @@ def _train(directory: Path, steps: int | None, console: Console) -> dict[str, Ru
     return runs
 
 
-def _print_paths(console: Console, directory: Path, export: Export, package: Path, report: Path) -> None:
+def _print_paths(directory: Path, export: Export, package: Path, report: Path) -> None:
     """Print where the results are."""
-    console.print(
+    print(
         f"backbone and bundles: {export.backbone.parent}\n"
         f"cascade:              {package}\n"
         f"numbers:              {directory / 'results.json'}\n"
         f"MLflow:               mlflow ui --backend-store-uri sqlite:///{directory / 'mlflow.db'}\n"
-        f"report:               {report}",
-        soft_wrap=True,
+        f"report:               {report}"
     )
 
 

@@ -62,7 +62,10 @@ class TrainRun:
         if not _internal_kv_exists(self._places_key):
             return
         time.sleep(CONTROLLER_END_S)
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(_internal_kv_get(self._places_key))))
+        places = _internal_kv_get(self._places_key)
+        if places is None:  # `fit` has ended meanwhile: Train has given the places back itself
+            return
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(places)))
         _internal_kv_del(self._places_key)
 
 

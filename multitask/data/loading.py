@@ -1,20 +1,20 @@
 """Decoding of rows: each image is decoded once, and then resized to every resolution that is needed."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, repeat
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from multitask.data.augmentation import Augmentation
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import Crop, cut, decode, resize_images
+from multitask.data.transforms import decode, resize_images
 from patches.quoting import quoted
 
 Undecodable = Literal["fail", "skip"]
@@ -28,12 +28,19 @@ class EncodedRow:
     """One row of a table, as a stream reads it."""
 
     epoch: int
-    """Epoch in which the row is read. It is part of the random key of a crop."""
+    """Epoch in which the row is read."""
     row: int
     """Number of the row in the table."""
     image: Tensor
     """Encoded image, shape (bytes,), uint8."""
     label: int
+    reading: int = 0
+    """How often the row came before in the epoch; above 0 only where the classes are balanced."""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The row's part of the random key of its augmentation, which differs for each reading of the row."""
+        return (self.epoch, self.row, self.reading) if self.reading else (self.epoch, self.row)
 
 
 class Loaded(NamedTuple):
@@ -52,14 +59,13 @@ class ImageLoader:
         table: ImageTable,
         *,
         undecodable: Undecodable,
-        draw_crop: Callable[[int, int, EncodedRow], Crop] | None = None,
+        augmentation: Augmentation | None = None,
         threads: int = 1,
     ) -> None:
         """Args:
         table: the table that contains the rows.
         undecodable: what happens to an image that cannot be decoded: "fail" raises an error, "skip" leaves it out.
-        draw_crop: returns the part of an image to keep, given its height and width in pixels and its row. None keeps
-            whole images.
+        augmentation: changes the images at random. None leaves them as they are.
         threads: number of threads that decode. It changes no value.
         """
         choices = list(get_args(Undecodable))
@@ -67,7 +73,7 @@ class ImageLoader:
         check_option("threads", threads, threads >= 1, "1 or more")
         self.table = table
         self._undecodable = undecodable
-        self._draw_crop = draw_crop
+        self._augmentation = augmentation
         self._threads = threads
         # torch.set_num_threads is not called here, because it would change all threads of the process.
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
@@ -112,6 +118,9 @@ class ImageLoader:
         """Load rows on the current thread."""
         good: list[EncodedRow] = []
         pixels = resize_images(self._images(rows, good), resolutions, len(rows))
+        if self._augmentation is not None:
+            for images_nhwc in pixels.values():
+                self._augmentation.change(images_nhwc, [row.key for row in good])
         return Loaded(good, pixels)
 
     def _images(self, rows: Sequence[EncodedRow], good: list[EncodedRow]) -> Iterator[Tensor]:
@@ -120,9 +129,8 @@ class ImageLoader:
             image_chw = self._decoded(row)
             if image_chw is None:
                 continue
-            if self._draw_crop is not None:
-                height, width = image_chw.shape[1:]
-                image_chw = cut(image_chw, self._draw_crop(height, width, row))
+            if self._augmentation is not None:
+                image_chw = self._augmentation.cut(image_chw, row.key)
             good.append(row)
             yield image_chw
 
@@ -157,7 +165,7 @@ class ImageLoader:
     @cached_property
     def _rows_of_class(self) -> list[int]:
         """Number of rows of each class. The labels of the table are read for it once an image cannot be decoded."""
-        counts: list[int] = np.bincount(self.table.labels(), minlength=len(self.table.classes)).tolist()
+        counts: list[int] = self.table.rows_of_class().tolist()
         return counts
 
     def found_bad(self, row: int) -> bool:
@@ -167,7 +175,8 @@ class ImageLoader:
     def take_bad(self) -> tuple[str, ...]:
         """Return what was found since the last call, a line each: undecodable images, with file, row and problem, and
         classes that have lost more than a tenth of their images."""
-        taken, self._new_bad = tuple(self._new_bad), []
+        # Balanced classes may read a bad row twice before it counts as one.
+        taken, self._new_bad = tuple(dict.fromkeys(self._new_bad)), []
         return taken
 
 

@@ -2,23 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from multitask.data.augmentation import Augment, Augmentation
 from multitask.data.feature_cache import FeatureCache
-from multitask.data.loading import EncodedRow, ImageLoader, Loaded, Undecodable, check_option
+from multitask.data.loading import ImageLoader, Loaded, Undecodable, check_option
 from multitask.data.order import EpochOrder
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
-from multitask.data.transforms import Augment, Crop, draw_crop
 from multitask.data.windows import WindowReader
 
-CROP = 1
-"""First number of the random key of a crop. It keeps these draws apart from other draws with the same seed."""
+Sampling = Literal["natural", "balanced"]
+"""How often a row comes in an epoch: once, or so often that all classes have the same number of rows."""
 SHUFFLE_WINDOW = 4096
 """Default number of rows that are shuffled together."""
 
@@ -56,7 +56,8 @@ class TrainStream:
         *,
         batch_size: int,
         seed: int,
-        augment: Augment = "none",
+        augment: Augment | Sequence[Augment] = "none",
+        sampling: Sampling = "natural",
         rank: int = 0,
         workers: int = 1,
         undecodable: Undecodable = "fail",
@@ -70,7 +71,9 @@ class TrainStream:
         table: the images.
         batch_size: number of images in each batch. It may exceed the number of rows of the table.
         seed: 0 or more. All workers of a task use the same seed.
-        augment: "none", or "crop_flip" for a random crop and flip that seed, epoch and row determine.
+        augment: one or several random changes of the images, which seed, epoch and row determine.
+        sampling: "natural" reads each row once in an epoch. "balanced" reads the rows of rare classes more often and
+            those of frequent classes less often (`draw_readings` in `order.py`). An epoch has the same length in both.
         rank: number of this worker, 0 to `workers` - 1.
         workers: number of workers that share the table.
         undecodable: what happens to an image that cannot be decoded: "fail" raises an error, "skip" counts it.
@@ -81,7 +84,11 @@ class TrainStream:
         decode_cached: decode the images of such a batch too.
         """
         check_option("batch_size", batch_size, batch_size >= 1, "1 or more")
-        check_option("augment", augment, augment in get_args(Augment), f"one of {list(get_args(Augment))}")
+        changes: tuple[Augment, ...] = (augment,) if isinstance(augment, str) else tuple(augment)
+        known = get_args(Augment)
+        check_option("augment", augment, set(changes) <= set(known), f"one or several of {list(known)}")
+        choices = list(get_args(Sampling))
+        check_option("sampling", sampling, sampling in choices, f"one of {choices}")
         check_option("seed", seed, seed >= 0, "0 or more")
         check_option("workers", workers, 1 <= workers <= table.num_rows, f"1 to {table.num_rows}, the table's rows")
         check_option("rank", rank, 0 <= rank < workers, f"0 to {workers - 1} with {workers} worker(s)")
@@ -90,15 +97,13 @@ class TrainStream:
         self.position = start
         """Number of rows consumed so far, skipped ones included."""
         self._batch_size = batch_size
-        self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window)
+        labels = table.labels() if sampling == "balanced" else None
+        self._order = EpochOrder(table.group_rows, seed=seed, rank=rank, workers=workers, window=window, labels=labels)
         self.rows_per_epoch = self._order.rows_per_epoch
         """Number of rows that this worker consumes in one epoch."""
-
-        def crop(height: int, width: int, row: EncodedRow) -> Crop:
-            return draw_crop(height, width, (CROP, seed, row.epoch, row.row))
-
-        random_crop = crop if augment == "crop_flip" else None
-        self._loader = ImageLoader(table, undecodable=undecodable, draw_crop=random_crop, threads=threads)
+        self._loader = ImageLoader(
+            table, undecodable=undecodable, augmentation=Augmentation(changes, seed), threads=threads
+        )
         self._windows = WindowReader(table, self._order)
         self._cache, self._decode_cached = cache, decode_cached
 

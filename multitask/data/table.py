@@ -124,6 +124,10 @@ class ImageTable:
                 labels.append(self._labels(rows, shard))
         return np.concatenate(labels)
 
+    def rows_of_class(self) -> NDArray[np.int64]:
+        """Count the rows of each class, shape (classes,), without reading any image."""
+        return np.bincount(self.labels(), minlength=len(self.classes))
+
     def first_row(self, group: int) -> int:
         """Return the row of the table at which a row group starts."""
         return int(self._starts[group])

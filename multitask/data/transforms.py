@@ -7,7 +7,7 @@ a global random state.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from multitask.data.png import SIGNATURE, decode_png
 
 SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")
 """Matches how torchvision's errors begin: the function, and the line of its source on the machine that built it."""
-Augment = Literal["none", "crop_flip"]
-"""Random change of training images: none, or a crop and a flip."""
 CROP_AREA = (0.08, 1.0)
 """Smallest and largest share of the image's area that a crop covers."""
 CROP_ASPECT = (3 / 4, 4 / 3)

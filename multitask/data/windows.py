@@ -1,11 +1,12 @@
 """The windows of a training stream: their row groups are kept in memory, and the next window is fetched ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from multitask.data.loading import EncodedRow
-from multitask.data.order import EpochOrder, Span, Window
+from multitask.data.order import EpochOrder, Window
 from multitask.data.table import ImageTable, RowGroup
 
 
@@ -21,20 +22,28 @@ class WindowReader:
         self._thread = ThreadPoolExecutor(1, "fetch")
         self._current: _LoadedWindow | None = None
         self._next: tuple[tuple[int, int], Future[_LoadedWindow]] | None = None
-        self._places: tuple[tuple[int, int], _Places] | None = None
+        self._looked_at: tuple[tuple[int, int], Window] | None = None
 
     def table_row(self, epoch: int, window: int, place: int) -> int:
         """Return the number in the table of the row that `row` would read. Nothing is fetched."""
-        if self._places is None or self._places[0] != (epoch, window):
-            self._places = (epoch, window), _Places(self._order.window(epoch, window))
-        span, place_in_group = self._places[1].find(place)
-        return self._table.first_row(span.group) + place_in_group
+        if self._looked_at is None or self._looked_at[0] != (epoch, window):
+            self._looked_at = (epoch, window), self._order.window(epoch, window)
+        rows = self._looked_at[1]
+        return self._table.first_row(int(rows.groups[place])) + int(rows.rows[place])
 
     def row(self, epoch: int, window: int, place: int) -> EncodedRow:
         """Return one row. The first row of a window fetches it, unless it was fetched ahead."""
         if self._current is None or self._current.key != (epoch, window):
             self._current = self._move(epoch, window)
-        return self._current.row(place)
+        current = self._current
+        group, row = int(current.window.groups[place]), int(current.window.rows[place])
+        return EncodedRow(
+            epoch=epoch,
+            row=self._table.first_row(group) + row,
+            image=current.groups[group].encoded(row),
+            label=int(current.groups[group].labels[row]),
+            reading=int(current.window.readings[place]),
+        )
 
     def _move(self, epoch: int, window: int) -> "_LoadedWindow":
         """Return a window, and start to fetch the one after it."""
@@ -49,48 +58,16 @@ class WindowReader:
     def _fetch(self, epoch: int, number: int, at_hand: dict[int, RowGroup]) -> "_LoadedWindow":
         """Load a window. Row groups in `at_hand`, those of the window before it, are not read again."""
         window = self._order.window(epoch, number)
-        groups = {span.group: at_hand.get(span.group) or self._table.read_group(span.group) for span in window.spans}
-        return _LoadedWindow((epoch, number), _Places(window), groups, self._table)
+        wanted = np.unique(window.groups).tolist()
+        groups = {group: at_hand.get(group) or self._table.read_group(group) for group in wanted}
+        return _LoadedWindow((epoch, number), window, groups)
 
 
-class _Places:
-    """Tells in which row group each row of a window lies."""
-
-    def __init__(self, window: Window) -> None:
-        self._window = window
-        self._starts = np.cumsum([0, *(span.stop - span.start for span in window.spans)])
-
-    def find(self, place: int) -> tuple[Span, int]:
-        """Find a row of the window.
-
-        Args:
-            place: position of the row in the window's shuffled order.
-        Returns:
-            The span that contains the row, and the row's number in the row group of that span.
-        """
-        row = int(self._window.order[place])
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        span = self._window.spans[number]
-        return span, span.start + row - int(self._starts[number])
-
-
-class _LoadedWindow:
+class _LoadedWindow(NamedTuple):
     """A window and its row groups in memory."""
 
-    def __init__(self, key: tuple[int, int], places: _Places, groups: dict[int, RowGroup], table: ImageTable) -> None:
-        self.key = key
-        """Epoch, and number of the window in it."""
-        self.groups = groups
-        """Number of a row group -> the row group."""
-        self._places, self._table = places, table
-
-    def row(self, place: int) -> EncodedRow:
-        """Return the row at a position of the window's shuffled order."""
-        span, place_in_group = self._places.find(place)
-        group = self.groups[span.group]
-        return EncodedRow(
-            epoch=self.key[0],
-            row=self._table.first_row(span.group) + place_in_group,
-            image=group.encoded(place_in_group),
-            label=int(group.labels[place_in_group]),
-        )
+    key: tuple[int, int]
+    """Epoch, and number of the window in it."""
+    window: Window
+    groups: dict[int, RowGroup]
+    """Number of a row group -> the row group."""

@@ -120,12 +120,15 @@ def take(
         if complete.saved is not None:
             checkpoints.append(job.checkpoint(complete.progress, {**groups, **complete.saved}))
     for evaluation in evaluations:
-        # A server that went back to a checkpoint does not know the best evaluation since that checkpoint, and counts on
-        # from an older version. Workers report the oldest snapshot first, so the one that is told last is the last one.
+        # A server that went back to a checkpoint does not know the best evaluation since that checkpoint.
         best = outcome.versions.get("best")
         if evaluation.best and (best is None or evaluation.mean_top1 > best.mean_top1):
             outcome.versions["best"] = evaluation
-        outcome.versions["last"] = evaluation
+        # Such a server counts on from an older version. Of one server's evaluations, an older version may come last: if
+        # it is saved as well, it waits for the report of every worker.
+        last = outcome.versions.get("last")
+        if last is None or evaluation.server != last.server or evaluation.version > last.version:
+            outcome.versions["last"] = evaluation
     driver.watch(records, evaluations, progress)
     # Checkpoints come last: a run that goes on from one does not tell again what happened before it.
     for checkpoint in checkpoints:

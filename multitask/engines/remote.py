@@ -29,7 +29,6 @@ class RemoteServer:
         self._worker, self._incarnation = worker, incarnation
         self._names = [group.name for group in job.served() if job.workers[worker] in group.tasks]
         self._ranges = {group.name: group.layout.ranges(job.shards) for group in job.served()}
-        self._timeout_s = job.spec.resources.start_timeout_s
         self._goes_on = not job.spec.engine.together
         self._made: tuple[int, int] | None = None
         """Steps that this worker has pushed, answered or not, and the stream's position after them."""
@@ -111,15 +110,12 @@ class RemoteServer:
         return self._retry(lambda: self._cluster.get(self._server.call.remote(method, *arguments)))
 
     def _retry(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask until the server answers; after a loss it takes the server seconds to come back."""
-        deadline = self._cluster.clock.monotonic() + self._timeout_s
+        """Ask until the server answers. The driver ends the run, and this process with it, if it does not come back."""
         while True:
             try:
                 return ask()
             except LOST as error:
                 self._note_loss(error)
-                if self._cluster.clock.monotonic() > deadline:
-                    raise
                 self._cluster.clock.sleep(RETRY_S)
 
     def _note_loss(self, error: Exception) -> None:

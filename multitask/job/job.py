@@ -20,6 +20,7 @@ from multitask.data.shared import SharedStream
 from multitask.job.assignment import check_workers, rank_of, share_out
 from multitask.job.caches import plan_caches, writers
 from multitask.job.checkpoint import Checkpoint
+from multitask.job.class_weights import weigh_classes
 from multitask.job.groups import Group, plan_groups
 from multitask.job.heads import Classes, attach_tasks
 from multitask.job.inputs import SPLITS, LoadedInputs
@@ -35,7 +36,7 @@ from multitask.server.parameter_server import OtherShards, ParameterServer
 from multitask.server.progress import Progress, WorkerProgress
 from multitask.server.shard import Shard
 from multitask.spec.schema import JobSpec, TaskSpec
-from multitask.worker import Learner, NetworkLearner, StepSettings, TaskWorker, WorkerStart, task_loss
+from multitask.worker import Learner, NetworkLearner, StepSettings, TaskWorker, WorkerStart, make_mix, task_loss
 from patches import PatchedModel
 
 
@@ -82,6 +83,8 @@ class Job:
         for task in spec.tasks:
             self._table(task, "validation")
         tables = {task.name: self._table(task, "train") for task in spec.tasks}
+        self.class_weights = {task.name: weigh_classes(task, tables[task.name]) for task in spec.tasks}
+        """Task -> weights of its classes in the training loss, or None."""
         self.caches = plan_caches(spec, self.backbone, models, tables)
         """Task -> the plan of its feature cache, for the tasks that have one."""
         self._with_images = {task for task, model in models.items() if model.reads_images}
@@ -267,12 +270,20 @@ class Job:
         # Only the structure: the values come from the groups, so no worker reads a weights file.
         backbone = load_backbone(spec, weights=None)
         groups = self.groups_of(task.name)
+        device = torch.device("cuda" if spec.resources.gpus_per_worker else "cpu")
+        weights = self.class_weights[task.name]
         settings = StepSettings(
             accumulate=task.accumulate,
             precision=torch.bfloat16 if task.precision == "bfloat16" else torch.float32,
             clip_norm=spec.clip_norm,
-            loss=partial(task_loss, label_smoothing=task.label_smoothing, auxiliary_weight=task.auxiliary_weight),
-            device=torch.device("cuda" if spec.resources.gpus_per_worker else "cpu"),
+            loss=partial(
+                task_loss,
+                label_smoothing=task.label_smoothing,
+                auxiliary_weight=task.auxiliary_weight,
+                class_weights=None if weights is None else weights.to(device),
+            ),
+            mix=make_mix(task.mix, task.mix_alpha, len(self.classes[task.name])),
+            device=device,
             seed=spec.seed,
         )
         return NetworkLearner(

@@ -33,9 +33,10 @@ def group_by_rows(
         task = tasks[name]
         rows = table_key(task, "train")
         labels = classes[task.name]
-        alike = (rows, labels, task.batch_size, task.augment, task.workers, task.undecodable, task.shuffle_window)
+        chosen = (task.batch_size, task.workers, rank_of(name), task.sampling, task.shuffle_window)
+        changed = (task.augment, task.undecodable)
         alone = name if task.name in cached else None
-        groups.setdefault((*alike, rank_of(name), alone), []).append(name)
+        groups.setdefault((rows, labels, chosen, changed, alone), []).append(name)
     return list(groups.values())
 
 
@@ -55,6 +56,7 @@ def stream_factory(
         batch_size=task.batch_size,
         seed=spec.seed,
         augment=task.augment,
+        sampling=task.sampling,
         rank=rank,
         workers=task.workers,
         undecodable=task.undecodable,

@@ -128,7 +128,7 @@ def _legend(figure: Figure, modes: Sequence[Mode], theme: Theme, y: float) -> No
     x_inches = LEFT
     for mode in modes:
         colour = mode.colour[theme.dark]
-        label = figure.text(x_inches / WIDTH, y, f"● {mode.title}", color=colour, fontsize=9.5, va="center")
+        label = figure.text(x_inches / WIDTH, y, f"● {plain(mode.title)}", color=colour, fontsize=9.5, va="center")
         x_inches += label.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi + 0.3
 
 
@@ -261,6 +261,6 @@ def _task_rows(axes: Axes, modes: Sequence[Mode], tasks: Sequence[str], theme: T
             _write_value(axes, value, (value, y), colour)
     axes.set_xlim(low, high + (high - low) * 0.06)
     axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set_yticks(range(len(tasks)), [textwrap.shorten(plain(t), 16, placeholder="…") for t in tasks])
+    axes.set_yticks(range(len(tasks)), [plain(textwrap.fill(task, 16)) for task in tasks])
     axes.tick_params(axis="y", labelcolor=theme.text, labelsize=9.5)
     axes.set_xlabel("top-1, %", color=theme.muted, fontsize=9)

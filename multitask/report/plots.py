@@ -12,6 +12,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 DPI = 160
 POINTS_PER_INCH = 72
@@ -158,8 +159,13 @@ def bare(axes: Axes, theme: Theme, grid: Literal["x", "y"] | None) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape text for matplotlib, which would read `$...$` as a formula."""
-    return text.replace("$", r"\$")
+    """Return text for matplotlib, which would read `$...$` as a formula, and has no picture of some characters.
+
+    Characters that its font lacks, such as Chinese ones, become their numbers, such as U+732B.
+    """
+    font = get_font(findfont(FontProperties()))
+    known = "".join(c if c.isspace() or font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
+    return known.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

@@ -79,9 +79,10 @@ def check_new(directory: Path, overwrite: bool) -> None:
         )
     if not overwrite and names - {"tasks.json", "spec.yaml"}:  # these two alone are of a process killed at its start
         ended = "result.json" in names
-        go_on = "" if ended else f" go on with it (multitask train --resume {quote(str(directory))}),"
+        go_on = "" if ended else f" go on with it (multitask resume {quote(str(directory))}),"
         raise SpecError(
-            f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or use --overwrite."
+            f"Run directory '{directory}' holds a run. Name another one with `directory`,{go_on} or replace it "
+            "(--overwrite; in Python overwrite=True)."
         )
 
 

@@ -26,6 +26,7 @@ from multitask.run.files import (
     damaged,
     read_json,
 )
+from multitask.run.paths import check_data, moved
 from multitask.run.tasks import read_tasks, record_of
 from multitask.spec.errors import SpecError
 from multitask.spec.reading import dump_yaml, load_spec
@@ -62,7 +63,8 @@ class Run:
             raise RunError(
                 f"'{directory}' holds no finished run (no result.json). Name a directory that `multitask train` wrote."
             )
-        self.spec = read_spec(directory / "spec.yaml")
+        self.spec = moved(read_spec(directory / "spec.yaml"), directory.resolve())
+        """The run's spec. Where the run was moved together with its data, it has the paths of today."""
         self.result: dict[str, Any] = read_json(path, RESULT_REMEDY)
         checked(RunResult, self.result, path, RESULT_REMEDY)
         self._tasks = read_tasks(directory)
@@ -150,14 +152,13 @@ def evaluate_models(
     Returns:
         Task -> top1 and top5 (percent) and loss.
     Raises:
+        RunError: the folder of a task's data does not exist.
         DataError: a table cannot be read, or has a class that the model does not know.
     """
+    tasks = [task for task in spec.tasks if task.name in models]
+    check_data(spec, tasks)
     with torch_threads(spec.resources.threads_per_worker):
-        return {
-            task.name: _evaluate_task(models[task.name], task, split, save_to)
-            for task in spec.tasks
-            if task.name in models
-        }
+        return {task.name: _evaluate_task(models[task.name], task, split, save_to) for task in tasks}
 
 
 def _evaluate_task(model: patches.PatchedModel, task: TaskSpec, split: str, save_to: Path | None) -> dict[str, float]:

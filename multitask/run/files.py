@@ -19,12 +19,12 @@ Count = Annotated[int, Strict(), Field(ge=0)]
 Seconds = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Record = TypeVar("Record")
 STATUS_REMEDY = (
-    "It only shows how the run stands. Without this file, `multitask train --resume RUN` goes on from the last "
-    "checkpoint, so move it away."
+    "It only shows how the run stands. Without this file, `multitask resume RUN` goes on from the last checkpoint, so "
+    "move it away."
 )
 RESULT_REMEDY = (
-    "Restore it from a copy. Without this file, `multitask train --resume RUN` goes on from the last checkpoint and "
-    "writes it again."
+    "Restore it from a copy. Without this file, `multitask resume RUN` goes on from the last checkpoint and writes it "
+    "again."
 )
 VERSION_REMEDY = "Restore it from a copy, or use the run's other version (best or last)."
 """What to do if a file of a run is damaged."""
@@ -92,6 +92,8 @@ class RunStatus:
     error: str | None = None
     """What ended a failed run."""
     mlflow_run_id: str | None = None
+    mlflow_task_runs: dict[str, Count] = field(default_factory=dict)
+    """Task -> the number of MLflow runs that tasks of this name have had."""
     rejected_calls: Count = 0
 
 

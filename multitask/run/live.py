@@ -14,6 +14,10 @@ from typing import Any
 
 from multitask.run.directory import write_json
 from multitask.run.files import STATUS_REMEDY, RunError, checked_status, read_json
+from multitask.run.paths import absolute
+from multitask.spec.errors import SpecError
+from multitask.spec.reading import dump_spec, load_spec
+from multitask.spec.schema import JobSpec
 from patches.files import read_regular
 from patches.quoting import shortened
 from patches.strict_json import parse_json
@@ -166,6 +170,23 @@ class Request:
     """Name of the task to remove; None in a request to add one."""
 
 
+def changed_spec(spec: JobSpec, request: Request) -> JobSpec:
+    """Return the job's spec after a request that adds or removes a task, with absolute paths as from the start.
+
+    Raises:
+        SpecError: the change cannot be made.
+    """
+    content = dump_spec(spec)
+    names = [task.name for task in spec.tasks]
+    if request.attach is not None:
+        content["tasks"] = [*content["tasks"], request.attach]
+    if request.remove is not None:
+        if request.remove not in names:
+            raise SpecError(f"the run has no task '{request.remove}', only {names}.")
+        content["tasks"] = [task for task in content["tasks"] if task["name"] != request.remove]
+    return absolute(load_spec(content))
+
+
 class Requests:
     """The requests in a run directory.
 
@@ -248,7 +269,7 @@ def ask(directory: Path, *, attach: Mapping[str, Any] | None = None, remove: str
     if state != "running":
         raise RunError(
             f"The run in '{directory}' is {state}. Tasks are added to and removed from running jobs only; "
-            f"`multitask train --resume {directory}` resumes a job that stopped."
+            f"`multitask resume {directory}` resumes a job that stopped."
         )
     path = directory / REQUESTS / f"{uuid.uuid4().hex}.json"
     try:

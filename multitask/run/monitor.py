@@ -189,6 +189,7 @@ class RunMonitor:
             "error": error,
             "engine": self._job.spec.engine.name,
             "mlflow_run_id": self._tracker.run_id,
+            "mlflow_task_runs": self._tracker.task_runs,
             "rejected_calls": self.rejected_calls,
             "tasks": {name: asdict(status) for name, status in self._tasks.items()},
         }

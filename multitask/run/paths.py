@@ -1,12 +1,13 @@
 """The paths in the spec of a run: absolute when the run starts, and followed when its directory is moved."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from multitask.errors import RunError
 from multitask.run.mlflow_store import resolve
-from multitask.spec.schema import JobSpec
+from multitask.spec.schema import JobSpec, TaskSpec
 from multitask.startup import SUBMITTED
 from patches.weights import FILE_TYPES
 
@@ -51,6 +52,20 @@ def moved(spec: JobSpec, directory: Path) -> JobSpec:
         return there if (there := follow(path)).exists() else path
 
     return _changed(spec, directory, find, follow)
+
+
+def check_data(spec: JobSpec, tasks: Iterable[TaskSpec]) -> None:
+    """Check that a run finds the data of these tasks again.
+
+    Raises:
+        RunError: the folder of a task's data does not exist.
+    """
+    for task in tasks:
+        if "://" not in task.data and not Path(task.data).exists():
+            raise RunError(
+                f"The data of task '{task.name}' is no longer at '{task.data}'. Write its new place as `data` of this "
+                f"task into '{spec.run_directory / 'spec.yaml'}'."
+            )
 
 
 def _changed(spec: JobSpec, directory: Path, reads: Change, writes: Change) -> JobSpec:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 CONFIG = ConfigDict(extra="forbid", strict=True)
 Task = str | None
-"""Name of a task, or None for the run itself."""
+"""Name of a task's run, or None for the run itself."""
 Point = tuple[str, float | None, int, int]
 """Name, value, Unix time in milliseconds, and step of one number of a metric. None stands for NaN."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]

@@ -11,8 +11,9 @@ from pydantic import TypeAdapter
 
 from multitask.errors import RunError
 from multitask.job import Job
+from multitask.job.models import attach_task, load_backbone
 from multitask.job.tables import open_split, preprocessing
-from multitask.spec.schema import TaskSpec
+from multitask.spec.schema import JobSpec, TaskSpec
 from patches.files import read_regular, write_atomic
 from patches.quoting import shortened
 
@@ -35,9 +36,12 @@ class TaskRecord:
 _RECORDS = TypeAdapter(dict[str, TaskRecord])
 
 
-def write_tasks(directory: Path, job: Job) -> dict[str, TaskRecord]:
-    """Write and return the record of a job's tasks. A task that has one keeps it."""
-    before = read_tasks(directory)
+def write_tasks(directory: Path, job: Job, before: Mapping[str, TaskRecord]) -> dict[str, TaskRecord]:
+    """Write and return the record of each of a job's tasks. A task that has one keeps it.
+
+    Args:
+        before: task -> its record, for the tasks that have one.
+    """
     records = {
         name: before.get(name) or TaskRecord(classes, job.table_identities(name), preprocessing(job.task(name)))
         for name, classes in job.classes.items()
@@ -75,6 +79,27 @@ def record_of(task: TaskSpec, records: Mapping[str, TaskRecord]) -> TaskRecord:
     if task.name in records:
         return records[task.name]
     return TaskRecord(open_split(task, "train", verify=False).classes, {}, preprocessing(task))
+
+
+def kept_classes(spec: JobSpec, records: Mapping[str, TaskRecord]) -> dict[str, tuple[str, ...]]:
+    """Return the class list that each task of a run goes on with.
+
+    Raises:
+        RunError: in a run of version 0.1, which has no records, a head has more outputs than its task has classes.
+        DataError: there is no record, and the training table cannot be opened.
+    """
+    kept = {task.name: record_of(task, records).classes for task in spec.tasks}
+    for task in spec.tasks:
+        if task.name in records:
+            continue
+        outputs, classes = attach_task(load_backbone(spec, weights=None), task, spec).num_classes, len(kept[task.name])
+        if outputs > classes:
+            raise RunError(
+                f"Task '{task.name}' was begun with version 0.1, with a head of {outputs} outputs for {classes} "
+                "classes. Such a model cannot be exported, and this version trains heads with exactly one output for "
+                f"each class. Start a new run with tasks.num_classes {classes}."
+            )
+    return kept
 
 
 def warn_of_other_tables(job: Job, records: Mapping[str, TaskRecord]) -> None:

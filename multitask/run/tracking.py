@@ -46,13 +46,16 @@ class Tracker:
         run_name: name of the run in MLflow; several runs may have the same name.
         params: settings of the whole run. Nested mappings become names with dots. A value that is too long for MLflow
             is cut and marked; the artifact `params.json` then has all params in full.
-        tasks: task name -> its params. Each task gets a child run with its name.
+        tasks: task name -> its params. Each task gets a child run with its name. A task that is added under the name of
+            one that was removed gets a child run of its own, `pets (2)`.
         folder: folder of the file with the records that wait; by default a new temporary folder.
         send_later: the command that sends the records that wait, for the warning at the end.
         spec_text: the text of the job spec, which is kept as the artifact `spec.yaml`.
         parent_run_id: id of an existing run that becomes the parent of this run, for example that of a sweep.
         resume_run_id: id of an existing run to go on with, together with its child runs. New tasks get new child runs.
             If it does not exist, a warning says so and a new run begins.
+        task_runs: task name -> the number of child runs of this name in the run to go on with; a task goes on in the
+            last one.
     Raises:
         TrackingError: MLflow cannot use the URI or the experiment; or, on entering, the experiment was deleted or the
             parent is unknown.
@@ -72,6 +75,7 @@ class Tracker:
         spec_text: str | None = None,
         parent_run_id: str | None = None,
         resume_run_id: str | None = None,
+        task_runs: Mapping[str, int] | None = None,
     ) -> None:
         self.tracking_uri, database = resolve(tracking_uri)
         self.artifacts = artifacts_beside(database)
@@ -82,14 +86,17 @@ class Tracker:
             )
         self._run_name, self._send_later, self._spec_text = run_name, send_later, spec_text
         self._folder = Path(tempfile.mkdtemp(prefix="multitask-")) if folder is None else folder
-        self._tasks = {task: flatten(task_params) for task, task_params in tasks.items()}
+        self.task_runs = dict.fromkeys(tasks, 1) | dict(task_runs or {})
+        """Task name -> the number of child runs that tasks of this name have had; for the next start of the run."""
+        self._names = {task: _child_name(task, self.task_runs[task]) for task in tasks}
+        self._task_params = {self._names[task]: flatten(task_params) for task, task_params in tasks.items()}
         self._store = MlflowStore(
             self.tracking_uri,
             database,
             experiment=experiment,
             run_name=run_name,
             params=flatten(params),
-            task_params=self._tasks,
+            task_params=self._task_params,
             folder=self._folder,
             parent_run_id=parent_run_id,
             run_id=resume_run_id,
@@ -109,7 +116,7 @@ class Tracker:
             self._sender.stop()
             raise trouble
         self._outbox = outbox
-        outbox.add(Open(tasks=list(self._tasks), time_ms=_now_ms()))
+        outbox.add(Open(tasks=list(self._names.values()), time_ms=_now_ms()))
         if self._spec_text is not None:
             outbox.add(Text(name="spec.yaml", text=self._spec_text))
         if not isinstance(trouble, TimeoutError):
@@ -167,15 +174,19 @@ class Tracker:
         """MLflow's id of the task's child run, or None."""
         return self._store.runs.get(self._known(task))
 
-    def add_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-        """Open a child run for each task that has none yet.
+    def track_tasks(self, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Open a child run for each task that is new. The others go on in theirs.
 
         Args:
-            tasks: task name -> its params.
+            tasks: task name -> its params, for all tasks that the run has from now on.
         """
-        new = {task: flatten(params) for task, params in tasks.items() if task not in self._tasks}
-        self._tasks.update(new)
-        self._notes().add(Open(tasks=list(new), time_ms=_now_ms()))
+        new = [task for task in tasks if task not in self._names]
+        self._names = {task: name for task, name in self._names.items() if task in tasks}
+        for task in new:
+            self.task_runs[task] = self.task_runs.get(task, 0) + 1
+            self._names[task] = _child_name(task, self.task_runs[task])
+            self._task_params[self._names[task]] = flatten(tasks[task])
+        self._notes().add(Open(tasks=[self._names[task] for task in new], time_ms=_now_ms()))
 
     def end_lost(self, run_id: str) -> None:
         """Mark another run and its child runs as failed, because the process that would end them is gone."""
@@ -238,12 +249,15 @@ class Tracker:
             self._notes().add(Metrics(task=task, points=finite))
 
     def _known(self, task: str | None) -> str | None:
-        if task is not None and task not in self._tasks:
+        """Return the name of a task's child run; None stands for the run itself."""
+        if task is None:
+            return None
+        if task not in self._names:
             raise KeyError(
-                f"Task '{task}' has no run in tracker '{self._run_name}', only {sorted(self._tasks)}. Pass it as "
+                f"Task '{task}' has no run in tracker '{self._run_name}', only {sorted(self._names)}. Pass it as "
                 "`tasks`."
             )
-        return task
+        return self._names[task]
 
     def _notes(self) -> Outbox:
         if self._outbox is None:
@@ -257,6 +271,11 @@ class Tracker:
             f"({in_short(trouble)}). They wait in {outbox.path}; when MLflow can be reached, send them with: "
             f"{self._send_later}"
         )
+
+
+def _child_name(task: str, number: int) -> str:
+    """Return the name of the child run of the n-th task of a name. A task's own name has no brackets."""
+    return task if number == 1 else f"{task} ({number})"
 
 
 def _now_ms() -> int:

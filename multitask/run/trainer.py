@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -16,7 +15,7 @@ from multitask.cluster.places import check_places
 from multitask.cluster.ray_cluster import RayCluster
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
-from multitask.job import Job, LoadedInputs
+from multitask.job import Job
 from multitask.job.caches import describe
 from multitask.job.checkpoint import CheckpointError, CheckpointStore
 from multitask.job.room import check_room
@@ -25,39 +24,19 @@ from multitask.run.claim import check_new, check_stopped, claiming, empty
 from multitask.run.directory import Run, RunError, read_about, read_spec, write_json, write_spec, write_version
 from multitask.run.files import STATUS_REMEDY, read_json
 from multitask.run.finite import check_finite
-from multitask.run.live import STATUS, Request, Requests, read_status
-from multitask.run.mlflow_store import sqlite_uri
+from multitask.run.live import STATUS, Request, Requests, changed_spec, read_status
 from multitask.run.monitor import RunMonitor
-from multitask.run.paths import absolute, moved
+from multitask.run.paths import absolute, check_data, moved
 from multitask.run.stopping import Stopped, first_interrupt, sigterm_as_ctrl_c
-from multitask.run.tasks import TASKS, read_tasks, record_of, warn_of_other_tables, write_tasks
+from multitask.run.tasks import TASKS, TaskRecord, kept_classes, read_tasks, warn_of_other_tables, write_tasks
 from multitask.run.tracking import Tracker
+from multitask.run.trial import ALONE, Trial, make_tracker, task_params
 from multitask.server.messages import Evaluation, mean_top1
 from multitask.spec.errors import SpecError
-from multitask.spec.reading import dump_spec, dump_yaml, load_spec
+from multitask.spec.reading import load_spec
 from multitask.spec.schema import JobSpec
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """The settings that a sweep gives to one of its trials."""
-
-    parent_run_id: str | None = None
-    """Id of the sweep's MLflow run."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    """MLflow params of the trial, in addition to its spec."""
-    loaded: LoadedInputs | None = None
-    """Inputs that all trials share."""
-    on_evaluation: Callable[[Evaluation], None] = lambda _: None
-    """Called with each evaluation. Training waits until it returns."""
-    wants_stop: Callable[[], bool] = lambda: False
-    """Called from time to time. If it returns True, training stops with a checkpoint."""
-
-
-ALONE = Trial()
-"""Settings of a training that belongs to no sweep."""
 
 
 def train(
@@ -89,7 +68,8 @@ def train(
     if store.where() is not None and not overwrite:
         raise SpecError(
             f"'{spec.checkpoint_folder}' holds checkpoints of a run. Name another folder with `checkpoints.uri`, go on "
-            f"with that run (multitask train --resume {quote(str(directory))}), or use --overwrite."
+            f"with that run (multitask resume {quote(str(directory))}), or replace it (--overwrite; "
+            "in Python overwrite=True)."
         )
     job = Job(spec, loaded=trial.loaded)
     check_room(job)
@@ -98,7 +78,7 @@ def train(
         check_new(directory, overwrite)  # again, because another process may have claimed it meanwhile
         empty(directory)
         store.clear()
-        write_tasks(directory, job)
+        write_tasks(directory, job, {})
         write_spec(directory / "spec.yaml", job.spec)
         training.claim()
     return training.run()
@@ -111,7 +91,8 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
         directory: the run directory.
         console, trial: as for `train`.
     Raises:
-        RunError: there is no run, or it has ended, or it is running, or one of its files is damaged.
+        RunError: there is no run, or it has ended, or it is running, or one of its files is damaged, or its data is
+            gone, or a head of a run of version 0.1 has more outputs than classes.
         CheckpointError: all its checkpoints are damaged.
         The errors of `train`.
     """
@@ -120,13 +101,13 @@ def resume(directory: Path, *, console: Console | None = None, trial: Trial = AL
     spec = moved(read_spec(directory / "spec.yaml"), directory)
     store = CheckpointStore(spec.checkpoint_folder, spec.checkpoints.keep)
     records = read_tasks(directory)
-    kept = {task.name: record_of(task, records).classes for task in spec.tasks}
-    job = Job(spec, store.latest(), trial.loaded, kept)
+    check_data(spec, spec.tasks)
+    job = Job(spec, store.latest(), trial.loaded, kept_classes(spec, records))
     warn_of_other_tables(job, records)
     with claiming(directory):
         status = check_stopped(directory)  # again, because another process may have claimed it meanwhile
         write_spec(directory / "spec.yaml", job.spec)
-        write_tasks(directory, job)
+        write_tasks(directory, job, records)
         training = _training(directory, job, store, console, status, trial)
         training.claim()
     return training.run()
@@ -142,7 +123,7 @@ def track(directory: Path) -> tuple[int, str | None]:
     Returns:
         The number of records that were sent, and the id of the MLflow run.
     Raises:
-        RunError: there is no run, or it is running and sends its records itself.
+        RunError: there is no run, or its spec is damaged, or it is running and sends its records itself.
         TrackingError: MLflow still does not take the records.
     """
     directory = directory.resolve()
@@ -151,7 +132,7 @@ def track(directory: Path) -> tuple[int, str | None]:
         status = read_status(directory)
         if status["state"] == "running":
             raise RunError(f"The run in '{directory}' is running, and sends its records as soon as MLflow takes them.")
-        tracker = _tracker(directory, moved(load_spec(directory / "spec.yaml"), directory), status, ALONE)
+        tracker = make_tracker(directory, moved(read_spec(directory / "spec.yaml"), directory), status, ALONE)
         try:
             sent = tracker.send_waiting(lost=status["state"] == "lost")
         finally:  # a part may have been sent, and the rest belongs to the same MLflow run
@@ -174,23 +155,8 @@ def _training(
     Args:
         status: content of the status file, if the run goes on from an earlier start.
     """
-    tracker = _tracker(directory, job.spec, status, trial)
+    tracker = make_tracker(directory, job.spec, status, trial)
     return Training(directory, job, store, tracker, RunMonitor(directory, job, tracker, console, status), trial)
-
-
-def _tracker(directory: Path, spec: JobSpec, status: Mapping[str, Any] | None, trial: Trial) -> Tracker:
-    return Tracker(
-        spec.tracking.uri or sqlite_uri(directory.parent / "mlflow.db"),
-        spec.tracking.experiment,
-        spec.name,
-        params={key: value for key, value in dump_spec(spec).items() if key != "tasks"} | dict(trial.params),
-        tasks=_task_params(spec),
-        folder=directory,
-        send_later=f"multitask track {quote(str(directory))}",
-        spec_text=dump_yaml(spec),
-        parent_run_id=trial.parent_run_id,
-        resume_run_id=None if status is None else status["mlflow_run_id"],
-    )
 
 
 class Training:
@@ -217,37 +183,49 @@ class Training:
         self._interrupted = False
         self._requests = Requests(directory)
         self._request: tuple[Request, Job] | None = None
+        self._records: dict[str, TaskRecord] = {}
 
     def claim(self) -> None:
         """Write that this process runs the training now."""
         self._monitor.begin()
 
     def run(self) -> Run:
-        """Train until the end, and return the finished run."""
-        with (
-            sigterm_as_ctrl_c(),
-            first_interrupt(self.interrupt),
-            self._monitor.showing(self._job),
-            log_to(self._directory / LOG, self._job.spec.name),
-        ):
-            try:
-                with self._tracker:
-                    self._train()
-            except Stopped:
-                log.info("Stopped, with a checkpoint.")
-                self._monitor.end("stopped")
-                raise
-            except TrainingError as error:
-                log.error("%s", error, extra=error.about)
-                self._monitor.end("failed", str(error))
-                raise self._explained(error) from error
-            except BaseException as error:
-                log.error("%r", error)
-                self._monitor.end("failed", repr(error))
-                raise
-            log.info("Finished.")
-            self._monitor.end("finished")
+        """Train until the end, and return the finished run. Whatever ends it earlier ends the claim too."""
+        try:
+            with (
+                sigterm_as_ctrl_c(),
+                first_interrupt(self.interrupt),
+                self._monitor.showing(self._job),
+                log_to(self._directory / LOG, self._job.spec.name),
+            ):
+                self._train_logged()
+        except Stopped:
+            self._monitor.end("stopped")
+            raise
+        except TrainingError as error:
+            self._monitor.end("failed", str(error))
+            raise self._explained(error) from error
+        except BaseException as error:
+            self._monitor.end("failed", repr(error))
+            raise
+        self._monitor.end("finished")
         return Run(self._directory)
+
+    def _train_logged(self) -> None:
+        """Train, tracked by MLflow, and log how it ends."""
+        try:
+            with self._tracker:
+                self._train()
+        except Stopped:
+            log.info("Stopped, with a checkpoint.")
+            raise
+        except TrainingError as error:
+            log.error("%s", error, extra=error.about)
+            raise
+        except BaseException as error:
+            log.error("%r", error)
+            raise
+        log.info("Finished.")
 
     def _train(self) -> None:
         """Let the engine train, and write the result.
@@ -256,6 +234,7 @@ class Training:
             Stopped: the user or the sweep asked for a stop.
         """
         start = time.perf_counter()
+        self._records = read_tasks(self._directory)
         self._monitor.change_tasks(self._job)  # with the id of the MLflow run, which is known now
         log.info("Starts from %s, engine %s.", self._store.where() or "the start", self._job.spec.engine.name)
         for line in describe(self._job.caches):
@@ -264,13 +243,13 @@ class Training:
         if outcome.paused:
             raise Stopped(
                 f"Stopped; the checkpoint is {self._store.where()}. "
-                f"Go on with: multitask train --resume {quote(str(self._directory))}"
+                f"Go on with: multitask resume {quote(str(self._directory))}"
             )
         self._finish(outcome, time.perf_counter() - start)
 
     def _explained(self, error: TrainingError) -> TrainingError:
         """Add the run's name to an engine's error, and how to go on if there is a checkpoint."""
-        go_on = f"`multitask train --resume {quote(str(self._directory))}`"
+        go_on = f"`multitask resume {quote(str(self._directory))}`"
         try:
             where = self._store.where()
         except CheckpointError as problem:
@@ -351,7 +330,10 @@ class Training:
         # A task without a record gets the class list of its table. So a task that is removed leaves the spec first, and
         # one that is added has learned nothing yet.
         keep_trying("The spec", lambda: write_spec(self._directory / "spec.yaml", self._job.spec))
-        keep_trying("The record of the tasks", lambda: write_tasks(self._directory, self._job))
+        # The records are those in memory, because somebody may have damaged the file.
+        self._records = keep_trying(
+            "The record of the tasks", lambda: write_tasks(self._directory, self._job, self._records)
+        )
 
     def interrupt(self) -> None:
         """Let all workers stop after their step, with a checkpoint; then `run` raises Stopped."""
@@ -367,7 +349,7 @@ class Training:
             try:
                 # The changed job is built before the pause: an error is answered while training goes on, and only this
                 # process reads and checks a new task's data.
-                job = self._job.changed(_changed(self._job.spec, request))
+                job = self._job.changed(changed_spec(self._job.spec, request))
                 check_places(self._cluster, job.spec)
             except Exception as error:  # of any kind, also from a filesystem: a bad request must not end the run
                 self._requests.answer(request, str(error) or repr(error))
@@ -391,7 +373,7 @@ class Training:
         self._keep_spec()
         # A task that is added later under the name of a removed one is a different task.
         (self._directory / "best.safetensors").unlink(missing_ok=True)
-        self._tracker.add_tasks(_task_params(spec))
+        self._tracker.track_tasks(task_params(spec))
         self._monitor.change_tasks(self._job)
         log.info("The tasks are now %s.", ", ".join(task.name for task in spec.tasks))
         self._requests.answer(request)
@@ -399,6 +381,7 @@ class Training:
     def _finish(self, outcome: Outcome, seconds: float) -> None:
         """Write the last version and the run's result."""
         self._keep_directory()
+        self._keep_spec()  # whatever somebody has done to it
         self._write_version("last", outcome.versions["last"])
         if self._best_tasks() is None:  # it was removed or damaged while the run went on
             self._write_version("best", outcome.versions.get("best", outcome.versions["last"]))
@@ -418,24 +401,3 @@ class Training:
         path = self._directory / "result.json"
         keep_trying(f"'{path}'", lambda: write_json(path, result))
         self._tracker.log_artifact(path)
-
-
-def _changed(spec: JobSpec, request: Request) -> JobSpec:
-    """Return the job's spec after a request that adds or removes a task, with absolute paths as from the start.
-
-    Raises:
-        SpecError: the change cannot be made.
-    """
-    content = dump_spec(spec)
-    names = [task.name for task in spec.tasks]
-    if request.attach is not None:
-        content["tasks"] = [*content["tasks"], request.attach]
-    if request.remove is not None:
-        if request.remove not in names:
-            raise SpecError(f"the run has no task '{request.remove}', only {names}.")
-        content["tasks"] = [task for task in content["tasks"] if task["name"] != request.remove]
-    return absolute(load_spec(content))
-
-
-def _task_params(spec: JobSpec) -> dict[str, dict[str, Any]]:
-    return {task["name"]: task for task in dump_spec(spec)["tasks"]}

@@ -163,6 +163,8 @@ class Evaluation:
     """True if the mean top-1 is above that of every version evaluated before."""
     groups: dict[str, GroupValues]
     """The values of the version: shared groups, and private groups as of their task's last push up to it."""
+    server: int
+    """Incarnation of the server that evaluated it. Another server's version of the same number has other values."""
 
     @property
     def mean_top1(self) -> float:

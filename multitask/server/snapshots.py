@@ -232,5 +232,5 @@ class Snapshots:
         mean = mean_top1(pending.metrics.values())
         best = mean > self._progress.best_top1
         self._progress.best_top1 = max(mean, self._progress.best_top1)
-        rounds = math.floor(pending.progress.rounds)
-        return Evaluation(pending.request.version, rounds, pending.metrics, best, pending.evaluated)
+        request, rounds = pending.request, math.floor(pending.progress.rounds)
+        return Evaluation(request.version, rounds, pending.metrics, best, pending.evaluated, request.server_incarnation)

@@ -1,10 +1,12 @@
 """Types of a job spec's values, with the ranges that pydantic checks."""
 
+import math
 import os
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from multitask.spec.errors import SpecError, quoted
 
@@ -26,6 +28,40 @@ def _on_the_scale_of_pixels(value: float) -> float:
             "expected a number from 0 to 1, the scale of the pixels; divide numbers on the scale 0 to 255 by 255"
         )
     return value
+
+
+Augmentation = Literal["crop_flip", "resize_crop", "flip", "color_jitter", "rand_augment"]
+
+
+def _augmentations(value: Any) -> Any:
+    """Return one name as it is, and several as a tuple."""
+    names = [value] if isinstance(value, str) else value
+    if names == ["none"]:
+        return "none"
+    known = get_args(Augmentation)
+    allowed = f"none, or one or several of {', '.join(known)}"
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"expected {allowed}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"expected {allowed}, found {quoted(unknown[0])} in it")
+    made = [part for name in names for part in (("resize_crop", "flip") if name == "crop_flip" else (name,))]
+    if len(set(made)) < len(made):
+        raise ValueError("it names a change twice; crop_flip stands for resize_crop and flip")
+    return names[0] if len(names) == 1 else tuple(names)
+
+
+def _class_weights(value: Any) -> Any:
+    """Return a name as it is, and the weights of classes as numbers."""
+    if isinstance(value, str) and value in ("none", "balanced"):
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("expected none, balanced, or class names and their weights, for example {cat: 2.0}")
+    for name, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (isinstance(name, str) and number and 0 < weight < math.inf):
+            raise ValueError(f"the weight of class {quoted(name)} is {quoted(weight)}; expected a number above 0")
+    return {name: float(weight) for name, weight in value.items()}
 
 
 def from_home(path: str) -> str:
@@ -66,3 +102,14 @@ Spread = Annotated[Pixel, Field(gt=0)]
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^([A-Za-z0-9.-]+/)?{LABEL}$")]
 LabelValue = Annotated[str, Field(pattern=rf"^{LABEL}$")]
+Augmentations = Annotated[
+    Literal["none"] | Augmentation | tuple[Augmentation, ...],
+    PlainValidator(_augmentations, json_schema_input_type=Literal["none"] | Augmentation | tuple[Augmentation, ...]),
+    PlainSerializer(lambda value: value),  # pydantic's own warns of the list that it makes of a tuple
+]
+"""One name, or a tuple of several."""
+ClassWeights = Annotated[
+    Literal["none", "balanced"] | dict[str, float],
+    PlainValidator(_class_weights, json_schema_input_type=Literal["none", "balanced"] | dict[str, Rate]),
+]
+"""A name, or class name -> weight."""

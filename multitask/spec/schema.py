@@ -12,7 +12,9 @@ from multitask.spec.errors import quoted
 from multitask.spec.fields import (
     STRICT,
     Amount,
+    Augmentations,
     Classes,
+    ClassWeights,
     Count,
     LabelKey,
     LabelValue,
@@ -82,9 +84,20 @@ class TaskSpec:
     them."""
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Labels that a node needs to hold a worker of this task: {zone: west}. Engine `local` ignores them."""
-    augment: Literal["none", "crop_flip"] = "none"
-    """`none` only resizes the training images. `crop_flip` takes random resized crops and flips them horizontally at
-    random."""
+    augment: Augmentations = "none"
+    """Random changes of the training images, a name or a list of names. `none` only resizes them; `resize_crop` takes
+    random resized crops; `flip` mirrors half of them; `crop_flip` does both; `color_jitter` changes brightness,
+    contrast and saturation; `rand_augment` is RandAugment with torchvision's defaults."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Whether the images of a batch are mixed with each other, and their labels in the same shares."""
+    mix_alpha: Rate | None = None
+    """Both parameters of the Beta distribution of the share; by default 0.2 for `mixup` and 1.0 for `cutmix`."""
+    sampling: Literal["natural", "balanced"] = "natural"
+    """How often a training image is read in an epoch: once (`natural`), or so often that all classes give the same
+    number of images (`balanced`). An epoch is equally long in both."""
+    class_weights: ClassWeights = "none"
+    """Weights of the classes in the training loss: `balanced` (number of images / number of classes / images of the
+    class), or a number for each class name, 1 for the classes that are not named."""
     cache_features: PathText | None = None
     """Folder on a local disk that stores the outputs of the frozen backbone for each training image, so that only the
     first epoch computes them. Tasks and later runs may share the folder."""
@@ -132,6 +145,25 @@ class TaskSpec:
         return self
 
     @model_validator(mode="after")
+    def _mixing_mixes(self) -> Self:
+        if self.mix == "none" and self.mix_alpha is not None:
+            raise ValueError(f"mix_alpha is {self.mix_alpha:g}, but mix is 'none'; set mix, or leave mix_alpha out")
+        if self.mix != "none" and self.batch_size == 1:
+            raise ValueError(
+                f"mix is '{self.mix}', which mixes the images of a batch, but batch_size is 1; set 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_are_balanced_once(self) -> Self:
+        if self.sampling == self.class_weights == "balanced":
+            raise ValueError(
+                "sampling and class_weights are both 'balanced', so rare classes would count twice as intended; leave "
+                "one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cpus_and_gpus_are_the_jobs(self) -> Self:
         not_custom = sorted(self.resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"})
         if not_custom:
@@ -147,7 +179,7 @@ class TaskSpec:
             return self
         if "://" in self.cache_features:
             raise ValueError(f"cache_features is '{self.cache_features}', but it has to be a folder on a local disk")
-        for key, allowed in (("augment", "none"), ("precision", "float32")):
+        for key, allowed in (("augment", "none"), ("mix", "none"), ("precision", "float32")):
             if getattr(self, key) != allowed:
                 raise ValueError(
                     f"cache_features needs {key} '{allowed}', but {key} is '{getattr(self, key)}'; "

@@ -154,6 +154,20 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def read_anew(value: Any) -> Any:
+    """Return plain data that version 0.1 has read from a spec as this version reads the same text.
+
+    Version 0.1 took `1e-3` for text.
+
+    Raises:
+        ValueError: the data is not that of a spec.
+    """
+    try:
+        return _parse(yaml.safe_dump(value))
+    except yaml.YAMLError as error:
+        raise ValueError(_problem(error)) from None
+
+
 def check_plain(value: Any, where: str, key: str = "", depth: int = 1) -> None:
     """Check that a value is plain data, as a spec's file can hold it.
 

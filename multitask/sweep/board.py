@@ -8,13 +8,14 @@ from statistics import mean
 from typing import Any
 
 from ray import tune
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from multitask.sweep.actor import METRIC, ROUND
 from multitask.sweep.outcomes import TrialOutcome
-from multitask.sweep.plan import TrialPlan, short_names, show
+from multitask.sweep.plan import TrialPlan, describe
 
 BEST_SHOWN = 10
 """Number of trials in a table of the best ones."""
@@ -74,22 +75,23 @@ class Standing:
         ahead = "" if left is None else f"; about {duration(left)} left" if left else "; done"
         return f"{name}: {self.trials} trials, {states}{ahead}"
 
-    def table(self, name: str, now: float) -> Table:
-        """Return the table: the running trials, then the best of the others."""
+    def table(self, name: str, now: float) -> Group:
+        """Return the title and the table: the running trials, then the best of the others."""
         lines = list(self.lines.values())
         running = [line for line in lines if line.state == "running"]
         known = [line for line in lines if line.state != "running" and line.top1 is not None]
         best = sorted(known, key=lambda line: -(line.top1 or 0.0))[:BEST_SHOWN]
-        names = short_names(self.keys)
-        table = Table(title=self.title(name, now), title_justify="left")
-        for column in ("trial", *names.values(), "state", "rounds", "validation top-1 %"):
-            table.add_column(column, justify="left" if column in names.values() else "right")
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("trial", "state", "rounds", "top-1 %"):
+            table.add_column(column, justify="right", no_wrap=True)
+        # The only column that a narrow terminal breaks, if possible between two keys.
+        table.add_column("setting", overflow="fold")
         for line in (*running, *best):
-            values = [show(line.plan.values[key]) for key in names]
             accuracy = "" if line.top1 is None else f"{line.top1:.2f}"
             rounds = f"{line.round}/{line.plan.spec.steps}"
-            table.add_row(str(line.plan.number), *values, line.state, rounds, accuracy)
-        return table
+            setting = Text(describe({key: line.plan.values[key] for key in self.keys}))
+            table.add_row(str(line.plan.number), line.state, rounds, accuracy, setting)
+        return Group(Text(self.title(name, now), style="bold"), table)
 
     @property
     def _unknown(self) -> int:
@@ -150,7 +152,7 @@ class Board(tune.Callback):
         plan = trial.config["plan"]
         return self.standing.lines.setdefault(plan.number, Line(plan))
 
-    def _render(self) -> Table:
+    def _render(self) -> Group:
         return self.standing.table(self._name, time.monotonic())
 
 

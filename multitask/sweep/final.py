@@ -37,7 +37,9 @@ class Verdict:
 
 def stopped(directory: Path, exit_status: int = Stopped.exit_status) -> Stopped:
     """Return the exception that says that a sweep was interrupted, and how to continue it."""
-    stop = Stopped(f"Stopped. Continue with the same command and --resume; everything is in {directory}")
+    stop = Stopped(
+        f"Stopped. Continue with the same command and --resume (in Python go_on=True); everything is in {directory}"
+    )
     stop.exit_status = exit_status
     return stop
 

@@ -143,15 +143,18 @@ def _check_directory(spec: SweepSpec, directory: Path, go_on: bool) -> None:
     if not go_on:
         if directory.exists() and any(directory.iterdir()):
             raise SpecError(
-                f"'{directory}' is not empty. Continue the sweep in it (--resume), name another with `directory`, or "
-                "remove it."
+                f"'{directory}' is not empty. Continue the sweep in it (--resume; in Python go_on=True), name another "
+                "one with `directory`, or remove it."
             )
     elif not (directory / SPEC).is_file():
-        raise RunError(f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume.")
+        raise RunError(
+            f"'{directory}' holds no sweep (no {SPEC}). Start it without --resume (in Python without go_on=True)."
+        )
     elif read_yaml(directory / SPEC) != dump_sweep(spec):
         raise SpecError(
             f"The sweep in '{directory}' began with another spec than this one: compare {directory / SPEC}. Continue "
-            "with that spec and with the --mlflow-uri that it began with, or name another `directory`."
+            "with that spec and with the --mlflow-uri (in Python mlflow_uri) that it began with, or name another "
+            "`directory`."
         )
 
 

@@ -11,7 +11,9 @@ from optuna.samplers import BaseSampler, TPESampler
 from ray.tune.search.optuna import OptunaSearch
 
 from multitask.run.directory import write_json
-from multitask.run.files import checked, read_json
+from multitask.run.files import checked, damaged, read_json
+from multitask.spec.errors import quoted
+from multitask.spec.text import read_anew
 from multitask.sweep.actor import METRIC
 from multitask.sweep.outcomes import read_outcome
 from multitask.sweep.plan import TrialPlan
@@ -19,6 +21,7 @@ from multitask.sweep.spec import Dimension, OptunaSearcher, SweepSpec
 
 SETTINGS = "settings.json"
 """File in the sweep's directory with the suggested settings, in the order of the trials."""
+REMEDY = "Restore it from a copy, or start the sweep in a new directory."
 
 
 class Suggestions(OptunaSearch):
@@ -33,13 +36,15 @@ class Suggestions(OptunaSearch):
         Args:
             plan: makes a trial from its number and setting; an error that it raises ends the sweep.
         Raises:
-            RunError: the file of the settings is damaged.
+            RunError: the file of the settings is damaged, or has a value that the space does not have.
         """
         assert isinstance(spec.searcher, OptunaSearcher)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the live table shows the trials
         self._plan, self._dimensions = plan, spec.dimensions
         self._file = spec.run_directory / SETTINGS
-        self._settings = read_settings(self._file)
+        self._settings = [
+            self._known(number, values) for number, values in enumerate(read_settings(self._file), start=1)
+        ]
         self._trials: dict[str, TrialPlan] = {}
         super().__init__(
             {key: _distribution(dimension) for key, dimension in spec.dimensions.items()},
@@ -76,6 +81,17 @@ class Suggestions(OptunaSearch):
     def save(self, checkpoint_path: str) -> None:
         """Create an empty file, because Tune wants one. It is never read: sweeps resume from their run directories."""
         Path(checkpoint_path).touch()
+
+    def _known(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a setting of an earlier start with the values of the space.
+
+        Raises:
+            RunError: the space does not have one of them.
+        """
+        try:
+            return {key: _named(dimension, values[key]) for key, dimension in self._dimensions.items()}
+        except (KeyError, ValueError) as error:
+            raise damaged(self._file, f"setting {number} does not fit the space: {error}", REMEDY) from error
 
     def _values(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Return the setting that one of Optuna's points stands for."""
@@ -121,8 +137,24 @@ def read_settings(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: the file is damaged.
     """
-    remedy = "Restore it from a copy, or start the sweep in a new directory."
-    return checked(list[dict[str, Any]], read_json(path, remedy), path, remedy) if path.exists() else []
+    return checked(list[dict[str, Any]], read_json(path, REMEDY), path, REMEDY) if path.exists() else []
+
+
+def _named(dimension: Dimension, value: Any) -> Any:
+    """Return a value that an earlier start has written down as the spec names it today.
+
+    Raises:
+        ValueError: the spec does not have it.
+    """
+    if dimension.log_uniform is not None:
+        low, high = dimension.log_uniform
+        if isinstance(value, int | float) and low <= value <= high:
+            return value
+    elif value in dimension.named:
+        return value
+    elif (today := read_anew(value)) in dimension.named:  # version 0.1 took 1e-3 for text
+        return today
+    raise ValueError(f"found {quoted(value)}")
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -3,6 +3,7 @@
 from multitask.worker.gradients import ONE_AT_A_TIME, StepSettings, problem_of, task_loss
 from multitask.worker.learner import Learner, StepResult
 from multitask.worker.loop import train_steps
+from multitask.worker.mixing import make_mix
 from multitask.worker.network_learner import NetworkLearner
 from multitask.worker.server import Server, Values
 from multitask.worker.snapshots import SnapshotPart
@@ -19,6 +20,7 @@ __all__ = [
     "TaskWorker",
     "Values",
     "WorkerStart",
+    "make_mix",
     "problem_of",
     "task_loss",
     "train_steps",

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from multitask.errors import TrainingError
 from multitask.server.messages import is_finite
 from multitask.worker.buffers import ModelBuffers
 from multitask.worker.learner import StepResult
+from multitask.worker.mixing import Mix
 from patches import PatchedModel
 
 ONE_AT_A_TIME = threading.Lock()
@@ -37,11 +39,13 @@ class StepSettings:
     clip_norm: float | None
     """Largest L2 norm of a step's gradients, over all groups together; longer ones are scaled. None: no clipping."""
     loss: Callable[[Any, Tensor], Tensor]
-    """From the model's outputs and the labels (B,) to the mean loss."""
+    """From the model's outputs and the labels, (B,) or shares of the classes (B, C), to the mean loss."""
+    mix: Mix | None
+    """Mixes the images of a batch and their labels; None leaves both as they are."""
     device: torch.device
     """Holds the model and its gradients."""
     seed: int
-    """With the worker's name and the step, it decides the random numbers of dropout and stochastic depth."""
+    """With the worker's name and the step, it decides the random numbers of dropout, stochastic depth and mixing."""
 
 
 class GradientComputer:
@@ -101,8 +105,13 @@ class GradientComputer:
     def _add_gradients(self, batch: Batch, step: int) -> float:
         """Run forward and backward on one batch; return the batch's share of the step's loss."""
         device, precision, accumulate = self._settings.device, self._settings.precision, self._settings.accumulate
+        images = None if batch.pixels is None else batch.images(device)
+        labels = batch.labels.to(device)
+        if self._settings.mix is not None:
+            assert images is not None, "a task whose images are mixed stores no features"
+            images, labels = self._settings.mix(images, labels)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = self._settings.loss(self._outputs(batch), batch.labels.to(device)) / accumulate
+            loss = self._settings.loss(self._outputs(batch, images), labels) / accumulate
         loss.backward()
         loss_value = loss.item()
         if not math.isfinite(loss_value):
@@ -113,16 +122,15 @@ class GradientComputer:
         self._buffers.add_batch_statistics(1 / accumulate)
         return loss_value
 
-    def _outputs(self, batch: Batch) -> Any:
-        """Return the model's outputs for a batch.
+    def _outputs(self, batch: Batch, images: Tensor | None) -> Any:
+        """Return the model's outputs for the images of a batch.
 
         Features of the frozen backbone that come with the batch are not computed again. With a cache, features that
         had to be computed are stored.
         """
         device = self._settings.device
-        images = None
-        if batch.pixels is not None:
-            images = batch.images(device).contiguous(memory_format=torch.channels_last)
+        if images is not None:
+            images = images.contiguous(memory_format=torch.channels_last)
         if batch.features is not None:
             shared = {step: feature.to(device) for step, feature in batch.features.items()}
         elif self._cache is None:
@@ -166,18 +174,38 @@ def problem_of(gradients: Mapping[str, Tensor]) -> str | None:
     return f"it holds a gradient that is not finite in group '{bad[0]}'" if bad else None
 
 
-def task_loss(outputs: Any, labels: Tensor, *, label_smoothing: float, auxiliary_weight: float) -> Tensor:
-    """Return the cross-entropy of logits (B, C) with labels (B,), averaged over the batch.
+def task_loss(
+    outputs: Any,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    auxiliary_weight: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Return the cross-entropy of logits (B, C), averaged over the batch.
 
     A backbone with an auxiliary branch gives two logits; the second one's loss is added with its weight.
 
+    Args:
+        labels: shape (B,), int64; or the share of each class in each image, shape (B, C), whose sums are 1.
+        class_weights: shape (C,): the average of losses l_i becomes sum_i w_i l_i / sum_i w_i, where w_i is the weight
+            of image i's class, or the mean weight of its shares. Without them, all images count alike.
     Source: Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016: auxiliary classifier and smoothing.
+        With class weights, smoothing is torch's: the part of the label that is spread over all classes has their
+        weights in the numerator, and the denominator has those of the labels before smoothing.
     """
+    loss = partial(_cross_entropy, labels=labels, label_smoothing=label_smoothing, class_weights=class_weights)
     if isinstance(outputs, tuple):
         logits, auxiliary = outputs
-        auxiliary_loss = functional.cross_entropy(auxiliary, labels, label_smoothing=label_smoothing)
-        return (
-            functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            + auxiliary_weight * auxiliary_loss
-        )
-    return functional.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+        auxiliary_loss = loss(auxiliary)
+        return loss(logits) + auxiliary_weight * auxiliary_loss
+    return loss(outputs)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    """Return the weighted average of the cross-entropies of a batch."""
+    loss = functional.cross_entropy(logits, labels, class_weights, label_smoothing=label_smoothing)
+    if labels.ndim == 1 or class_weights is None:
+        return loss
+    # Where labels are shares of classes, torch divides the sum by the number of images, not by that of their weights.
+    return loss * len(labels) / (labels * class_weights).sum()

@@ -1,5 +1,6 @@
 """Ways to damage a file: bytes that changed on their way, and content that somebody wrote on purpose."""
 
+import copy
 import json
 import struct
 from random import Random
@@ -73,7 +74,10 @@ def value(random: Random, old: Any = None) -> Any:
     """Return a value for an entry: near the old one, or of another size or type."""
     if isinstance(old, int | float) and abs(old) < 2**63 and random.random() < 0.3:
         return random.choice((old + 1, old - 1, -old, old * 2, float(old), str(old), [old]))
-    return random.choice((random.choice(NUMBERS), random.choice(TEXTS), random.choice(METHODS), random.choice(OTHERS)))
+    chosen = random.choice(
+        (random.choice(NUMBERS), random.choice(TEXTS), random.choice(METHODS), random.choice(OTHERS))
+    )
+    return copy.deepcopy(chosen)  # a list of `OTHERS` may be changed later, and must not get into itself
 
 
 def edit(random: Random, tree: Any) -> None:

@@ -1,15 +1,15 @@
 """Reads one file after another and judges what comes of it: an answer, one of the documented errors, or a fault."""
 
+import os
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-
-from tests.fuzz import cases, is_long
+from tests.fuzz import cases, first_seed, is_long
 
 LONGEST_S, MOST_BYTES = 1.0, 300 * 2**20
 """Limits for the processor time and the additional memory of one small file."""
@@ -27,14 +27,16 @@ class Counts:
     tried: int = 0
     accepted: int = 0
     refused: int = 0
-    wrong: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    """Where and what -> number of cases. Faults of one place in the code count as one kind."""
     slowest_s: float = 0.0
     largest_bytes: int = 0
 
     def __str__(self) -> str:
         return (
             f"\n{self.kind}: {self.tried:,} tried, {self.accepted:,} accepted, {self.refused:,} refused, "
-            f"{self.wrong:,} wrong; slowest {self.slowest_s:.2f} s, largest {self.largest_bytes / 2**20:.0f} MiB"
+            f"{self.faults.total():,} wrong; slowest {self.slowest_s:.2f} s, "
+            f"largest {self.largest_bytes / 2**20:.0f} MiB"
         )
 
 
@@ -45,9 +47,10 @@ def fuzz(
     make: Callable[[Random], bytes],
     read: Callable[[bytes], None],
 ) -> None:
-    """Try files and fail on the first one that is not treated as docs/security.md promises.
+    """Try files, and fail at the end if one of them was not treated as docs/security.md promises.
 
-    The failure names the case by its seed: `make(Random(seed))` makes its file again.
+    The first fault of each kind is printed at once, with the command that makes and reads its file again. If a file
+    ends the whole process, the first seed, which is printed at the start, leads to it.
 
     Args:
         kind: name of the files in the counts, which are printed at the end.
@@ -56,29 +59,37 @@ def fuzz(
         make: makes a file from a source of random numbers.
         read: reads a file. It raises AssertionError if the file was accepted and should not have been.
     """
-    counts = Counts(kind)
-
-    @settings(
-        max_examples=cases(default),
-        deadline=None,
-        database=None,
-        derandomize=not is_long(),  # `make test` tries the same files each time
-        phases=(Phase.explicit, Phase.generate),
-    )
-    @given(seed=st.integers(0, 2**64 - 1))
-    def one(seed: int) -> None:
-        data = make(Random(seed))
-        counts.tried += 1
-        counts.wrong += 1  # until the case has passed
-        refused = _judged(counts, data, errors, read)
-        counts.wrong -= 1
-        counts.refused += refused
-        counts.accepted += not refused
-
+    counts, first = Counts(kind), first_seed()
+    print(f"\n{kind}: {cases(default):,} seeds from {first}")
     try:
-        one()
+        for seed in range(first, first + cases(default)):
+            counts.tried += 1
+            try:
+                data = make(Random(seed))
+                refused = _judged(counts, data, errors, read)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as fault:  # a panic of a library in Rust is no Exception
+                _note(counts, fault, seed)
+            else:
+                counts.refused += refused
+                counts.accepted += not refused
     finally:
         print(counts)
+    if counts.faults:
+        found = "; ".join(f"{number} x {fault}" for fault, number in counts.faults.most_common())
+        raise AssertionError(f"{kind}: {counts.faults.total()} of {counts.tried} files are not treated well: {found}")
+
+
+def _note(counts: Counts, fault: BaseException, seed: int) -> None:
+    """Count a fault. The first one of its kind is printed, with the command that repeats it."""
+    place = traceback.extract_tb(fault.__traceback__)[-1]
+    which = f"{type(fault).__name__} in {place.name} ({Path(place.filename).name}:{place.lineno})"
+    counts.faults[which] += 1
+    if counts.faults[which] == 1:
+        test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+        print(f"\n{counts.kind}: {which}: {str(fault)[:LONGEST_MESSAGE]}")
+        print(f"Again: FUZZ_SEED={seed} FUZZ_CASES=1 .venv/bin/python -m pytest -s '{test}'", flush=True)
 
 
 def _judged(counts: Counts, data: bytes, errors: tuple[type[Exception], ...], read: Callable[[bytes], None]) -> bool:

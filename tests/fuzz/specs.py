@@ -43,7 +43,8 @@ def spec_file(random: Random, spec: Mapping[str, Any]) -> bytes:
 
 def has_a_key_twice(data: bytes) -> bool:
     """Return whether a mapping of a YAML file has a key twice."""
-    waiting, seen = [yaml.compose(data.decode("utf-8-sig"))], set()
+    # PyYAML's parser in Python refuses tabs between two values, which YAML allows.
+    waiting, seen = [yaml.compose(data.decode("utf-8-sig"), Loader=yaml.CSafeLoader)], set()
     while waiting:
         node = waiting.pop()
         if id(node) in seen or isinstance(node, yaml.ScalarNode):

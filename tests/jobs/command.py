@@ -11,9 +11,21 @@ import pytest
 from jobs.cli import main
 
 
-def multitask(*arguments: object) -> CompletedProcess[str]:
-    """Run `multitask ARGUMENTS`, and return what it prints and its exit status."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+class Terminal(io.StringIO):
+    """A text that takes itself for a terminal. The environment variable COLUMNS is its width."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def multitask(*arguments: object, terminal: bool = False) -> CompletedProcess[str]:
+    """Run `multitask ARGUMENTS`, and return what it prints and its exit status.
+
+    Args:
+        terminal: whether it prints to a terminal and not to a pipe.
+    """
+    kind = Terminal if terminal else io.StringIO
+    out, err, status = kind(), kind(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["multitask", *map(str, arguments)])
         try:

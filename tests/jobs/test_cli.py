@@ -5,14 +5,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import ray
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 
+from jobs.cli import VERBS, app
 from multitask import Stopped, train
 from multitask.run.directory import write_spec
 from multitask.run.live import read_status
@@ -43,9 +48,9 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
     standing = json.loads(multitask("status", run, "--json").stdout)
     assert (standing["state"], standing["tasks"]["pets"]["made"]) == ("finished", 2)
     assert "2/2" in multitask("status", run).stdout
-    again = multitask("train", "--resume", run)
+    again = multitask("resume", run)
     assert (again.returncode, "has ended" in again.stderr) == (1, True)
-    late = multitask("train", "--remove", run, "--task", "cars")
+    late = multitask("remove", run, "cars")
     assert (late.returncode, "is finished" in late.stderr) == (1, True)
 
     exported = json.loads(multitask("export", run, "--json").stdout)
@@ -99,6 +104,32 @@ def test_every_verb_has_help(arguments: list[str]) -> None:
     assert "Usage" in shown.stdout
 
 
+def test_the_help_shows_every_verb_in_the_order_of_work() -> None:
+    order = list(chain.from_iterable(VERBS.values()))
+    verbs = get_command(app).commands.keys()
+    assert verbs <= set(order)
+    shown = multitask("-h").stdout
+    places = [shown.index(f"\n  {verb} ") for verb in order if verb in verbs]
+    assert places == sorted(places)
+    assert all(option in shown for option in ("--version", "--debug", "--install-completion", "-h, --help"))
+    assert shown == multitask("--help").stdout
+
+
+def test_the_versions_in_use_are_printed() -> None:
+    shown = multitask("--version")
+    assert shown.returncode == 0
+    assert f"torch {torch.__version__.partition('+')[0]}" in shown.stdout
+    assert f"ray {ray.__version__}" in shown.stdout
+
+
+def test_the_shell_completes_verbs_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MULTITASK_COMPLETE", "complete_bash")
+    for typed, completed in (("multitask st", ["status"]), ("multitask evaluate --sa", ["--save-predictions"])):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+        assert multitask().stdout.split() == completed
+
+
 def test_ctrl_c_ends_training_with_status_130_and_says_how_to_go_on(
     make_spec: Callable[..., JobSpec], tmp_path: Path
 ) -> None:
@@ -110,7 +141,7 @@ def test_ctrl_c_ends_training_with_status_130_and_says_how_to_go_on(
     thread.join()
 
     assert stopped.returncode == 130
-    assert f"multitask train --resume {spec.run_directory}" in stopped.stderr
+    assert f"multitask resume {spec.run_directory}" in stopped.stderr
     assert json.loads(multitask("status", spec.run_directory, "--json").stdout)["state"] == "stopped"
 
 
@@ -118,11 +149,11 @@ def test_sigterm_ends_training_with_status_143(spec_file: Path, monkeypatch: pyt
     def stopped(*_: object, **__: object) -> None:
         with sigterm_as_ctrl_c(), first_interrupt(lambda: None):
             signal.raise_signal(signal.SIGTERM)
-            raise Stopped("Go on with: multitask train --resume")
+            raise Stopped("Go on with: multitask resume")
 
     monkeypatch.setattr("multitask.train", stopped, raising=False)
     ended = multitask("train", spec_file)
-    assert (ended.returncode, ended.stderr) == (143, "Go on with: multitask train --resume\n")
+    assert (ended.returncode, ended.stderr) == (143, "Go on with: multitask resume\n")
 
 
 def test_track_sends_what_waits(tmp_path: Path) -> None:
@@ -141,8 +172,8 @@ def test_tasks_join_and_leave_a_running_job(make_spec: Callable[..., JobSpec], t
 
     def change() -> None:
         wait_until(lambda: (run / "status.json").is_file() and read_status(run)["tasks"]["pets"]["made"] > 0)
-        changes.append(multitask("train", "--attach", run, "--task", more))
-        changes.append(multitask("train", "--remove", run, "--task", "cars"))
+        changes.append(multitask("attach", run, more))
+        changes.append(multitask("remove", run, "cars"))
         wait_until(lambda: read_status(run)["tasks"]["more"]["made"] > 0)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -190,10 +221,11 @@ def test_a_bundle_of_another_backbone_is_refused(make_spec: Callable[..., JobSpe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Name one of: a job spec, --resume RUN"),
-        (["job.yaml", "--resume", "runs/job"], "Name one of: a job spec, --resume RUN"),
-        (["--attach", "runs/job"], "--task needs one of the two"),
-        (["job.yaml", "--task", "pets"], "--task needs one of the two"),
+        ([], "needs either a job spec, with or without --overwrite, or --resume RUN"),
+        (["job.yaml", "--resume", "runs/job"], "needs either a job spec"),
+        (["--overwrite", "--resume", "runs/job"], "needs either a job spec"),
+        (["--attach", "runs/job", "--task", "food.yaml"], "`multitask attach RUN FILE`"),
+        (["--remove", "runs/job", "--task", "cars"], "`multitask remove RUN TASK`"),
     ],
 )
 def test_train_says_what_goes_together(arguments: list[str], message: str) -> None:
@@ -205,7 +237,7 @@ def test_train_says_what_goes_together(arguments: list[str], message: str) -> No
 def test_a_task_file_is_checked_before_the_job_is_asked(tmp_path: Path) -> None:
     task = tmp_path / "task.yaml"
     task.write_text("{name: more, data: ./food, metod: last_layer, resolution: 8}")
-    refused = multitask("train", "--attach", tmp_path, "--task", task)
+    refused = multitask("attach", tmp_path, task)
     assert refused.returncode == 1
     assert f"{task}: metod: unknown key; did you mean method?" in refused.stderr
 

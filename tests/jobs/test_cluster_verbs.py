@@ -185,6 +185,9 @@ def test_other_verbs_work_on_the_storage(cluster: Cluster) -> None:
         ["evaluate", "/shared/job", "--save-predictions=/shared/predictions", "--split", "test"],
         ["cascade", "fit", "/shared/predictions", "--to", "/shared/pets.json", "--cost-table=/shared/costs.csv"],
         ["train", "--resume", "/shared/job"],
+        ["resume", "/shared/job"],
+        ["attach", "/shared/job", "/shared/food.yaml"],
+        ["remove", "/shared/job", "cars"],
     ):
         done = multitask("submit", *arguments, "--storage", "/shared")
         assert done.returncode == 0, done.stderr
@@ -197,7 +200,7 @@ def test_other_verbs_work_on_the_storage(cluster: Cluster) -> None:
         (["export", "runs/job"], "run is 'runs/job'"),
         (["evaluate", "/shared/job", "--save-predictions=predictions"], "save_predictions is 'predictions'"),
         (["cascade", "run", "/shared/a.cascade", "s3://bucket/pets", "--to", "/tmp/a.parquet"], "to is '/tmp/a.parq"),
-        (["demo"], "'demo' cannot be submitted; train, sweep, evaluate, cascade, export can."),
+        (["demo"], "'demo' cannot be submitted; train, resume, attach, remove, sweep, evaluate, cascade, export can."),
         (["cascade", "fitt"], "'cascade' must be followed by one of fit, evaluate, run, plot."),
         (["export", "/shared/job", "--versoin", "last"], "No such option: --versoin"),
         (["export", "/shared/job", "--version", "newest"], "newest"),

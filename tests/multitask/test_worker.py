@@ -72,10 +72,10 @@ def test_gradients_and_batch_statistics_of_a_step_are_means_over_its_batches(mak
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_draws_the_same_in_a_step_whoever_makes_it(make_spec: MakeSpec) -> None:
+@pytest.mark.parametrize(("task", "dropout"), [({}, 0.5), ({"mix": "mixup"}, 0.0), ({"mix": "cutmix"}, 0.0)])
+def test_a_step_draws_the_same_whoever_makes_it(make_spec: MakeSpec, task: dict[str, str], dropout: float) -> None:
     """So a step that is redone, or made by another process, gives the same gradients."""
-    changes = {"backbone": {"options": {"dropout": 0.5}}}
-    spec = make_spec({"pets": {}}, **changes)
+    spec = make_spec({"pets": task}, backbone={"options": {"dropout": dropout}})
     job, first = worker_of(spec)
     push, *_ = first.compute()
     expected = gradients_of(*first.compute())

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice, product
+from multiprocessing.connection import Connection, wait
 
 import torch
 
@@ -103,11 +104,44 @@ def prepare_process() -> None:
 
 
 def _results(runs: Sequence[Run], processes: int) -> Iterator[Result]:
+    """Yield what came of each run, in the order in which the processes have them."""
     if processes == 1:
         yield from map(_check_run, runs)
         return
-    with multiprocessing.get_context("fork").Pool(processes, prepare_process) as pool:
-        yield from pool.imap_unordered(_check_run, runs, chunksize=4)
+    context = multiprocessing.get_context("fork")
+    pipes: list[Connection] = []
+    workers = []
+    for first in range(processes):
+        pipe, end = context.Pipe(duplex=False)
+        workers.append(context.Process(target=_work, args=(runs[first::processes], end)))
+        workers[-1].start()
+        end.close()
+        pipes.append(pipe)
+    left = len(runs)
+    try:
+        while pipes:
+            for ready in wait(pipes):
+                assert isinstance(ready, Connection)
+                try:
+                    yield ready.recv()
+                    left -= 1
+                except EOFError:
+                    pipes.remove(ready)
+        if left:
+            raise RuntimeError(f"A process of the simulation ended before its last run: {left} runs are missing.")
+    finally:
+        for worker in workers:
+            worker.kill()  # which no schedule can take for the SIGTERM of a user
+
+
+def _work(runs: Sequence[Run], pipe: Connection) -> None:
+    """Do some runs in a process, which looks for unreachable objects between them, and among theirs only."""
+    prepare_process()
+    gc.freeze()
+    gc.disable()
+    for run in runs:
+        pipe.send(_check_run(run))
+        gc.collect()
 
 
 def _check_run(run: Run) -> Result:

@@ -203,8 +203,10 @@ def private_tensors_are_as_of_the_last_push(story: Story) -> Complaints:
     for view, life in all_views(story):
         if not view.job.spec.train_shared:
             continue
-        # A driver that went on from a checkpoint made later steps again, so only its own versions can be compared.
-        ends = final.applied if final is not None and life == len(story.lives) - 1 else {}
+        # A driver or a server that went on from a checkpoint may make steps again that were lost. So the end of the run
+        # says only of versions of its last driver and server which steps came later.
+        lasted = final is not None and life == len(story.lives) - 1 and view.server in (None, final.server)
+        ends = final.applied if final is not None and lasted else {}
         for worker in view.job.workers:
             if not view.job.holds_private(worker):
                 continue
@@ -222,8 +224,15 @@ def final_view(story: Story) -> View | None:
     """Return the last version of a run that has finished."""
     if story.lives[-1:] != ["finished"]:
         return None
-    news, evaluation = list(evaluations(story))[-1]
+    news, evaluation = last_evaluation(story)
     return view_of_evaluation(news.job, evaluation)
+
+
+def last_evaluation(story: Story) -> tuple[News, Evaluation]:
+    """Return the evaluation of the newest version of the last server. It need not be told last."""
+    told = list(evaluations(story))
+    server = told[-1][1].server
+    return max((one for one in told if one[1].server == server), key=lambda one: one[1].version)
 
 
 def counters_add_up(story: Story) -> Complaints:
@@ -393,7 +402,7 @@ def the_last_version_is_kept(story: Story) -> Complaints:
     assert story.last is not None
     if different(story.last, final.tensors):
         yield f"last.safetensors differs from the {final.what} in {different(story.last, final.tensors)}."
-    evaluation = list(evaluations(story))[-1][1]
+    _, evaluation = last_evaluation(story)
     if evaluation.version != story.news[-1].progress.version:
         yield f"The last evaluation is of version {evaluation.version}, not {story.news[-1].progress.version}."
 

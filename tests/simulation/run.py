@@ -23,7 +23,7 @@ from multitask.job.checkpoint import Checkpoint, CheckpointError, CheckpointStor
 from multitask.job.writing import WAITS_S
 from multitask.run.directory import write_json, write_spec
 from multitask.run.live import REQUESTS
-from multitask.run.tasks import write_tasks
+from multitask.run.tasks import read_tasks, write_tasks
 from multitask.run.trainer import Stopped, Training
 from multitask.server.messages import Evaluation, StepRecord
 from multitask.server.progress import Progress
@@ -125,7 +125,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def add_tasks(self, *_: Any) -> None:
+    def track_tasks(self, *_: Any) -> None:
         pass
 
     def log_artifact(self, *_: Any) -> None:
@@ -264,7 +264,7 @@ class Simulation:
         return False
 
     def _drive(self, life: int) -> None:
-        """Do what `multitask train`, and later `multitask train --resume`, does."""
+        """Do what `multitask train`, and later `multitask resume`, does."""
         path = self.folder / "spec.yaml"
         if life:
             spec = load_spec(path)
@@ -273,7 +273,7 @@ class Simulation:
             write_spec(path, spec)
         store = SimulatedStore(self, life)
         job = ToyJob(spec, self._toy, store.latest() if life else None)
-        write_tasks(self.folder, job)
+        write_tasks(self.folder, job, read_tasks(self.folder))
         recorder: Any = Recorder(self.story, life, self.cluster.clock)
         self._training = Training(self.folder, job, store, recorder, recorder, cluster=self.cluster)
         self._training.run()

@@ -23,6 +23,8 @@ class View:
     """For messages: which version it is, and where it comes from."""
     job: ToyJob
     tensors: Mapping[str, Tensor]
+    server: int | None = None
+    """Incarnation of the server that evaluated the version; None for a checkpoint."""
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -66,7 +68,7 @@ def view_of_evaluation(job: ToyJob, evaluation: Evaluation) -> View:
     tensors = {f"backbone/{name}": tensor for name, tensor in backbone.items()}
     for task, own in private.items():
         tensors |= {f"tasks/{task}/{name}": tensor for name, tensor in own.items()}
-    return View(f"evaluation of version {evaluation.version}", job, tensors)
+    return View(f"evaluation of version {evaluation.version}", job, tensors, evaluation.server)
 
 
 def view_of_checkpoint(job: ToyJob, checkpoint: Checkpoint) -> View:

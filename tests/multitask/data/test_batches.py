@@ -22,7 +22,11 @@ from multitask.data import (
     prefetch,
     write_table,
 )
+from multitask.data.order import EpochOrder
+from multitask.data.windows import WindowReader
 from tests.multitask.data.tables import PLAIN, number_image, numbered_table, numbers, png
+
+CHANGES = ["crop_flip", "color_jitter", "rand_augment"]
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +94,18 @@ def test_each_epoch_gives_every_row_to_one_worker_once(
     batch_size=st.integers(1, 9),
     steps=st.integers(0, 6),
     seed=st.integers(0, 2**32),
-    augment=st.sampled_from(["none", "crop_flip"]),
+    changes=st.sampled_from([{}, {"augment": "crop_flip"}, {"augment": CHANGES, "sampling": "balanced"}]),
 )
 def test_a_stream_goes_on_from_its_position_bit_for_bit(
-    tables: dict[int, ImageTable], layout: tuple[int, int], batch_size: int, steps: int, seed: int, augment: str
+    tables: dict[int, ImageTable],
+    layout: tuple[int, int],
+    batch_size: int,
+    steps: int,
+    seed: int,
+    changes: dict[str, Any],
 ) -> None:
     rows, workers = layout
-    options = {"batch_size": batch_size, "seed": seed, "augment": augment, "rank": workers - 1, "workers": workers}
+    options = {"batch_size": batch_size, "seed": seed, "rank": workers - 1, "workers": workers, **changes}
     whole = train(tables[rows], **options)
     for _ in range(steps):
         next(whole)
@@ -126,7 +135,7 @@ def test_labels_belong_to_their_images(tables: dict[int, ImageTable]) -> None:
     assert batch.labels.tolist() == [number % 2 for number in numbers(batch.images())]
 
 
-@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+@pytest.mark.parametrize("augment", ["none", CHANGES])
 def test_a_seed_fixes_every_batch_and_the_global_random_state_stays(photos: ImageTable, augment: str) -> None:
     torch_state, numpy_state = torch.get_rng_state(), pickle.dumps(np.random.get_state())
     first, second = (train(photos, augment=augment, resolution=8, batch_size=5) for _ in range(2))
@@ -141,13 +150,13 @@ def test_a_seed_fixes_every_batch_and_the_global_random_state_stays(photos: Imag
     assert pickle.dumps(np.random.get_state()) == numpy_state
 
 
-def test_a_crop_follows_seed_epoch_and_row_and_not_the_worker_or_the_batch(photos: ImageTable) -> None:
+def test_augmentation_follows_seed_epoch_and_row_and_not_the_worker_or_the_batch(photos: ImageTable) -> None:
     def crops(seed: int, batch_size: int, workers: int) -> list[list[bytes]]:
         """For each of two epochs the augmented images, sorted."""
         epochs: list[list[bytes]] = [[], []]
         for rank in range(workers):
             options = {"seed": seed, "batch_size": batch_size, "rank": rank, "workers": workers}
-            batches = train(photos, augment="crop_flip", resolution=8, **options)
+            batches = train(photos, augment=CHANGES, resolution=8, **options)
             share = batches.rows_per_epoch
             images = torch.cat([batch.images() for batch in islice(batches, -(-2 * share // batch_size))])
             for epoch in range(2):
@@ -157,6 +166,46 @@ def test_a_crop_follows_seed_epoch_and_row_and_not_the_worker_or_the_batch(photo
     assert crops(0, 5, 1) == crops(0, 7, 3)
     assert not set(crops(0, 5, 1)[0]) & set(crops(0, 5, 1)[1])
     assert not set(crops(0, 5, 1)[0]) & set(crops(1, 5, 1)[0])
+
+
+def test_an_image_that_is_read_again_in_an_epoch_is_changed_in_another_way(tmp_path: Path) -> None:
+    """One class has a single image among nine, so that balanced classes read it four or five times in an epoch."""
+    random = np.random.default_rng(0)
+    images = ((png(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)), int(row == 3)) for row in range(9))
+    write_table(tmp_path / "train", images, ["many", "one"], rows_per_shard=4)
+    table = open_table(tmp_path / "train")
+
+    batch = next(train(table, batch_size=9, augment="crop_flip", sampling="balanced", resolution=8))
+
+    assert batch.rows is not None
+    again = batch.images()[batch.rows == 3]
+    assert len(again) in (4, 5)
+    assert len({image.numpy().tobytes() for image in again}) == len(again)
+    first = np.flatnonzero(next(train(table, batch_size=9, augment="crop_flip", resolution=8)).rows == 3)
+    natural = next(train(table, batch_size=9, augment="crop_flip", resolution=8)).images()[first]
+    assert any(torch.equal(image, natural[0]) for image in again), "the first reading has the draw of (epoch, row)"
+
+
+def test_a_bad_image_that_is_read_often_is_named_once_and_counted_each_time(tmp_path: Path) -> None:
+    images = ((b"no image" if row == 11 else number_image(row), int(row >= 10)) for row in range(12))
+    write_table(tmp_path / "few", images, ["many", "two"])
+    batches = train(open_table(tmp_path / "few"), batch_size=4, sampling="balanced", undecodable="skip")
+    taken = []
+    while batches.position < 5 * 12:
+        taken.append(next(batches))
+    # Each of the two rows of the second class comes three times in an epoch.
+    assert sum(batch.skipped for batch in taken) == pytest.approx(15, abs=3)
+    named = [bad for batch in taken for bad in batch.bad_images]
+    assert len([bad for bad in named if "few/shard-00000.parquet, row 11" in bad]) == 1
+
+
+def test_a_row_is_found_without_reading_it(tmp_path: Path) -> None:
+    """As a batch of stored features needs it; also where classes are balanced."""
+    table = numbered_table(tmp_path / "train", 10, classes=3)
+    order = EpochOrder(table.group_rows, seed=0, window=4, labels=np.array([0] * 8 + [1, 2]))
+    reader, other = WindowReader(table, order), WindowReader(table, order)
+    places = [order.place(position) for position in range(25)]
+    assert [reader.table_row(*place) for place in places] == [other.row(*place).row for place in places]
 
 
 def test_evaluation_reads_all_rows_in_order_and_ends_with_a_short_batch(tables: dict[int, ImageTable]) -> None:
@@ -342,7 +391,8 @@ def test_options_out_of_range_are_refused_at_once(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": "flip"}, r"augment is 'flip', but allowed is one of \['none', 'crop_flip'\]"),
+        ({"augment": "flap"}, r"augment is 'flap', but allowed is one or several of \['none', 'crop_flip', "),
+        ({"sampling": "fair"}, r"sampling is 'fair', but allowed is one of \['natural', 'balanced'\]"),
         ({"seed": -1}, "seed is -1"),
         ({"workers": 8}, "workers is 8, but allowed is 1 to 7, the table's rows"),
         ({"workers": 0}, "workers is 0"),

@@ -126,6 +126,15 @@ def train_ranks(
         pytest.param({"pets": {"weight": 2.0}, "cars": {"accumulate": 2}}, {}, (), id="two tasks"),
         pytest.param({"pets": {"workers": 2}}, {"clip_norm": 0.1}, (), id="clipped gradients"),
         pytest.param(
+            {
+                "pets": {"mix": "mixup", "class_weights": {"class 1": 3.0}, "augment": "color_jitter"},
+                "cars": {"mix": "cutmix", "sampling": "balanced", "augment": ["crop_flip", "rand_augment"]},
+            },
+            {},
+            (),
+            id="weighted classes and mixed images",
+        ),
+        pytest.param(
             {"pets": {"workers": 2}},
             {},
             (("pets/0", 1), ("pets/0", 2), ("pets/1", 2), ("pets/1", 3)),

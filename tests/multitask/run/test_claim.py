@@ -73,7 +73,7 @@ def test_a_run_without_its_status_is_replaced_on_request_only(tmp_path: Path) ->
         check_new(tmp_path, overwrite=False)
 
     (tmp_path / "best.safetensors").touch()
-    with pytest.raises(SpecError, match=r"go on with it .* or use --overwrite"):
+    with pytest.raises(SpecError, match=r"go on with it .* or replace it \(--overwrite; in Python overwrite=True\)"):
         check_new(tmp_path, overwrite=False)
     check_new(tmp_path, overwrite=True)
 

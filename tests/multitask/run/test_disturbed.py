@@ -9,14 +9,16 @@ from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import Progress
 
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
 from multitask.job.job import Job
 from multitask.run.directory import Run, write_spec
-from multitask.run.live import REQUESTS
+from multitask.run.live import REQUESTS, read_status
 from multitask.run.monitor import RunMonitor
-from multitask.run.tasks import read_tasks, write_tasks
+from multitask.run.tasks import TaskRecord, read_tasks, write_tasks
 from multitask.run.trainer import Training
 from multitask.server.messages import Evaluation
 from multitask.spec.reading import dump_spec
@@ -31,7 +33,8 @@ RunWith = Callable[..., Run]
 
 def told(job: Job, version: int, top1: float) -> Evaluation:
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
-    return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
+    groups = {name: group.state() for name, group in job.groups.items()}
+    return Evaluation(version, version, metrics, True, groups, server=1)
 
 
 @pytest.fixture
@@ -56,8 +59,8 @@ def run_with(job: Job, monkeypatch: pytest.MonkeyPatch) -> RunWith:
         monkeypatch.setitem(ENGINES, "local", engine)
         directory = job.spec.run_directory
         write_spec(directory / "spec.yaml", job.spec)
-        write_tasks(directory, job)
-        tracker = MagicMock(run_id="f00d")
+        write_tasks(directory, job, {})
+        tracker = MagicMock(run_id="f00d", task_runs={})
         tracker.__exit__.return_value = False
         monitor = RunMonitor(directory, job, tracker, Console(quiet=True), None)
         return Training(directory, job, store_of(job), tracker, monitor).run()
@@ -91,6 +94,33 @@ def test_class_lists_that_somebody_removes_are_written_again(job: Job, run_with:
     assert read_tasks(run_with(remove).directory)["pets"].classes == job.classes["pets"]
 
 
+def test_class_lists_that_somebody_damages_end_no_run(run_with: RunWith) -> None:
+    before: list[dict[str, TaskRecord]] = []
+
+    def damage(job: Job, _: Driver) -> None:
+        before.append(read_tasks(job.spec.run_directory))
+        (job.spec.run_directory / "tasks.json").write_bytes(b"{")
+
+    assert read_tasks(run_with(damage).directory) == before[0]
+
+
+def test_what_fails_before_the_training_ends_the_claim(
+    job: Job, run_with: RunWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook may show another progress bar already, which rich refuses."""
+
+    def refuse(_: Progress) -> None:
+        raise LiveError("Only one live display may be active at once")
+
+    monkeypatch.setattr(Progress, "start", refuse)
+    with pytest.raises(LiveError):
+        run_with(lambda *_: None)
+
+    status = read_status(job.spec.run_directory)
+    assert status["state"] == "failed"
+    assert "Only one live display" in status["error"]
+
+
 @pytest.mark.parametrize("best", [b"", b"\x08" * 99, None], ids=["empty", "damaged", "gone"])
 def test_a_best_version_that_is_damaged_or_gone_is_chosen_anew(run_with: RunWith, best: bytes | None) -> None:
     def damage(job: Job, _: Driver) -> None:
@@ -115,7 +145,7 @@ def test_a_file_in_the_checkpoints_place_ends_the_run_with_what_to_do(job: Job, 
     message = str(error.value)
     assert "The checkpoint in '" in message
     assert "put the folder back" in message
-    assert f"Then `multitask train --resume {job.spec.run_directory}` goes on" in message
+    assert f"Then `multitask resume {job.spec.run_directory}` goes on" in message
     status = json.loads((job.spec.run_directory / "status.json").read_text())
     assert status["state"] == "failed"
 
@@ -134,7 +164,7 @@ def test_a_full_disk_ends_the_run_with_what_is_needed_and_what_is_kept(job: Job,
     message = str(error.value)
     assert f"'{directory / 'best.safetensors'}' needs at least" in message
     assert f"The last checkpoint is {job.spec.checkpoint_folder}/checkpoint-000000.safetensors" in message
-    assert f"--resume {directory}" in message
+    assert f"multitask resume {directory}" in message
     assert json.loads((directory / "status.json").read_text())["state"] == "failed"
     assert list(directory.rglob(".*")) == []
 

@@ -114,7 +114,7 @@ def test_a_damaged_status_is_named_with_what_to_do(tmp_path: Path, damage: bytes
 
     message = str(error.value)
     assert message.startswith(f"'{path}' is damaged: ")
-    assert "--resume" in message
+    assert "multitask resume" in message
     assert len(message.encode()) < 1000
 
 

@@ -4,10 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from multitask.run.paths import absolute, moved
+from multitask.run.directory import Run, RunError, evaluate_models, write_json, write_spec
+from multitask.run.paths import absolute, check_data, moved
 from multitask.spec.reading import dump_spec
 from multitask.spec.schema import JobSpec
 from multitask.startup import SUBMITTED
@@ -140,3 +142,27 @@ def test_a_run_of_version_0_1_may_name_its_directory_relatively(
 ) -> None:
     spec = make_spec(directory=directory)
     assert moved(spec, tmp_path) == make_spec(directory=str(tmp_path))
+
+
+def test_a_finished_run_is_evaluated_where_it_was_moved_to_with_its_data(make_spec: MakeSpec, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    data, directory = project / "data" / "pets", project / "runs" / "job"
+    spec = make_spec({"pets": {"data": str(data)}}, directory=str(directory))
+    write_spec(directory / "spec.yaml", spec)
+    version = {"version": 1, "round": 1, "tasks": {}}
+    write_json(directory / "result.json", {"last": version, "best": version, "trained_parameters": 9, "seconds": 1.5})
+    data.mkdir(parents=True)
+    shutil.move(project, tmp_path / "renamed")
+
+    run = Run(tmp_path / "renamed" / "runs" / "job")
+
+    assert run.spec.tasks[0].data == str(tmp_path / "renamed" / "data" / "pets")
+    shutil.move(tmp_path / "renamed" / "data", tmp_path / "elsewhere")
+    nowhere = Run(run.directory)
+    with pytest.raises(RunError, match=rf"'pets' is no longer at '{data}'.*into '{run.directory}/spec.yaml'"):
+        evaluate_models({"pets": MagicMock()}, nowhere.spec, "test")
+    assert evaluate_models({}, nowhere.spec, "test") == {}
+    path = run.directory / "spec.yaml"
+    path.write_text(path.read_text().replace(str(data), str(tmp_path / "elsewhere" / "pets")))
+    found = Run(run.directory).spec
+    check_data(found, found.tasks)

@@ -176,7 +176,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
     spec = make_spec(steps=50, evaluate_every=25)
     directory = spec.run_directory
     thread = interrupt_when(directory, lambda status: status["tasks"]["pets"]["made"] > 0)
-    with pytest.raises(multitask.Stopped, match="--resume"):
+    with pytest.raises(multitask.Stopped, match="multitask resume"):
         multitask.train(spec)
     thread.join()
     stopped = read_status(directory)
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on_in_the_same_mlflow_run
     assert 0 < stopped["tasks"]["pets"]["made"] < 50
     client = MlflowClient(f"sqlite:///{directory.parent}/mlflow.db")
     assert client.get_run(stopped["mlflow_run_id"]).info.status == "KILLED"
-    with pytest.raises(SpecError, match="--resume"):
+    with pytest.raises(SpecError, match="multitask resume"):
         multitask.train(spec)
     with pytest.raises(RunError, match="is stopped"):
         ask(directory, remove="cars")
@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_finite_changes_no_byte_and_several_in_a_row_end_
 def test_divergence_names_the_last_checkpoint(make_spec: MakeSpec) -> None:
     checkpoints, sgd = {"every_rounds": 1}, {"name": "sgd", "rate": 1e20}
     spec = make_spec({"pets": {}}, steps=300, checkpoints=checkpoints, optimizer=sgd)
-    with pytest.raises(multitask.TrainingError, match=r"(?s)(not finite|loss is).*checkpoint-\d+.*--resume"):
+    with pytest.raises(multitask.TrainingError, match=r"(?s)(not finite|loss is).*checkpoint-\d+.*multitask resume"):
         multitask.train(spec)
     checkpoint = store_of(Job(spec)).latest()
     assert checkpoint is not None

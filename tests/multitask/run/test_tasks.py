@@ -96,14 +96,15 @@ def test_a_task_keeps_its_record_and_another_of_its_name_gets_a_new_one(
     make_spec: MakeSpec, data: Path, tmp_path: Path
 ) -> None:
     spec, cars = make_spec({"pets": {"data": str(data)}}), make_spec({"cars": {}})
-    first = write_tasks(tmp_path, Job(spec))
+    first = write_tasks(tmp_path, Job(spec), {})
     assert first["pets"].classes == tuple(CLASSES)
     assert first["pets"].preprocessing["resolution"] == 8
     write(data, OTHER)
 
-    assert write_tasks(tmp_path, Job(spec, kept={"pets": tuple(CLASSES)})) == first
-    assert set(write_tasks(tmp_path, Job(cars))) == {"cars"}
-    again = write_tasks(tmp_path, Job(spec))
+    assert write_tasks(tmp_path, Job(spec, kept={"pets": tuple(CLASSES)}), first) == first
+    others = write_tasks(tmp_path, Job(cars), first)
+    assert set(others) == {"cars"}
+    again = write_tasks(tmp_path, Job(spec), others)
     assert again["pets"].classes == tuple(OTHER)
     assert again["pets"].tables["train"] != first["pets"].tables["train"]
     assert read_tasks(tmp_path) == again

@@ -458,6 +458,49 @@ def test_an_answer_that_is_lost_opens_no_second_run(uri: str, monkeypatch: pytes
     assert client.get_run(tracked.run_id).info.status == "FINISHED"
 
 
+def test_a_task_under_the_name_of_a_removed_one_has_a_run_of_its_own(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a later process, and where records are sent twice because an answer was lost."""
+    send, lost = MlflowStore.send, iter([True])
+
+    def send_and_lose_an_answer(store: MlflowStore, records: Any) -> None:
+        send(store, records)
+        if any(getattr(record, "task", None) == "cars (2)" for record in records) and next(lost, False):
+            raise ConnectionError("the answer is lost")
+
+    monkeypatch.setattr(MlflowStore, "send", send_and_lose_an_answer)
+    both = {"pets": {}, "cars": {"rate": 1}}
+    with tracker(uri, tasks=both, folder=tmp_path) as first:
+        first.log_metrics("cars", {"top1": 1.0}, 1)
+        first.track_tasks({"pets": {}})
+        with pytest.raises(KeyError, match="cars"):
+            first.log_metrics("cars", {"top1": 1.5}, 1)
+        first.track_tasks(both | {"cars": {"rate": 2}})
+        first.log_metrics("cars", {"top1": 2.0}, 2)
+        first.track_tasks({"pets": {}})
+    assert first.task_runs == {"pets": 1, "cars": 2}
+    with tracker(
+        uri, tasks={"pets": {}}, folder=tmp_path, resume_run_id=first.run_id, task_runs=first.task_runs
+    ) as second:
+        second.track_tasks(both)
+        second.log_metrics("cars", {"top1": 3.0}, 3)
+        second.track_tasks(both)
+    with tracker(uri, tasks=both, folder=tmp_path, resume_run_id=first.run_id, task_runs=second.task_runs) as third:
+        third.log_metrics("cars", {"top1": 4.0}, 4)
+
+    client = Client(tracking_uri=uri)
+    children = client.search_runs([client.get_run(first.run_id).info.experiment_id], "params.rate LIKE '%'")
+    found = {
+        child.info.run_name: {point.value for point in client.get_metric_history(child.info.run_id, "top1")}
+        for child in children
+    }
+    assert next(lost, None) is None, "no answer was lost"
+    assert found == {"cars": {1.0}, "cars (2)": {2.0}, "cars (3)": {3.0, 4.0}}
+    assert {child.info.status for child in children} == {"FINISHED"}
+    assert third.task_run_id("pets") == first.task_run_id("pets")
+
+
 def test_where_the_old_run_is_not_a_new_one_begins_with_a_warning(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     with tracker(uri, resume_run_id="0123456789abcdef0123456789abcdef") as tracked:
         tracked.log_steps("pets", [{"step": 7, "loss": 1.0}])

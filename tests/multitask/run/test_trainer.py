@@ -24,6 +24,7 @@ from multitask.run.live import LiveStatus, read_status
 from multitask.run.mlflow_store import MlflowStore, TrackingError
 from multitask.run.outbox import OUTBOX, Outbox
 from multitask.run.records import Text
+from multitask.run.tasks import read_tasks
 from multitask.run.trainer import track
 from multitask.server.messages import Evaluation
 from multitask.spec.errors import SpecError
@@ -104,7 +105,8 @@ def test_best_and_last_differ_and_each_is_what_was_evaluated(make_spec: MakeSpec
 def told(job: Job, version: int, top1: float) -> Evaluation:
     """Return an evaluation as a server reports it if it knows no better one."""
     metrics = {task.name: {"top1": top1, "top5": 100.0, "loss": 1.0} for task in job.spec.tasks}
-    return Evaluation(version, version, metrics, True, {name: group.state() for name, group in job.groups.items()})
+    groups = {name: group.state() for name, group in job.groups.items()}
+    return Evaluation(version, version, metrics, True, groups, server=1)
 
 
 def test_a_server_that_went_back_to_a_checkpoint_takes_no_better_version_away(
@@ -136,6 +138,7 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
         if top1 is not None:
             driver.watch([], [evaluation], job.progress)
         if changes:
+            (spec.run_directory / "tasks.json").write_text("[")  # what somebody damages ends no run
             write_json(spec.run_directory / "requests" / "one.json", changes.pop(0))
             assert driver.wants_pause()
             driver.store.save(job.checkpoint(job.progress, evaluation.groups))
@@ -146,6 +149,8 @@ def test_a_task_that_comes_back_is_another_one_and_best_is_chosen_anew(
     run = multitask.train(spec)
     assert run.result["best"]["tasks"] == run.result["last"]["tasks"]
     assert run.spec == spec  # with absolute paths
+    assert read_tasks(run.directory).keys() == {"pets", "cars"}
+    assert read_status(run.directory)["mlflow_task_runs"] == {"pets": 1, "cars": 2}
 
 
 def test_a_finished_run_is_replaced_on_request_only(make_spec: MakeSpec) -> None:
@@ -207,6 +212,9 @@ def test_records_that_are_sent_in_two_parts_belong_to_one_mlflow_run(
         track(spec.run_directory)
 
     assert read_status(spec.run_directory)["mlflow_run_id"] == "f00d"
+    (spec.run_directory / "spec.yaml").write_text("[")
+    with pytest.raises(RunError, match=r"The run's spec cannot be read: .* its MLflow run keeps it"):
+        track(spec.run_directory)
 
 
 @pytest.mark.parametrize("spoilt", ["value", "metric"])

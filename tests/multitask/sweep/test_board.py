@@ -63,6 +63,17 @@ def test_running_trials_stand_above_the_best_of_the_others(plans: list[TrialPlan
     assert text.index("40.00") < text.index("90.00") < text.index("60.00")
 
 
+def test_a_narrow_terminal_cuts_nothing(plans: list[TrialPlan]) -> None:
+    values = {"tasks.method": "scale_bias+last_layer", "optimizer.rate": 0.0001234, "tasks.augment": "crop_flip"}
+    plan = replace(plans[0], number=9_999, values=values, spec=replace(plans[0].spec, steps=1_000_000))
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(Standing(list(values), 1, {0: Line(plan, "finished", 1_000_000, 98.76)}).table("[x]", 0.0))
+    text = console.export_text()
+    named = ("method=scale_bias+last_layer,", "rate=0.0001234,", "augment=crop_flip")
+    assert all(whole in text for whole in (*named, "9999", "1000000/1000000", "98.76", "[x]: 1 trials"))
+    assert "…" not in text
+
+
 class Trial:
     def __init__(self, plan: TrialPlan) -> None:
         self.config = {"plan": plan}

@@ -154,7 +154,7 @@ def test_damaged_files_of_a_sweep_are_named_with_what_to_do(make_outcome: MakeOu
     with pytest.raises(RunError, match=r"0000/result\.json' is damaged: 'last'.*Restore it"):
         read_outcome(outcome.plan)
     write_json(outcome.plan.directory / "status.json", [])
-    with pytest.raises(RunError, match=r"0000/status\.json' is damaged.*--resume"):
+    with pytest.raises(RunError, match=r"0000/status\.json' is damaged.*multitask resume"):
         read_outcome(outcome.plan)
 
     (tmp_path / "test.json").write_text('{"trial": 0}')

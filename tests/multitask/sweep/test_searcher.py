@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from multitask.errors import RunError
 from multitask.spec.errors import SpecError
 from multitask.sweep import searcher
 from multitask.sweep.outcomes import TrialOutcome
@@ -137,3 +138,25 @@ def test_a_setting_that_makes_no_job_is_not_written_down(spec: SweepSpec) -> Non
         Suggestions(spec, refuse).suggest("a")
 
     assert not (spec.run_directory / SETTINGS).exists()
+
+
+def test_settings_of_version_0_1_have_the_numbers_that_it_kept_as_text(spec: SweepSpec) -> None:
+    """YAML read `1e-3` as text then; it is a number now."""
+    choices = [{"name": "sgd", "rate": 0.01}, 0.001, "1e-2"]
+    dimensions = {"rate": spec.dimensions["rate"], "method": replace(spec.dimensions["method"], grid=choices)}
+    spec = replace(spec, space=dimensions)
+    earlier = [{"name": "sgd", "rate": "1e-2"}, "1e-3", "1e-2"]
+    path = spec.run_directory / SETTINGS
+    path.write_text(json.dumps([{"rate": 0.1, "method": method} for method in earlier]))
+
+    found = Suggestions(spec, lambda number, values: TrialPlan(number, number, dict(values), None)).plans  # type: ignore[arg-type]
+
+    assert [plan.values["method"] for plan in found] == choices
+
+
+@pytest.mark.parametrize("values", [{"rate": 0.1}, {"rate": 0.1, "method": "fll"}, {"rate": 7.0, "method": "full"}])
+def test_a_setting_that_the_space_does_not_have_is_named(spec: SweepSpec, values: dict[str, Any]) -> None:
+    path = spec.run_directory / SETTINGS
+    path.write_text(json.dumps([{"rate": 0.1, "method": "full"}, values]))
+    with pytest.raises(RunError, match=r"settings\.json' is damaged: setting 2 does not fit the space: .* Restore it"):
+        Suggestions(spec, lambda *_: pytest.fail("no trial is planned"))
