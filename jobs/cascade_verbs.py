@@ -134,11 +134,10 @@ def fit(
     _show(cascade, checked, json_output)
     if json_output:
         return
-    if [stage.model for stage in cascade.point().stages] == [cascade.reference]:
-        print(
-            "No model is accurate enough to answer before the reference. Try a smaller --slack or "
-            "--min-relative-accuracy."
-        )
+    target = "--min-relative-accuracy" if min_accuracy is None else "--min-accuracy"
+    hint = fitting_hint(cascade, checked, target if max_cost is None else "--max-cost")
+    if hint:
+        print(hint)
     print(to)
 
 
@@ -177,7 +176,7 @@ def run(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from multitask.cascade import CascadeModel
+    from multitask.cascade import CascadeModel, cost_text
     from multitask.data import open_table
     from multitask.data.format import CLASSES_KEY
     from patches.files import atomic_file
@@ -216,8 +215,9 @@ def run(
         return
     shares = ", ".join(f"{share:.1%} at {name}" for share, name in zip(found["shares"], found["models"], strict=True))
     print(
-        f"{len(labels):,} images: {found['accuracy']:.2%} right, {found['mean_cost']:,.4g} {found['unit']} an image on "
-        f"average, {found['images_per_s']:,.0f} images/s (resize included, decoding not)\nanswered: {shares}"
+        f"{len(labels):,} images: {found['accuracy']:.2%} right, {cost_text(found['mean_cost'], found['unit'])} "
+        f"{found['unit']} an image on average, {found['images_per_s']:,.0f} images/s (resize included, decoding not)\n"
+        f"answered: {shares}"
     )
 
 
@@ -278,7 +278,40 @@ def _measured(cost: str, models: list[str], export: Path | None) -> "Costs":
     return measure({name: bank.models[name] for name in models}, {name: bank.preprocessing(name) for name in models})
 
 
+def fitting_hint(cascade: "Cascade", checked: "Check", target: str) -> str | None:
+    """Return what to try if a fitted cascade saves nothing, or None if it does.
+
+    Args:
+        cascade: the cascade.
+        checked: its check on the images that were left aside.
+        target: the option that the fit was asked for: --min-relative-accuracy, --min-accuracy or --max-cost.
+    """
+    point, reference = cascade.point(), cascade.reference
+    if [stage.model for stage in point.stages] != [reference]:
+        if checked.saving.mean >= 0:
+            return None
+        return (
+            f"On these images, the cascade takes more than model '{reference}' alone. Use that model, or fit the "
+            f"cascade on more images than {point.images:,}."
+        )
+    if len(checked.singles) == 1:
+        return "A cascade needs two models or more, and there is one. Add the predictions of a cheaper model."
+    if checked.singles[0].model == reference:
+        return (
+            f"Model '{reference}' is the cheapest one and the reference, so nothing can be saved. Name a more accurate "
+            "model (--reference), or add a cheaper one."
+        )
+    if target == "--max-cost":
+        return "Within this budget, the reference alone is the most accurate. Ask for a smaller --max-cost."
+    slack = f"--slack (it was {cascade.slack:g}) or " if cascade.slack else ""
+    return (
+        f"No model is accurate enough on the {point.images:,} fitting images to answer before the reference. Try a "
+        f"smaller {slack}{target}, or more images."
+    )
+
+
 def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
+    from multitask.cascade import cost_text
     from multitask.cascade.figures import headline, model_rows, stage_rows
 
     if json_output:
@@ -292,7 +325,7 @@ def _show(cascade: "Cascade", checked: "Check", json_output: bool) -> None:
         models.add_row(*line)
     points = Table(f"mean {checked.unit}", "top-1", "stages", title="Operating points", title_justify="left")
     for (cost, accuracy), point in zip(checked.curve, cascade.points, strict=True):
-        points.add_row(f"{cost:,.4g}", f"{accuracy:.2%}", _path(point))
+        points.add_row(cost_text(cost, checked.unit), f"{accuracy:.2%}", _path(point))
     show(stages, models, points)
     print(headline(checked))
 

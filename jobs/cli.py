@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from jobs.bundle_verbs import app as bundle_app
 from jobs.cascade_verbs import app as cascade_app
 from jobs.cluster_verbs import jobs_app, read_status_there, submit
 from jobs.data_verbs import app as data_app
@@ -53,7 +54,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's panels cut the names of options on a terminal of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bundle_app = typer.Typer(cls=Group, help="Look at, check and fold patch bundles.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(data_app, name="data")
 app.add_typer(cascade_app, name="cascade")
@@ -68,10 +68,6 @@ app.command()(predict)
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]
 RunningRun = Annotated[Path, typer.Argument(help="The directory of a job that is running.")]
-Bundle = Annotated[Path, typer.Argument(help="A .patch file.")]
-Weights = Annotated[
-    Path, typer.Option("--backbone", help="The file backbone.safetensors that was exported with the bundle.")
-]
 
 
 def main() -> None:
@@ -337,54 +333,6 @@ def evaluate(
         _show_metrics(f"{split} of {run / 'export'}", metrics, classes)
 
 
-@bundle_app.command()
-def inspect(bundle: Bundle, json_output: AsJson = False) -> None:
-    """Show the manifest of a bundle, without building a model."""
-    import patches
-
-    described = _plain(patches.inspect_bundle(bundle))
-    if json_output:
-        print(json.dumps(described))
-        return
-    table = Table(show_header=False)
-    for key, value in described.items():
-        table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
-    show(table)
-
-
-@bundle_app.command()
-def verify(bundle: Bundle, backbone: Weights) -> None:
-    """Check that a bundle is intact and fits the backbone; the exit status is 1 if it is not or does not."""
-    import patches
-
-    patches.verify_bundle(bundle, _backbone_of(bundle, backbone))
-    print(f"{bundle} is intact and fits {backbone}")
-
-
-@bundle_app.command()
-def fold(
-    bundle: Bundle,
-    backbone: Weights,
-    to: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-) -> None:
-    """Fold a bundle into a plain network with the same outputs, and write the network's state dict."""
-    import safetensors.torch
-
-    import patches
-    from patches.files import write_atomic
-
-    plain = patches.fold(patches.load_bundle(bundle, _backbone_of(bundle, backbone)))
-    write_atomic(to, safetensors.torch.save(plain.state_dict()))
-    print(f"{to}: state dict of the folded {type(plain).__name__}, {to.stat().st_size:,} bytes")
-
-
-def _backbone_of(bundle: Path, weights: Path) -> Any:
-    import patches
-
-    architecture = patches.inspect_bundle(bundle).backbone
-    return patches.load_backbone(architecture["name"], weights, **architecture["options"])
-
-
 def _show_metrics(title: str, metrics: Mapping[str, Mapping[str, float]], classes: Mapping[str, int]) -> None:
     """Print a table of the tasks' metrics, with top-5 accuracy for tasks of more than five classes only.
 
@@ -398,12 +346,6 @@ def _show_metrics(title: str, metrics: Mapping[str, Mapping[str, float]], classe
     for task, values in metrics.items():
         table.add_row(task, f"{values['top1']:.2f}", *([top5[task]] if shown else []), f"{values['loss']:.4f}")
     show(table)
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(report)
 
 
 if __name__ == "__main__":

@@ -211,12 +211,20 @@ class Backbone:
 
 
 def is_identity(value: object) -> bool:
-    """Return whether a value that was read from a file has the form of `Backbone.identity`.
+    """Return whether a value that was read from a file has the form of `Backbone.identity`."""
+    match value:
+        case {"content_hash": str(), **architecture}:
+            return is_architecture(architecture)
+    return False
+
+
+def is_architecture(value: object) -> bool:
+    """Return whether a value that was read from a file has the form of `Backbone.architecture`.
 
     Its options can then be passed to `load_backbone`, as far as their names are concerned.
     """
     match value:
-        case {"name": str(), "options": dict(options), "content_hash": str(), **rest}:
+        case {"name": str(), "options": dict(options), **rest}:
             return not rest and not options.keys() & {"name", "weights", "seed"}
     return False
 

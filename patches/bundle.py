@@ -1,40 +1,24 @@
-"""Bundles. A bundle is the file that carries one task's patch: a safetensors file with a JSON manifest in its header.
+"""Bundles. A bundle is the file that carries one task's patch: a sealed file (`patches/sealed.py`)."""
 
-The manifest begins with the payload hash: a SHA-256 of the whole file, in which the 64 digits of the hash itself count
-as zeros. It covers header, manifest and tensors, so that a changed byte anywhere is found before a value is used.
-"""
-
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from patches.backbone import Backbone, is_identity
 from patches.errors import BundleError, PatchError
 from patches.families import FAMILIES
-from patches.files import write_atomic
 from patches.methods.mist import Edge
 from patches.model import PatchedModel
 from patches.patch import attach, outline
 from patches.quoting import quoted, shortened
-from patches.strict_json import parse_json
-from patches.structure import dtype_name, not_finite
-from patches.tensor_layout import METADATA, check_layout
+from patches.sealed import BUNDLE, read_sealed, refusal, tensors_of, write_sealed
 
 FORMAT = 1
 """Version of the file format."""
-UNSEALED = "0" * 64
-"""The payload hash while it is computed. `seal` replaces it."""
-_HASH_START = rb'"manifest":"{\"payload_sha256\":\"'
-"""The bytes right before the payload hash. The manifest is JSON within a string of the header's JSON."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +93,7 @@ def save_bundle(
         )
     if isinstance(model, PatchedModel):
         _check_shared(path, model)
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.private_state().items()
-    }
-    _check_finite(path, tensors)
     manifest = {
-        "payload_sha256": UNSEALED,  # must be the first entry, where `seal` looks for it
         "format": FORMAT,
         "method": model.method,
         "options": model.options,
@@ -126,36 +104,8 @@ def save_bundle(
         "preprocessing": dict(preprocessing),
         "metrics": dict(metrics or {}),
         "backbone": model.backbone.identity() if isinstance(model, PatchedModel) else model.backbone,
-        "tensors": _describe(tensors),
     }
-    text = _as_json(path, manifest)
-    data = safetensors.torch.save(tensors, {"manifest": text})
-    data, digest = seal(data)
-    write_atomic(path, data)
-    return BundleInfo(**json.loads(text) | {"payload_sha256": digest})
-
-
-def _as_json(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(manifest, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BundleError(
-            f"Bundle '{path}': expected preprocessing and metrics that JSON can hold, found one it cannot: {error}. "
-            "Use numbers (no NaN), strings, lists and dicts."
-        ) from error
-
-
-def seal(data: bytes) -> tuple[bytes, str]:
-    """Write the payload hash into a bundle whose manifest still has zeros in its place.
-
-    Args:
-        data: the whole file. Its manifest begins with `payload_sha256`, which is `UNSEALED`.
-    Returns:
-        The finished file, and the hash (hex).
-    """
-    start = data.index(_HASH_START) + len(_HASH_START)
-    digest = _hash_but(data, start)
-    return data[:start] + digest.encode() + data[start + len(UNSEALED) :], digest
+    return BundleInfo(**write_sealed(path, BUNDLE, manifest, model.private_state()))
 
 
 def inspect_bundle(path: str | os.PathLike[str]) -> BundleInfo:
@@ -183,7 +133,7 @@ def load_bundle(path: str | os.PathLike[str], backbone: Backbone) -> PatchedMode
     _check_backbone(path, info, backbone)
     classes = None if info.head == "shared" else info.num_classes
     seed = info.fixed_head["seed"] if info.fixed_head else 0
-    tensors = _tensors(path, data)
+    tensors = tensors_of(path, BUNDLE, data)
     try:
         fitting = outline(backbone, info.method, classes, **info.options)
         fitting.check_private_state(tensors)
@@ -232,44 +182,8 @@ def _check_shared(path: str | os.PathLike[str], model: PatchedModel) -> None:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[BundleInfo, bytes]:
-    """Return the manifest and the bytes of the whole file, after checking the manifest, the hash and the layout."""
-    whole = "a whole, unedited bundle"
-    again = "Fetch or export the file again."
-    try:
-        if not Path(path).is_file():
-            raise FileNotFoundError(None, "no such file")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise _refusal(path, "a readable file", f"none: {error.strerror}", "Check the path.") from error
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise _refusal(path, whole, f"{len(data)} bytes that end before the header does", again)
-    try:
-        header = parse_json(data[8 : 8 + length])
-        manifest = parse_json(header[METADATA]["manifest"])
-        version = manifest["format"]
-    except (ValueError, LookupError, TypeError) as error:
-        found = f"a header without a readable manifest ({shortened(repr(error))})"
-        raise _refusal(path, whole, found, again) from error
-    if version != FORMAT:
-        raise _refusal(path, f"format {FORMAT}", f"format {quoted(version)}", "Use the version that wrote the bundle.")
-    start = data.find(_HASH_START, 8, 8 + length) + len(_HASH_START)
-    if manifest.get("payload_sha256") != _hash_but(data, start):
-        raise _refusal(
-            path,
-            f"the payload hash {quoted(manifest.get('payload_sha256'))} that the manifest states",
-            _hash_but(data, start),
-            f"The file was cut or edited. {again}",
-        )
-    if not _well_formed(manifest):
-        raise _refusal(path, f"a manifest of format {FORMAT}", "missing, unknown or ill-typed entries", again)
-    try:
-        listed = check_layout(header, len(data) - 8 - length)
-    except ValueError as error:
-        raise _refusal(path, "tensors that fill the file", str(error), again) from error
-    # As text, because in Python 1, 1.0 and True are equal.
-    if json.dumps(listed, sort_keys=True) != json.dumps(manifest["tensors"], sort_keys=True):
-        raise _refusal(path, whole, "other tensors than the manifest lists", again)
+    """Return the manifest and the bytes of the whole file."""
+    manifest, data = read_sealed(path, BUNDLE, FORMAT, _well_formed)
     return BundleInfo(**manifest), data
 
 
@@ -325,44 +239,10 @@ def _check_backbone(path: str | os.PathLike[str], info: BundleInfo, backbone: Ba
         )
 
 
-def _tensors(path: str | os.PathLike[str], data: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a bundle whose layout is checked."""
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise _refusal(path, "tensors", shortened(error), "Fetch or export the file again.") from error
-    _check_finite(path, tensors)
-    return tensors
-
-
-def _check_finite(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    name = not_finite(tensors)
-    if name is not None:
-        raise _refusal(
-            path,
-            "finite values",
-            f"NaN or infinity in tensor '{shortened(name)}'",
-            "A model with such values answers nonsense. Train the task again, for example at a lower rate.",
-        )
-
-
 def _reason(error: Exception) -> str:
     """Return an error's message: this package's own one, or the beginning of another one."""
     return str(error) if isinstance(error, PatchError) else shortened(error)
 
 
 def _refusal(path: str | os.PathLike[str], expected: str, found: str, advice: str) -> BundleError:
-    return BundleError(f"Bundle '{path}': expected {expected}, found {found}. {advice}")
-
-
-def _hash_but(data: bytes, start: int) -> str:
-    """Return the SHA-256 (hex) of `data`, in which the 64 bytes at `start` count as zeros."""
-    view = memoryview(data)
-    digest = hashlib.sha256(view[:start])
-    digest.update(UNSEALED.encode())
-    digest.update(view[start + len(UNSEALED) :])
-    return digest.hexdigest()
-
-
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: {"shape": list(tensor.shape), "dtype": dtype_name(tensor)} for name, tensor in tensors.items()}
+    return refusal(path, BUNDLE, expected, found, advice)

@@ -37,12 +37,17 @@ def fold(model: PatchedModel) -> nn.Module:
     for path, layer in list(plain.named_modules()):
         if isinstance(layer, FixedLinear):
             plain.set_submodule(path, _linear(layer.weight, layer.bias))
-    for parent, conv_name, norm_name in list(_conv_norm_pairs(plain)):
+    merge_norms(plain)
+    return plain.eval()
+
+
+def merge_norms(network: nn.Module) -> None:
+    """Merge every BatchNorm of a network into the convolution before it, in place. See `fold`."""
+    for parent, conv_name, norm_name in list(_conv_norm_pairs(network)):
         conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
         _fold_pair(conv, norm)
         setattr(parent, norm_name, nn.Identity())
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()), "a BatchNorm follows no conv"
-    return plain.eval()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()), "a BatchNorm follows no conv"
 
 
 def _conv_norm_pairs(network: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

@@ -30,10 +30,14 @@ COUNTER = "num_batches_tracked"
 """BatchNorm's count of batches. Checkpoints of torch before 0.4.1 have none."""
 OLD_PICKLES = 5
 """Number of pickles with which a file of torch before 1.6 begins."""
+OF_TORCHSCRIPT = "constants.pkl"
+"""End of the name of a member that is in every file of `torch.jit.save`, and in no other."""
 OF_TENSORS = ("torch.", "collections.OrderedDict")
 """Beginnings of the names of what a state dict's pickle asks for."""
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 """Where torch's error names a class or function that a pickle asks for."""
+_ADVICE = "weights_only"
+"""The option that torch's errors advise to switch off, which would run what is in a file."""
 
 
 def is_weights_file(weights: str | os.PathLike[str]) -> bool:
@@ -127,7 +131,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch's reader raises what its parts raise: a dozen kinds for damaged files
         raise BackboneError(
             f"Weights file '{path}' cannot be read: {_reason(error)}. It must be a whole safetensors file, or a state "
-            "dict saved with torch.save that holds tensors only."
+            "dict saved with torch.save that holds tensors only, and no TorchScript model."
         ) from error
     if not isinstance(state, Mapping):
         raise BackboneError(
@@ -151,10 +155,13 @@ def _check_pickles(path: Path) -> None:
     memory that they take. Files of torch before 1.6 have no checksums.
 
     Raises:
-        ValueError: the file is compressed or damaged, or its pickles name a class or function of another kind.
+        ValueError: the file is compressed or damaged, its pickles name a class or function of another kind, or it holds
+            the code of a TorchScript model.
     """
     if is_zip(path):
         with open_stored(path) as package:
+            if any(name.endswith(OF_TORCHSCRIPT) for name in package.namelist()):
+                raise ValueError(_foreign("a TorchScript model"))
             for name in package.namelist():
                 data = read_member(package, name)
                 if name.endswith("data.pkl"):
@@ -189,10 +196,11 @@ def _is_plain(value: object) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return what is wrong with a file, without torch's own advice, which is to unpickle the file."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return shortened(str(error).partition("\n")[0] or repr(error))
+    said = str(error).partition("\n")[0] or repr(error)
+    if not isinstance(error, pickle.UnpicklingError) and _ADVICE not in said:
+        return shortened(said)
     foreign = _GLOBAL.search(str(error))
-    if foreign is None:
+    if foreign is None or _ADVICE in foreign[1]:
         return "it is damaged, or torch.save did not write it"
     return _foreign(foreign[1])
 

@@ -3,7 +3,7 @@
 from multitask.cascade.artifact import load_cascade, save_cascade, save_package
 from multitask.cascade.cascade import Answers, Cascade, OperatingPoint
 from multitask.cascade.checking import Check, check, fit_and_check
-from multitask.cascade.costs import Costs, count_macs, measure_latency, read_costs
+from multitask.cascade.costs import Costs, cost_text, count_macs, measure_latency, read_costs
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.fitting import fit
 from multitask.cascade.model import CascadeModel
@@ -20,6 +20,7 @@ __all__ = [
     "OperatingPoint",
     "Predictions",
     "check",
+    "cost_text",
     "count_macs",
     "fit",
     "fit_and_check",

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from multitask.cascade.costs import Costs
+from multitask.cascade.costs import Costs, cost_text
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.greedy import Stage
 from multitask.cascade.predictions import Predictions
@@ -160,8 +160,8 @@ def _within(points: Sequence[OperatingPoint], costs: Sequence[float], budget: fl
     fitting = [point for point, cost in zip(points, costs, strict=True) if cost <= budget]
     if not fitting:
         raise CascadeError(
-            f"Found no operating point within {budget:g} {unit} an image: the cheapest takes {min(costs):g} on "
-            "average. Raise the budget, or fit with a cheaper model."
+            f"Found no operating point within {cost_text(budget, unit)} {unit} an image: the cheapest takes "
+            f"{cost_text(min(costs), unit)} on average. Raise the budget, or fit with a cheaper model."
         )
     return fitting
 

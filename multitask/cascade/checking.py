@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from multitask.cascade.cascade import Cascade, OperatingPoint, answers_of
@@ -20,23 +21,48 @@ ABOUT_EQUAL = 0.003
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over images, with its 95 % confidence interval (normal approximation)."""
+    """A mean over images, with its 95 % confidence interval.
+
+    The normal approximation gives an interval of no width where few images all have one value. Neither of these does.
+    """
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: NDArray[Any], scale: float = 1.0) -> "Interval":
+    def of_share(cls, hits: NDArray[np.bool_]) -> "Interval":
+        """Compute the interval of a share.
+
+        Args:
+            hits: whether each image counts, shape (n,).
+        Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
+        """
+        count, share = len(hits), float(hits.mean())
+        weight = CONFIDENCE_Z**2 / count
+        centre = (share + weight / 2) / (1 + weight)
+        margin = CONFIDENCE_Z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
+        # The rounding of floats may leave the mean of a share of 0 or 1 outside.
+        return cls(share, min(centre - margin, share), max(centre + margin, share))
+
+    @classmethod
+    def of_mean(cls, values: NDArray[Any], smallest: float, largest: float) -> "Interval":
         """Compute the interval of a mean.
+
+        It is the normal approximation after one image with the smallest and one with the largest value are added.
 
         Args:
             values: one value for each image, shape (n,).
-            scale: number that each value is multiplied by.
+            smallest, largest: the values between which those of any image are.
+        Source: for a difference of two models, whose values are -1, 0 and 1: Bonett and Price, "Adjusted Wald
+            Confidence Interval for a Difference of Binomial Proportions Based on Paired Data", J. Educational and
+            Behavioral Statistics 2012. We use it for mean costs too, whose values are those of the stages.
         """
-        mean = float(values.mean()) * scale
-        margin = CONFIDENCE_Z * float(values.std()) * abs(scale) / math.sqrt(len(values))
-        return cls(mean, mean - margin, mean + margin)
+        mean = float(values.mean())
+        adjusted = np.append(values, [smallest, largest]).astype(np.float64)
+        margin = CONFIDENCE_Z * float(adjusted.std()) / math.sqrt(len(adjusted))
+        low, high = float(adjusted.mean()) - margin, float(adjusted.mean()) + margin
+        return cls(mean, max(smallest, min(low, mean)), min(largest, max(high, mean)))
 
 
 @dataclass(frozen=True)
@@ -131,16 +157,23 @@ def _check(cascade: Cascade, predictions: Predictions, point: OperatingPoint) ->
     near = [single for single in singles if single.accuracy >= right.mean() - ABOUT_EQUAL]
     equal = near[0] if near else reference
     answers_of_points = [answers_of(other, predictions) for other in cascade.points]
+    cheapest, dearest = point.costs_of_stages[0], point.costs_of_stages[-1]
+    # The reference alone never differs from itself.
+    apart = int([stage.model for stage in point.stages] != [cascade.reference])
+
+    def saving(single: Single) -> Interval:
+        return Interval.of_mean(1 - answers.costs / single.cost, 1 - dearest / single.cost, 1 - cheapest / single.cost)
+
     return Check(
         images=len(predictions),
         unit=costs.unit,
-        accuracy=Interval.of(right),
-        mean_cost=Interval.of(answers.costs),
+        accuracy=Interval.of_share(right),
+        mean_cost=Interval.of_mean(answers.costs, cheapest, dearest),
         reference=reference,
-        accuracy_gain=Interval.of(right.astype(int) - predictions.right(cascade.reference)),
-        saving=Interval.of(reference.cost - answers.costs, 1 / reference.cost),
+        accuracy_gain=Interval.of_mean(right.astype(int) - predictions.right(cascade.reference), -apart, apart),
+        saving=saving(reference),
         equal=equal,
-        saving_against_equal=Interval.of(equal.cost - answers.costs, 1 / equal.cost),
+        saving_against_equal=saving(equal),
         stages=tuple(
             StageShare(
                 model=stage.model,

@@ -132,6 +132,14 @@ def read_costs(path: str | os.PathLike[str], column: str) -> Costs:
     return Costs(column, costs)
 
 
+def cost_text(cost: float, unit: str) -> str:
+    """Return a cost for people, without its unit: 300.8M for 300,774,272 MACs, and 0.1235 for 0.12345 milliseconds."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if unit == MACS else ():
+        if cost >= scale:
+            return f"{cost / scale:.4g}{letter}"
+    return f"{cost:,.0f}" if cost >= 1e4 else f"{cost:.4g}"
+
+
 def shared_steps(one: PatchedModel, other: PatchedModel) -> int:
     """Return how many first steps of the backbone two models share if they see the same pixels."""
     return min(one.first_private_block, other.first_private_block)

@@ -1,19 +1,21 @@
 """The figures, tables and sentences of the report's section about a cascade."""
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from multitask.cascade.cascade import OperatingPoint, answers_of
-from multitask.cascade.checking import Check
+from multitask.cascade.checking import Check, Interval
+from multitask.cascade.costs import MACS, cost_text
 from multitask.cascade.predictions import Predictions
 from multitask.data import ImageTable
 from multitask.data.sheet import picture_grid
 from multitask.report.plots import (
     BLUE,
     GREY,
-    POINTS_PER_INCH,
     WIDTH,
     Theme,
     bare,
@@ -25,26 +27,53 @@ from multitask.report.plots import (
     plain,
     png,
     spread,
+    text_width,
 )
 
 CASCADE, SINGLE = BLUE, GREY
 SHEET_IMAGES = 8
 """Number of images of each stage on the contact sheet."""
+ENOUGH_IMAGES = 300
+"""A check on fewer images warns: for an accuracy of 90 %, its 95 % interval is then wider than 7 points."""
+NAME_CHARACTERS = 30
+"""Length from which a name is written on several lines."""
 
 
 def headline(check: Check) -> str:
-    """Return the result in one or two sentences, with 95 % intervals."""
-    gain, saving, against = check.accuracy_gain, check.saving, check.saving_against_equal
-    text = (
-        f"The cascade answers {100 * check.accuracy.mean:.1f} % of {check.images:,} images rightly, "
-        f"{100 * gain.mean:+.2f} points ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}) against model "
-        f"'{check.reference.model}', for {100 * saving.mean:.1f} % fewer {check.unit} "
-        f"({100 * saving.low:.1f} to {100 * saving.high:.1f})."
+    """Return the result in a few sentences, with 95 % intervals."""
+    accuracy, gain = check.accuracy, check.accuracy_gain
+    alone = check.stages[0].model if len(check.stages) == 1 else None
+    text = "The cascade" if alone is None else f"No other model answers: the cascade is model '{alone}' alone, and"
+    text += (
+        f" answers {100 * accuracy.mean:.1f} % ({100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}) of "
+        f"{check.images:,} images rightly"
     )
-    if check.equal.model != check.reference.model:
-        text += f" Against '{check.equal.model}', the cheapest single model about as accurate, the saving is "
-        text += f"{100 * against.mean:.1f} % ({100 * against.low:.1f} to {100 * against.high:.1f})."
+    if alone != check.reference.model:
+        text += (
+            f", {100 * gain.mean:+.2f} points ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}) against model "
+            f"'{check.reference.model}', for {_difference(check.saving, check.unit)}"
+        )
+    text += "."
+    if check.equal.model not in (check.reference.model, alone):
+        text += f" Against '{check.equal.model}', the cheapest single model about as accurate, it takes "
+        text += f"{_difference(check.saving_against_equal, check.unit)}."
+    if check.images < ENOUGH_IMAGES:
+        text += (
+            f" These numbers are uncertain, because they are from {check.images} images. Check the cascade on "
+            f"{ENOUGH_IMAGES} images or more before you rely on them."
+        )
     return text
+
+
+def _difference(saving: Interval, unit: str) -> str:
+    """Return a saved share of the cost, which may be negative, in words: "40.0 % fewer MACs (39.0 to 41.0)"."""
+    fewer = "fewer" if unit == MACS else "less"
+    mean, low, high = (100 * value for value in (saving.mean, saving.low, saving.high))
+    if low < 0 < high:
+        span = f"{-low:.1f} more to {high:.1f} {fewer}"
+    else:
+        span = " to ".join(f"{end:.1f}" for end in sorted((abs(low), abs(high))))
+    return f"{abs(mean):.1f} % {'more' if mean < 0 else fewer} {unit} ({span})"
 
 
 def stage_rows(check: Check) -> list[tuple[str, ...]]:
@@ -67,63 +96,107 @@ def model_rows(check: Check) -> list[tuple[str, ...]]:
         (
             f"{single.model} (reference)" if single.model == check.reference.model else single.model,
             f"{100 * single.accuracy:.2f} %",
-            f"{single.cost:,.4g}",
+            cost_text(single.cost, check.unit),
         )
         for single in check.singles
     ]
-    return [("cascade", f"{100 * check.accuracy.mean:.2f} %", f"{check.mean_cost.mean:,.4g}"), *singles]
+    return [("cascade", f"{100 * check.accuracy.mean:.2f} %", cost_text(check.mean_cost.mean, check.unit)), *singles]
 
 
 def accuracy_cost(check: Check, theme: Theme) -> bytes:
-    """Return a PNG of accuracy against cost, with all single models and the curve of the cascade's operating points."""
+    """Return a PNG of accuracy against cost, with all single models and the cascade's operating points.
+
+    A line joins the operating points that are more accurate than every cheaper one.
+    """
     of_cascade, of_single = CASCADE[theme.dark], SINGLE[theme.dark]
-    height = 4.7
-    figure = new_figure(WIDTH, height, theme, "Accuracy against mean cost: cascades and single models")
-    axes = figure.add_axes((0.07, 0.62 / height, 0.9, (height - 1.6) / height))
-    bare(axes, theme, "y")
-    costs, accuracies = zip(*((cost, 100 * accuracy) for cost, accuracy in sorted(check.curve)), strict=True)
-    values = [*accuracies, *(100 * single.accuracy for single in check.singles)]
-    low, high = padded(min(values), max(values))
-    dearest = max(single.cost for single in check.singles)
-    axes.set_xlim(0, dearest * 1.22)
-    axes.set_ylim(low, high)
-    axes.plot(costs, accuracies, "o-", color=of_cascade, markersize=5, linewidth=1.8, zorder=3)
-    asked = (check.mean_cost.mean, 100 * check.accuracy.mean)
-    axes.plot(*asked, "o", color=of_cascade, markersize=11, zorder=4)
-    labels = [(*asked, f"cascade {asked[1]:.1f} %", of_cascade)]
+    accuracy = 100 * check.accuracy.mean
+    labels = [(check.mean_cost.mean, accuracy, f"cascade {accuracy:.1f} %", of_cascade)]
     for single in check.singles:
-        name = f"{plain(single.model)}{' (reference)' if single.model == check.reference.model else ''}"
-        labels.append((single.cost, 100 * single.accuracy, f"{name} {100 * single.accuracy:.1f} %", of_single))
-        axes.plot(single.cost, 100 * single.accuracy, "s", color=of_single, markersize=7, zorder=2)
-    gap = 12 * (high - low) / ((height - 1.6) * POINTS_PER_INCH)
-    places = spread([label[1] for label in labels], gap, low, high)
+        name = f"{single.model}{' (reference)' if single.model == check.reference.model else ''}"
+        text = f"{_lines(name)} {100 * single.accuracy:.1f} %"
+        labels.append((single.cost, 100 * single.accuracy, text, of_single))
+    label_inches = 0.17 * max(1 + text.count("\n") for _, _, text, _ in labels)
+    height = max(4.7, 1.6 + label_inches * len(labels))
+    figure = new_figure(WIDTH, height, theme, "Accuracy against mean cost: cascades and single models")
+    right = WIDTH - 0.15 - max(text_width(figure, text, 9) for _, _, text, _ in labels)
+    axes = figure.add_axes((0.07, 0.62 / height, (right - 0.45) / WIDTH - 0.07, (height - 1.6) / height))
+    bare(axes, theme, "y")
+    best = undominated(check.curve)
+    values = [y for _, y, _, _ in labels] + [100 * share for _, share in check.curve]
+    low, high = padded(min(values), max(values))
+    image = 100 / check.images  # one image more or less is no difference to be seen large
+    low, high = max(0.0, low - image), min(101.5, high + image)
+    axes.set_xlim(0, max(cost for cost, _ in (*check.curve, *((x, y) for x, y, _, _ in labels))) * 1.04)
+    axes.set_ylim(low, high)
+    costs, accuracies = zip(*((cost, 100 * share) for cost, share in best), strict=True)
+    axes.plot(costs, accuracies, "o-", color=of_cascade, markersize=5, linewidth=1.8, zorder=3)
+    for cost, share in set(check.curve) - set(best):
+        axes.plot(cost, 100 * share, "o", color=of_cascade, markersize=5, fillstyle="none", zorder=3)
+    axes.plot(check.mean_cost.mean, accuracy, "o", color=of_cascade, markersize=11, zorder=4)
+    places = spread([y for _, y, _, _ in labels], label_inches / (height - 1.6) * (high - low), low, high)
     for (x, y, text, colour), place in zip(labels, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkB": 5}
+        if colour == of_single:
+            axes.plot(x, y, "s", color=of_single, markersize=7, zorder=2)
+        # All labels stand in one column, where their lines end: no label covers a point or another label.
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 1, "shrinkB": 5}
         axes.annotate(
-            text, (x, y), xytext=(x + dearest * 0.03, place), color=colour, fontsize=9, va="center", arrowprops=line
+            text,
+            (x, y),
+            xytext=(right / WIDTH, place),
+            textcoords=("figure fraction", "data"),
+            color=colour,
+            fontsize=9,
+            va="center",
+            arrowprops=line | {"relpos": (0, 0.5)},
         )
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100)])
     axes.xaxis.set_major_formatter(lambda value, _: human_count(value))
     axes.set_xlabel(f"mean {plain(check.unit)} of an image", color=theme.muted, fontsize=9)
     axes.set_ylabel("top-1, %", color=theme.muted, fontsize=9)
-    caption(axes, f"On {check.images:,} images that were not used for fitting", theme)
+    hollow = "" if len(best) == len(set(check.curve)) else "; a hollow point is no better than a cheaper one"
+    caption(axes, f"On {check.images:,} images that were not used for fitting{hollow}", theme)
     return png(figure)
+
+
+def undominated(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the pairs (cost, accuracy) that are more accurate than every cheaper one, from cheap to dear."""
+    best: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(set(curve), key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((cost, accuracy))
+    return best
+
+
+def _lines(name: str) -> str:
+    """Return a name for a figure, on several lines if it is long."""
+    return plain("\n".join(textwrap.wrap(name, NAME_CHARACTERS)))
 
 
 def stage_shares(check: Check, theme: Theme) -> bytes:
     """Return a PNG of the share of images that each stage answers."""
-    height = 1.2 + 0.42 * len(check.stages)
+    names = [_lines(f"{number + 1}: {stage.model}") for number, stage in enumerate(check.stages)]
+    texts = [
+        f" {100 * stage.share:.1f} % of the images"
+        + ("" if stage.accuracy is None else f", {100 * stage.accuracy:.1f} % right")
+        for stage in check.stages
+    ]
+    line_inches = max(0.42, 0.2 * max(1 + name.count("\n") for name in names))
+    height = 1.2 + line_inches * len(names)
     figure = new_figure(WIDTH, height, theme, "Where images stop")
-    axes = figure.add_axes((0.2, 0.15 / height, 0.62, (height - 0.75) / height))
+    left = 0.3 + max(text_width(figure, name, 9.5) for name in names)
+    room = WIDTH - left - 0.15
+    width = min(
+        (room - text_width(figure, text, 9)) / max(stage.share, 0.3)
+        for text, stage in zip(texts, check.stages, strict=True)
+    )
+    axes = figure.add_axes((left / WIDTH, 0.15 / height, min(width, room) / WIDTH, (height - 0.75) / height))
     bare(axes, theme, None)
-    for number, stage in enumerate(check.stages):
+    for number, (stage, text) in enumerate(zip(check.stages, texts, strict=True)):
         axes.barh(number, 100 * stage.share, color=CASCADE[theme.dark], height=0.55)
-        right = "" if stage.accuracy is None else f", {100 * stage.accuracy:.1f} % right"
-        text = f" {100 * stage.share:.1f} % of the images{right}"
         axes.text(100 * stage.share, number, text, color=theme.text, fontsize=9, va="center")
     axes.set_xlim(0, 100)
-    axes.set_ylim(len(check.stages) - 0.5, -0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xticks([])
-    names = [f"{number + 1}: {plain(stage.model)}" for number, stage in enumerate(check.stages)]
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=theme.text)
     return png(figure)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from multitask.cascade.cascade import Cascade, OperatingPoint
-from multitask.cascade.costs import Costs
+from multitask.cascade.costs import Costs, cost_text
 from multitask.cascade.errors import CascadeError
 from multitask.cascade.greedy import Candidate, Pool
 from multitask.cascade.predictions import Predictions
@@ -99,8 +99,9 @@ def _cheapest(models: Iterable[str], costs: Costs, max_mean_cost: float | None) 
     cheapest = min(models, key=lambda model: (costs.alone[model], model))
     if max_mean_cost is not None and max_mean_cost < costs.alone[cheapest]:
         raise CascadeError(
-            f"max_mean_cost is {max_mean_cost:g} {costs.unit}, but the cheapest model, '{cheapest}', takes "
-            f"{costs.alone[cheapest]:g}. Raise the budget, or add a cheaper model."
+            f"max_mean_cost is {cost_text(max_mean_cost, costs.unit)} {costs.unit}, but the cheapest model, "
+            f"'{cheapest}', takes {cost_text(costs.alone[cheapest], costs.unit)}. Raise the budget, or add a cheaper "
+            "model."
         )
     return cheapest
 

@@ -1,6 +1,7 @@
 """Contact sheets: pictures that show images of a table with their class names."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from itertools import chain, islice
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from multitask.data.storage import DataError
 from multitask.data.table import ImageTable
 from patches.images.decoding import decode
-from patches.quoting import shortened
 
 CELL_INCHES = 1.3
 """Width and height of one image on the sheet."""
+TITLE_CHARACTERS, TITLE_LINES = 20, 4
+"""Largest size of a title above an image."""
 
 
 def contact_sheet(table: ImageTable, images: int, columns: int = 8) -> bytes:
@@ -51,16 +53,18 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
         columns: number of images in a line.
     """
     lines = -(-len(cells) // columns)
-    figure = matplotlib.figure.Figure(figsize=(columns * CELL_INCHES, lines * (CELL_INCHES + 0.25)), dpi=120)
+    titles = [_title(cell[1]) if cell else "" for cell in cells]
+    title_inches = 0.14 + 0.11 * (1 + max(title.count("\n") for title in titles))
+    size = (columns * CELL_INCHES, lines * (CELL_INCHES + title_inches))
+    figure = matplotlib.figure.Figure(figsize=size, dpi=120)
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, cell in zip(figure.axes, cells, strict=False):
+    for axes, cell, title in zip(figure.axes, cells, titles, strict=False):
         if cell is None:
             continue
-        encoded, title = cell
-        axes.set_title(_drawable(shortened(title, 18)), fontsize=7, pad=3, parse_math=False)
+        axes.set_title(title, fontsize=7, pad=3, parse_math=False)
         try:
-            axes.imshow(decode(encoded).permute(1, 2, 0).numpy())
+            axes.imshow(decode(cell[0]).permute(1, 2, 0).numpy())
         except RuntimeError:
             axes.imshow(np.full((1, 1, 3), 200, np.uint8))
             axes.text(0, 0, "cannot be\ndecoded", ha="center", va="center", fontsize=7)
@@ -68,6 +72,11 @@ def picture_grid(cells: Sequence[tuple[Tensor, str] | None], columns: int) -> by
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _title(text: str) -> str:
+    """Return a title as it is drawn: a long one takes several lines."""
+    return "\n".join(textwrap.wrap(_drawable(text), TITLE_CHARACTERS, max_lines=TITLE_LINES, placeholder="…"))
 
 
 def _drawable(text: str) -> str:

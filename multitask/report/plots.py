@@ -120,6 +120,14 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def text_width(figure: Figure, text: str, fontsize: float) -> float:
+    """Return the width in inches that a text takes in a figure. It may have several lines."""
+    drawn = figure.text(0, 0, text, fontsize=fontsize)
+    width = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / figure.dpi
+    drawn.remove()
+    return width
+
+
 def padded(low: float, high: float) -> tuple[float, float]:
     """Return the limits of an axis of percentages: room for labels on both sides of the values, and at most 101.5."""
     room = max(high - low, 2.0) * 0.16

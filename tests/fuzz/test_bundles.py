@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import patches
-from patches.bundle import UNSEALED, seal
+from patches.sealed import UNSEALED, seal
 from tests.fuzz.damage import as_text, damaged, edit, value
 from tests.fuzz.harness import fuzz
 from tests.patches.helpers import randomise_side, small_backbone, small_transformer

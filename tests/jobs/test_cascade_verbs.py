@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cascade_verbs import fitting_hint
 from multitask import train
-from multitask.cascade import predictions_writer, read_predictions
+from multitask.cascade import Costs, fit_and_check, predictions_writer, read_predictions
+from multitask.cascade.checking import Interval
 from multitask.run.directory import Run
 from multitask.spec.schema import JobSpec
 from tests.conftest import MakeData
 from tests.jobs.command import multitask
+from tests.multitask.cascade.pools import make_predictions
 
 
 @pytest.fixture
@@ -106,6 +110,49 @@ def test_models_from_elsewhere_take_costs_from_a_table(tmp_path: Path) -> None:
 
     refused = multitask("cascade", "run", tmp_path / "cascade.json", "somewhere")
     assert (refused.returncode, "without its bundles" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("pool", "options", "target", "hint"),
+    [
+        ({"small": 1.5, "large": 5.0}, {"slack": 0.0}, "--min-relative-accuracy", None),
+        ({"large": 5.0}, {}, "--min-relative-accuracy", "A cascade needs two models or more"),
+        (
+            {"small": 1.5, "large": 5.0},
+            {"reference": "small"},
+            "--min-relative-accuracy",
+            "Model 'small' is the cheapest one and the reference",
+        ),
+        ({"small": 0.0, "large": 5.0}, {"max_mean_cost": 1e9}, "--max-cost", "Ask for a smaller --max-cost"),
+        (
+            {"small": 1.5, "large": 5.0},
+            {"slack": 0.5},
+            "--min-accuracy",
+            "on the 200 fitting images to answer before the reference. Try a smaller --slack (it was 0.5) or "
+            "--min-accuracy, or more images.",
+        ),
+        (
+            {"small": 0.0, "large": 5.0},
+            {"slack": 0.0},
+            "--min-relative-accuracy",
+            "Try a smaller --min-relative-accuracy, or more images.",
+        ),
+    ],
+)
+def test_the_hint_after_a_fit_names_what_would_help(
+    pool: dict[str, float], options: dict[str, Any], target: str, hint: str | None
+) -> None:
+    costs = Costs("MACs", {"small": 10.0, "large": 90.0})
+    cascade, checked = fit_and_check(make_predictions(pool=pool), costs, **options)
+    found = fitting_hint(cascade, checked, target)
+    assert found is None if hint is None else hint in str(found)
+
+
+def test_the_hint_says_that_a_cascade_takes_more_than_its_reference() -> None:
+    costs = Costs("MACs", {"small": 10.0, "large": 90.0})
+    cascade, checked = fit_and_check(make_predictions(pool={"small": 1.5, "large": 5.0}), costs)
+    dear = replace(checked, saving=Interval(-0.068, -0.11, -0.02))
+    assert "takes more than model 'large' alone" in str(fitting_hint(cascade, dear, "--min-accuracy"))
 
 
 @pytest.mark.parametrize(

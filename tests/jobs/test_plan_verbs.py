@@ -137,6 +137,6 @@ def test_the_whole_job_takes_hours_and_less_with_more_workers(
 
     shown = multitask("plan", spec, "--nodes", 4, "--cpus-per-node", 4, "--workers", 4).stdout
 
-    (row,) = [line for line in shown.splitlines() if line.startswith("│ 4       │")]
-    assert "│ 2 h 1 min │" in row  # the server takes a little of each step
+    (row,) = [line for line in shown.splitlines() if line.startswith("4 ")]
+    assert " 2 h 1 min" in row  # the server takes a little of each step
     assert "the 9,600 steps of the spec's workers" in shown

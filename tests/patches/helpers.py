@@ -1,13 +1,18 @@
 """Small networks in which every tensor has an effect, and functions that several tests use on them."""
 
+import json
+import struct
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import patches
 from patches import Backbone, PatchedModel
+from patches.sealed import UNSEALED, seal
 
 SMALL = {
     "stem_stride": 1,
@@ -115,3 +120,14 @@ def train(model: PatchedModel, steps: int = 2, size: int = 16, count: int = 8) -
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter -= 0.1 * gradient
     model.eval()
+
+
+def rewritten(whole: bytes, change: Callable[[dict], object], tensors: dict | None = None) -> bytes:
+    """Return a sealed file with another manifest or other tensors, and with the hash that fits them."""
+    header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
+    manifest = json.loads(header["__metadata__"]["manifest"])
+    manifest["payload_sha256"] = UNSEALED
+    change(manifest)
+    text = json.dumps(manifest, separators=(",", ":"))
+    sealed, _ = seal(safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text}))
+    return sealed

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import patches
 from patches import BundleError, PatchedModel
-from patches.bundle import UNSEALED, seal
-from tests.patches.helpers import SMALL, bits, images, small_backbone, small_transformer, train
+from patches.sealed import UNSEALED, seal
+from tests.patches.helpers import SMALL, bits, images, rewritten, small_backbone, small_transformer, train
 
 BACKBONE = small_backbone()
 QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -209,17 +209,6 @@ def test_odd_headers_are_refused(tmp_path: Path, header: bytes) -> None:
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**12])
 def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path, whole: bytes, length: int) -> None:
     assert "end before the header" in refused(tmp_path / "huge.patch", struct.pack("<Q", length) + whole[8:])
-
-
-def rewritten(whole: bytes, change: Callable[[dict], object], tensors: dict | None = None) -> bytes:
-    """Return the bundle with another manifest or other tensors, and with the hash that fits them."""
-    header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
-    manifest = json.loads(header["__metadata__"]["manifest"])
-    manifest["payload_sha256"] = UNSEALED
-    change(manifest)
-    text = json.dumps(manifest, separators=(",", ":"))
-    sealed, _ = seal(safetensors.torch.save(tensors or safetensors.torch.load(whole), {"manifest": text}))
-    return sealed
 
 
 def test_a_rewritten_bundle_is_as_good_as_new(tmp_path: Path, whole: bytes) -> None:

@@ -14,3 +14,8 @@ def test_what_is_long_or_no_text_is_shortened() -> None:
         assert len(quoted(value)) <= 200
     assert shortened("x" * 201) == "x" * 199 + "…"
     assert shortened("half \ud800") == "half \\ud800"
+
+
+def test_control_characters_are_escaped() -> None:
+    assert shortened("\x1b[31mred\r\x9b0m\x00") == "\\x1b[31mred\\x0d\\x9b0m\\x00"
+    assert shortened("two\nlines\tand ä 猫") == "two\nlines\tand ä 猫"

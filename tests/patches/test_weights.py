@@ -1,10 +1,12 @@
 """Weights from files and from torchvision."""
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,55 @@ def test_an_object_that_is_no_tensor_is_named_without_advice_to_unpickle_it(tmp_
     assert "weights_only" not in str(error.value)
 
 
+def scripted(path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+
+
+def global_of(name: bytes) -> bytes:
+    """Return a pickle that asks for a class of a name."""
+    return b"\x80\x02c" + name.replace(b".", b"\n", 1) + b"\n."
+
+
+def zipped(path: Path, pickled: bytes, name: str = "data.pkl") -> None:
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr(f"archive/{name}", pickled)
+        package.writestr("archive/version", b"3\n")
+
+
+class Ran:
+    """Fails if it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: torch.save(Ran(), path), "only tensors are unpickled"),
+        (lambda path: torch.save(Ran(), path, _use_new_zipfile_serialization=False), "only tensors are unpickled"),
+        (lambda path: path.write_bytes(pickle.dumps(Ran(), protocol=2)), "only tensors are unpickled"),
+        (lambda path: path.write_bytes(pickle.dumps(Ran(), protocol=4)), "cannot be read"),
+        (lambda path: zipped(path, global_of(b"os.\x1b[2J\x1b]0;all is well\x07")), "it holds os.\\x1b[2J"),
+        (lambda path: zipped(path, global_of(b"torch.load(weights_only=False)")), "it is damaged"),
+        (lambda path: zipped(path, global_of(b"torch.hub.load")), "it holds torch.hub.load, and"),
+        (lambda path: zipped(path, b"", "constants.pkl"), "it holds a TorchScript model"),
+        (scripted, "no TorchScript model"),
+    ],
+)
+def test_no_message_advises_to_unpickle_a_file_or_has_escape_codes(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "hostile.pth")
+    with pytest.raises(BackboneError, match="cannot be read") as error:
+        load(tmp_path / "hostile.pth")
+    text = str(error.value)
+    assert message in text
+    assert not [word for word in ("weights_only", "torch.load", "torch.jit", "trust", "\x1b", "\n") if word in text]
+    assert len(text) < 1000
+
+
 class Zeros:
     """Unpickles as 2 GB of zeros, from a file of a few bytes."""
 
@@ -282,13 +333,21 @@ def test_torchvision_weights_of_inception(monkeypatch: pytest.MonkeyPatch, aux_l
     assert (backbone.auxiliary is not None) == aux_logits
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no route"), "no route"),
+        (RuntimeError("Cannot use ``weights_only=True`` with this; \x1b[1mset it to False"), "it is damaged"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def get_state_dict(*_: Any, **__: Any) -> None:
-        raise OSError("no route")
+        raise error
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
-    with pytest.raises(BackboneError, match=r"no route.*give the file's path"):
+    with pytest.raises(BackboneError, match=rf"fetched: {message}.*give the file's path") as raised:
         patches.load_backbone("mobilenet_v2", "IMAGENET1K_V2")
+    assert "weights_only" not in str(raised.value)
 
 
 def test_fetched_weights_are_not_unpickled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

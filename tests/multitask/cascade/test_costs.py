@@ -6,6 +6,7 @@ from torchvision.models import MobileNet_V2_Weights, ViT_B_16_Weights
 
 import patches
 from multitask.cascade import CascadeError, Costs, count_macs, measure_latency, read_costs
+from multitask.cascade.costs import cost_text
 from patches import Preprocessing
 from tests.patches.helpers import small_backbone, small_transformer
 
@@ -79,3 +80,18 @@ def test_a_column_of_the_users_is_read(tmp_path: Path) -> None:
     file.write_text("model,price\na,0\n")
     with pytest.raises(CascadeError, match="found a cost of 0"):
         read_costs(file, "price")
+
+
+@pytest.mark.parametrize(
+    ("cost", "unit", "text"),
+    [
+        (300_774_272.0, "MACs", "300.8M"),
+        (4.09e9, "MACs", "4.09G"),
+        (56_000.0, "MACs", "56k"),
+        (90.0, "MACs", "90"),
+        (0.123456, "ms", "0.1235"),
+        (123_456.7, "energy", "123,457"),
+    ],
+)
+def test_a_cost_is_readable(cost: float, unit: str, text: str) -> None:
+    assert cost_text(cost, unit) == text

@@ -7,15 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jobs.demo.report import write_report
-from multitask.cascade import Check, OperatingPoint, Predictions, figures, fit_and_check
+from multitask.cascade import Check, Costs, OperatingPoint, Predictions, figures, fit_and_check
 from multitask.cascade.checking import Interval
-from multitask.cascade.figures import accuracy_cost, headline, model_rows, section, stage_rows, stage_sheet
+from multitask.cascade.figures import (
+    accuracy_cost,
+    headline,
+    model_rows,
+    section,
+    stage_rows,
+    stage_shares,
+    stage_sheet,
+    undominated,
+)
 from multitask.cascade.greedy import Stage
 from multitask.cascade.rules import Rule
 from multitask.data import open_table
+from multitask.data.sheet import picture_grid
 from multitask.report.plots import DARK, LIGHT
 from tests.conftest import MakeData, png
 from tests.jobs.test_demo_report import make_results
@@ -37,10 +48,69 @@ def test_the_headline_states_gain_and_saving_with_their_intervals(checked: Check
         equal=checked.singles[1],
     )
     assert headline(told) == (
-        "The cascade answers 90.5 % of 1,000 images rightly, -0.12 points (-0.30 to +0.06) against model 'large', for "
-        "40.0 % fewer MACs (39.0 to 41.0). Against 'middle', the cheapest single model about as accurate, the saving "
-        "is 10.0 % (8.0 to 12.0)."
+        "The cascade answers 90.5 % (90.0 to 91.0) of 1,000 images rightly, -0.12 points (-0.30 to +0.06) against "
+        "model 'large', for 40.0 % fewer MACs (39.0 to 41.0). Against 'middle', the cheapest single model about as "
+        "accurate, it takes 10.0 % fewer MACs (8.0 to 12.0)."
     )
+
+
+@pytest.mark.parametrize(
+    ("saving", "words"),
+    [
+        (Interval(-0.068, -0.11, -0.021), "for 6.8 % more MACs (2.1 to 11.0)."),
+        (Interval(-0.068, -0.11, 0.021), "for 6.8 % more MACs (11.0 more to 2.1 fewer)."),
+        (Interval(0.012, -0.03, 0.054), "for 1.2 % fewer MACs (3.0 more to 5.4 fewer)."),
+    ],
+)
+def test_the_headline_calls_more_cost_more(checked: Check, saving: Interval, words: str) -> None:
+    assert headline(replace(checked, saving=saving, equal=checked.reference)).endswith(words)
+    assert "% less energy" in headline(replace(checked, unit="energy"))
+
+
+def test_the_headline_says_that_one_model_answers_alone_and_that_images_are_few() -> None:
+    checked = fit_and_check(make_predictions(40), costs_of_pool(), slack=1.0)[1]
+    said = headline(checked)
+    assert said.startswith("No other model answers: the cascade is model 'large' alone, and answers ")
+    assert "points" not in said
+    assert "fewer MACs" not in said
+    assert said.endswith("from 20 images. Check the cascade on 300 images or more before you rely on them.")
+    assert "uncertain" not in headline(replace(checked, images=300))
+
+
+def test_the_line_joins_only_operating_points_that_are_better_than_every_cheaper_one() -> None:
+    curve = ((3.0, 0.8), (1.0, 0.5), (2.0, 0.7), (2.0, 0.6), (4.0, 0.8), (2.5, 0.4), (5.0, 0.9), (2.0, 0.7))
+    assert undominated(curve) == [(1.0, 0.5), (2.0, 0.7), (3.0, 0.8), (5.0, 0.9)]
+
+
+LONG = {
+    f"{number}: $a$ rather [long] name of a task with photos of {'x' * 5 * number}": 1 + number for number in range(9)
+}
+
+
+@pytest.mark.parametrize(
+    ("images", "pool", "slack"),
+    [
+        (40, {"photos_96": 1.5, "photos_160": 2.0, "photos_224": 2.4}, 0.0),
+        (40, {"photos_96": 1.5, "photos_160": 2.0, "photos_224": 2.4}, 1.0),
+        (4000, {"fashion_10": 1.2, "fashion_14": 1.6, "fashion_20": 2.0, "fashion_28": 2.2}, 0.0),
+        (120, LONG, 0.0),
+    ],
+    ids=["own images", "own images, one model", "the demo", "long names"],
+)
+def test_no_text_is_cut_at_a_pictures_edge(images: int, pool: dict[str, float], slack: float) -> None:
+    costs = Costs("MACs", {model: 3e6 * 4.0**place for place, model in enumerate(pool)})
+    checked = fit_and_check(make_predictions(images, pool=pool), costs, slack=slack, operating_points=9)[1]
+    for draw in (accuracy_cost, stage_shares):
+        picture = np.asarray(Image.open(io.BytesIO(draw(checked, LIGHT))).convert("RGB"))
+        edges = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (edges == picture[0, 0]).all(), draw.__name__
+
+
+def test_long_titles_of_the_sheet_take_several_lines() -> None:
+    title = "1: a class whose name is rather long ≠ another one of these"
+    short, long = (Image.open(io.BytesIO(picture_grid([(torch.zeros(3), text)], 1))) for text in ("1: cat", title))
+    assert long.height > short.height
+    assert long.width == short.width
 
 
 def test_the_tables_have_a_line_for_each_stage_and_each_model(checked: Check) -> None:

@@ -136,8 +136,52 @@ def test_slack_costs_something_and_holds_better_on_new_images() -> None:
     assert costs[1] > costs[0]
 
 
-def test_an_interval_holds_the_true_mean_19_times_in_20() -> None:
+@pytest.mark.parametrize("images", [19, 500])
+@pytest.mark.parametrize("share", [0.8, 0.97])
+def test_intervals_hold_the_true_mean_19_times_in_20(images: int, share: float) -> None:
     random = np.random.default_rng(0)
-    found = [Interval.of(random.random(500) < 0.8, scale=100) for _ in range(400)]
+    costs = np.array([1.0, 4.0])
+    shares, means, gains = [], [], []
+    for _ in range(400):
+        hits = random.random(images) < share
+        shares.append(Interval.of_share(hits))
+        means.append(Interval.of_mean(costs[hits.astype(int)], 1.0, 4.0))
+        gains.append(Interval.of_mean(hits.astype(int) - (random.random(images) < share), -1.0, 1.0))
 
-    assert 0.92 < np.mean([one.low <= 80 <= one.high for one in found]) < 0.98
+    for found, truth in ((shares, share), (means, 1 + 3 * share), (gains, 0.0)):
+        assert 0.92 < np.mean([one.low <= truth <= one.high for one in found]) <= 1.0
+        assert all(one.low < one.high and one.low <= one.mean <= one.high for one in found)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    hits = np.arange(40) < 34
+    found = Interval.of_share(hits)
+    # Wilson's limits are the shares p that lie z standard errors, computed with p itself, from the share that was seen.
+    for limit in (found.low, found.high):
+        assert abs(0.85 - limit) == pytest.approx(1.96 * np.sqrt(limit * (1 - limit) / 40), rel=1e-9)
+    assert found.low < found.mean < found.high
+
+
+def test_the_interval_of_a_difference_is_bonetts_and_prices() -> None:
+    only_one, only_other, count = 7, 3, 50
+    values = np.array([1] * only_one + [-1] * only_other + [0] * (count - only_one - only_other))
+    found = Interval.of_mean(values, -1, 1)
+    one, other = (only_one + 1) / (count + 2), (only_other + 1) / (count + 2)
+    margin = 1.96 * np.sqrt((one + other - (one - other) ** 2) / (count + 2))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.08, one - other - margin, one - other + margin))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_few_equal_images_give_no_interval_of_no_width(value: float) -> None:
+    assert Interval.of_share(np.full(19, value == 1)).high - Interval.of_share(np.full(19, value == 1)).low > 0.15
+    found = Interval.of_mean(np.full(19, value), 0.0, 1.0)
+    assert found.high - found.low > 0.1
+    assert (value == 0) == (found.low == 0.0 == found.mean)
+    assert Interval.of_mean(np.full(19, 0.3), 0.3, 0.3).low == pytest.approx(0.3)  # no other value is possible
+
+
+def test_the_reference_alone_differs_from_itself_by_nothing() -> None:
+    found = fit_and_check(make_predictions(40), COSTS, slack=1.0)[1]
+    assert [stage.model for stage in found.stages] == ["large"]
+    for interval in (found.accuracy_gain, found.saving):
+        assert (interval.mean, interval.low, interval.high) == (0.0, 0.0, 0.0)
