@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +15,7 @@ from jobs.tables import show
 from multitask.progress import OnRows, showing_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from multitask.cascade import Cascade, Check, Costs, OperatingPoint
@@ -173,13 +174,9 @@ def run(
 ) -> None:
     """Answer the images of a table with a .cascade file; an image goes to the next model only if it must."""
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from multitask.cascade import CascadeModel, cost_text
     from multitask.data import open_table
-    from multitask.data.format import CLASSES_KEY
-    from patches.files import atomic_file
 
     model = CascadeModel.load(cascade, device)
     point = model.cascade.point(max_cost, max_latency_ms)
@@ -198,9 +195,7 @@ def run(
     truth = opened.labels()
     if to is not None:
         columns = {"row": np.arange(len(labels)), "label": truth, "answer": labels, "stage": stages, "cost": costs}
-        names = {CLASSES_KEY: json.dumps(list(model.classes))}
-        with atomic_file(to) as file:
-            pq.write_table(pa.table(columns, metadata=names), file)
+        _write_answers(to, columns, model.classes)
     found: dict[str, Any] = {
         "images": len(labels),
         "accuracy": float((labels == truth).mean()),
@@ -219,6 +214,18 @@ def run(
         f"{found['unit']} an image on average, {found['images_per_s']:,.0f} images/s (resize included, decoding not)\n"
         f"answered: {shares}"
     )
+
+
+def _write_answers(path: Path, columns: "Mapping[str, np.ndarray]", classes: Sequence[str]) -> None:
+    """Write the answers of a cascade as Parquet, with the class list in the metadata of the schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from multitask.data.format import CLASSES_KEY
+    from patches.files import atomic_file
+
+    with atomic_file(path) as file:
+        pq.write_table(pa.table(dict(columns), metadata={CLASSES_KEY: json.dumps(list(classes))}), file)
 
 
 @app.command()
