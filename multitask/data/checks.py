@@ -86,10 +86,10 @@ def check_schema(schema: pa.Schema, classes: tuple[str, ...], file: str) -> None
     """Check the columns and the metadata of a shard's schema.
 
     Raises:
-        DataError: the column of images, of labels or of ids is missing or has another type, or the format version or
-            the class list in the metadata is another one.
+        DataError: the column of images or of labels is missing or has another type, or the format version or the
+            class list in the metadata is another one.
     """
-    for name in (IMAGE, LABEL, ID):
+    for name in (IMAGE, LABEL):
         expected = shard_schema(classes).field(name).type
         found = schema.field(name).type if name in schema.names else "no such column"
         if found != expected:

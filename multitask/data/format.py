@@ -3,7 +3,7 @@
 A table is a directory of Parquet files, called shards, and an index that describes them. A shard has four columns:
 `image` (binary: the bytes of an encoded image file), `label` (int64: a position in the class list), `id` (string or
 null: the name of the image in the data set that it came from) and `source` (string or null: the name of that data
-set). Readers need the first three, and ignore any further columns. The schema metadata of each shard carries the
+set). Readers need `image` and `label`, and ignore any further columns. The schema metadata of each shard carries the
 format version and the class list.
 
 `index.json` is written last. A directory without it is not a table. The index lists the classes, the number of rows of

@@ -103,11 +103,13 @@ class ImageTable:
         file = f"{self.uri}/{shard.file}"
         with self._location.open(shard.file) as stream, parquet_errors(file):
             reader = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+            wanted = [name for name in (IMAGE, LABEL, ID) if name in reader.schema_arrow.names]
             check_schema(reader.schema_arrow, shard.classes, file)
-            table = reader.read_row_group(group, columns=[IMAGE, LABEL, ID], use_threads=False)
+            table = reader.read_row_group(group, columns=wanted, use_threads=False)
         first_row = sum(shard.groups[:group])
         labels = self._labels(table, shard, first_row)
-        return RowGroup(table[IMAGE], labels, table[ID].to_pylist())
+        ids = table[ID].to_pylist() if ID in wanted else [None] * len(labels)
+        return RowGroup(table[IMAGE], labels, ids)
 
     def groups(self) -> Iterator[RowGroup]:
         """Fetch all row groups in order. One of them is in memory at a time."""

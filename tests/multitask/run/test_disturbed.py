@@ -10,7 +10,6 @@ from unittest.mock import MagicMock
 import pytest
 from rich.console import Console
 from rich.errors import LiveError
-from rich.progress import Progress
 
 from multitask.engines import ENGINES, Driver, Outcome
 from multitask.errors import TrainingError
@@ -109,10 +108,10 @@ def test_what_fails_before_the_training_ends_the_claim(
 ) -> None:
     """A notebook may show another progress bar already, which rich refuses."""
 
-    def refuse(_: Progress) -> None:
+    def refuse(*_: object) -> None:
         raise LiveError("Only one live display may be active at once")
 
-    monkeypatch.setattr(Progress, "start", refuse)
+    monkeypatch.setattr("multitask.run.monitor.display_on", refuse)
     with pytest.raises(LiveError):
         run_with(lambda *_: None)
 

@@ -34,7 +34,7 @@ class Watched:
         directory = self.job.spec.run_directory
         directory.mkdir(parents=True, exist_ok=True)
         status = read_status(directory) if (directory / "status.json").exists() else None
-        tracker = MagicMock(run_id="f00d")
+        tracker = MagicMock(run_id="f00d", task_runs={})
         self.monitor = RunMonitor(directory, self.job, tracker, console or Console(file=file), status, self.clock)
         self.progress = Progress(workers={name: WorkerProgress() for name in self.job.workers})
 
