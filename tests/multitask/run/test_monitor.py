@@ -77,7 +77,7 @@ class Watched:
 
 def evaluation(version: int, pets: float, cars: float, *, best: bool) -> Evaluation:
     metrics = {name: {"top1": top1, "top5": 100.0, "loss": 1.0} for name, top1 in {"pets": pets, "cars": cars}.items()}
-    return Evaluation(version, version, metrics, best, {})
+    return Evaluation(version, version, metrics, best, {}, server=1)
 
 
 @pytest.fixture
