@@ -6,8 +6,8 @@ from shlex import quote
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from multitask.progress import showing_rows
 
 
 def report(run: Annotated[Path, typer.Argument(help="A directory that `multitask train` wrote.")]) -> None:
@@ -32,7 +32,5 @@ def _write_report(run: Path) -> Path:
     """Write a report, and show on standard error how far the evaluation is."""
     from multitask import write_report
 
-    columns = (TextColumn("report"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("report", total=None)
-        return write_report(run, lambda done, total: bar.update(task, completed=done, total=total))
+    with showing_rows("report") as on_images:
+        return write_report(run, on_images)

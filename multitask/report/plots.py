@@ -113,13 +113,6 @@ def human_count(value: float) -> str:
     return f"{value:g}"
 
 
-def human_seconds(seconds: float) -> str:
-    """Format a duration for people: 61.4 becomes '61 s', 4500 becomes '75 min', and 9000 becomes '2.5 h'."""
-    if seconds < 119.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"
-
-
 def text_width(figure: Figure, text: str, fontsize: float) -> float:
     """Return the width in inches that a text takes in a figure. It may have several lines."""
     drawn = figure.text(0, 0, text, fontsize=fontsize)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from multitask.progress import duration
 from multitask.report.answers import (
     Answers,
     class_accuracies,
@@ -30,7 +31,6 @@ from multitask.report.plots import (
     drawn,
     human_bytes,
     human_count,
-    human_seconds,
     padded,
     png,
 )
@@ -131,7 +131,7 @@ def write_training_report(run: TrainedRun, path: Path) -> None:
             headline=headline(run),
             colours=[BLUE, AMBER],
             tasks=_tasks(run.tasks),
-            duration=human_seconds(run.seconds),
+            duration=duration(run.seconds),
             sections=[_section(task, run.round) for task in run.tasks],
             workers=_workers(run.tasks),
             sizes=_sizes(run),
