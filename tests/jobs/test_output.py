@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobStatus
 from typer.main import get_command
@@ -19,6 +20,7 @@ from multitask.sweep.outcomes import choose, read_outcome
 from multitask.sweep.plan import plan_trials
 from multitask.sweep.run import SweepResult
 from multitask.sweep.spec import load_sweep
+from patches import inspect_bundle
 from tests.jobs.command import multitask
 
 FILES = Path(__file__).parents[1] / "data" / "v0_1"
@@ -129,6 +131,28 @@ def test_bundle_verify(files: Path, output: Output) -> None:
     backbone = export / "backbone.safetensors"
     shown = output("bundle", "verify", export / "pets_8.patch", "--backbone", backbone)
     assert shown == f"{export}/pets_8.patch is intact and fits {backbone}\n"
+
+
+def test_bundle_inspect(files: Path, output: Output) -> None:
+    bundle = files / "finished" / "export" / "pets_8.patch"
+    shown = output("bundle", "inspect", bundle)
+    info = inspect_bundle(bundle)
+    assert all(text in shown for text in (info.payload_sha256, info.method, info.backbone["content_hash"]))
+    listed = output("bundle", "inspect", bundle, "--tensors")
+    assert all(name in listed for name in info.tensors)
+
+
+def test_predict(files: Path, output: Output) -> None:
+    (table,) = (files / "table" / "test").glob("*.parquet")
+    photo = files / "a photo [x] of $you$, whose name is longer than a line of a terminal with eighty columns 猫.png"
+    photo.write_bytes(pq.read_table(table)["image"][0].as_py())
+    shown = output("predict", files / "finished" / "export", photo, "--task", "pets_8")
+    assert str(photo) in shown
+    assert any(name in shown for name in inspect_bundle(files / "finished" / "export" / "pets_8.patch").classes)
+
+
+def test_report(files: Path, output: Output) -> None:
+    assert output("report", files / "finished") == f"{files}/finished/report.html\n"
 
 
 def test_sweep(files: Path, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
