@@ -5,14 +5,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jobs.tables import show
@@ -43,6 +41,7 @@ def predict(
 ) -> None:
     """Name the class of each photo. A file that cannot be decoded is named and left out."""
     from multitask.data.answers import answer_record, answers_writer, check_ending
+    from multitask.progress import showing_rows
     from patches import ImageError
 
     if to is not None:
@@ -54,7 +53,7 @@ def predict(
     writer = (
         nullcontext(lambda file, answer: kept.append((file, answer))) if to is None else answers_writer(to, classes)
     )
-    with _progress() as on_rows, writer as write:
+    with showing_rows("predicting") as on_rows, writer as write:
         for number, (file, answer) in enumerate(zip(files, answers_of(files), strict=True)):
             if isinstance(answer, ImageError):
                 failed[file] = answer
@@ -131,12 +130,3 @@ def _name(failed: "dict[str, ImageError]", files: int) -> None:
         print(error, file=sys.stderr)
     if failed:
         print(f"{len(failed):,} of {files:,} files cannot be decoded.", file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yields the function that moves it, which takes the number of files done and of all files."""
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
