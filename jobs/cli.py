@@ -269,6 +269,8 @@ def export(
     for path, size in sizes.items():
         table.add_row(Path(path).name, f"{size:,}", f"{size / exported.backbone.stat().st_size:.1%}")
     show(table)
+    task = " --task TASK" if len(exported.bundles) > 1 else ""
+    print(f"Next: multitask predict {exported.backbone.parent} PHOTO...{task}")
 
 
 @app.command()

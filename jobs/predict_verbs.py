@@ -53,7 +53,7 @@ def predict(
     writer = (
         nullcontext(lambda file, answer: kept.append((file, answer))) if to is None else answers_writer(to, classes)
     )
-    with showing_rows("answering") as on_rows, writer as write:
+    with showing_rows("predicting") as on_rows, writer as write:
         for number, (file, answer) in enumerate(zip(files, answers_of(files), strict=True)):
             if isinstance(answer, ImageError):
                 failed[file] = answer

@@ -197,7 +197,7 @@ class PatchBank:
         if task is None and len(self._models) != 1:
             raise PatchError(
                 f"Expected the name of the task that answers, because there are {len(self._models)}: "
-                f"{', '.join(self._models)}. Name one of them."
+                f"{', '.join(self._models)}. Name one of them: `--task NAME` on the command line, `task=` in Python."
             )
         name = self.tasks[0] if task is None else task
         if name not in self._models:

@@ -135,20 +135,21 @@ def write_training_report(run: TrainedRun, path: Path) -> None:
             sections=[_section(task, run.round) for task in run.tasks],
             workers=_workers(run.tasks),
             sizes=_sizes(run),
-            commands=next_commands(run.directory),
+            commands=next_commands(run.directory, len(run.tasks)),
         )
     )
     write_atomic(path, html.encode())
 
 
-def next_commands(directory: Path) -> list[tuple[str, str]]:
+def next_commands(directory: Path, tasks: int) -> list[tuple[str, str]]:
     """Return what may come next after a training: words, and the command."""
+    task = " --task TASK" if tasks > 1 else ""
     run = shlex.quote(str(directory))
     export = shlex.quote(str(directory / "export"))
     return [
         ("Write the backbone and the patches as files:", f"multitask export {run}"),
         ("Measure them on the test tables, once all choices are made:", f"multitask evaluate {run} --split test"),
-        ("Answer photos:", f"multitask predict {export} PHOTO..."),
+        ("Name the class of photos:", f"multitask predict {export} PHOTO...{task}"),
         ("Write this page again:", f"multitask report {run}"),
     ]
 

@@ -56,6 +56,7 @@ def test_train_export_inspect_verify_fold(spec_file: Path, tmp_path: Path) -> No
     exported = json.loads(multitask("export", run, "--json").stdout)
     assert {Path(name).name for name in exported} == {"backbone.safetensors", "pets.patch", "cars.patch"}
     assert all(Path(name).stat().st_size == size for name, size in exported.items())
+    assert f"Next: multitask predict {run / 'export'} PHOTO... --task TASK" in multitask("export", run).stdout
     backbone, bundle = run / "export" / "backbone.safetensors", run / "export" / "pets.patch"
 
     inspected = json.loads(multitask("bundle", "inspect", bundle, "--json").stdout)

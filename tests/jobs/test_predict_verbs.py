@@ -113,6 +113,7 @@ def test_files_that_cannot_be_decoded_are_named_counted_and_skipped(photos: list
     assert [bad["file"] for bad in answers["undecodable"]] == ["photos/bad.jpg", "photos/empty.png"]
     assert "photos/empty.png: it is empty" in found.stderr
     assert "2 of 3 files cannot be decoded." in found.stderr
+    assert "━" not in found.stderr, "a bar belongs on a terminal"
 
     none = multitask("predict", EXPORT, "photos/bad.jpg", "--task", "pets_8", "--to", "answers.csv")
     assert none.returncode == 1
@@ -124,7 +125,7 @@ def test_files_that_cannot_be_decoded_are_named_counted_and_skipped(photos: list
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((EXPORT, "photos"), "because there are 2: pets_12, pets_8"),
+        ((EXPORT, "photos"), "because there are 2: pets_12, pets_8. Name one of them: `--task NAME`"),
         ((EXPORT, "photos", "--task", "pets"), "Did you mean"),
         ((EXPORT, "photos", "none.jpg", "--task", "pets_8"), "'none.jpg': found no such file or folder"),
         ((EXPORT, "empty", "--task", "pets_8"), "Found no image file in empty"),

@@ -92,6 +92,9 @@ def test_the_page_stands_alone_and_has_the_numbers(tmp_path: Path) -> None:
     assert "10 of 60 images" in html
     assert "The last version, 60, reached 70.0 %." in html
     assert "multitask export '/runs/my run'" in unescape(html)
+    assert "multitask predict '/runs/my run/export' PHOTO...<" in unescape(html)
+    several = unescape(written(make_run(make_task("pets"), make_task("cars")), tmp_path))
+    assert "multitask predict '/runs/my run/export' PHOTO... --task TASK<" in several, "predict asks which of them"
 
 
 @pytest.mark.usefixtures("undrawn")
