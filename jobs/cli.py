@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -178,7 +179,7 @@ def _train(start: "Callable[[], Run]", json_output: bool) -> None:
     best = run.result["best"]
     classes = {name: len(record.classes) for name, record in read_tasks(run.directory).items()}
     _show_metrics(f"Validation of the best version ({best['version']})", best["tasks"], classes)
-    print(f"{run.directory}\nNext: multitask export {run.directory}")
+    print(f"{run.directory}\nNext: multitask export {quote(str(run.directory))}")
 
 
 @app.command()

@@ -44,12 +44,15 @@ def chunks(image: bytes | memoryview) -> Iterator[tuple[bytes, bytes | memoryvie
     """Yield kind, content and checksum of each chunk, as far as the last one.
 
     Raises:
-        struct.error: the file ends before its last chunk.
+        ValueError: the file ends before its last chunk.
     """
     place, kind = len(SIGNATURE), b""
     while kind != b"IEND":
-        size, kind = struct.unpack_from(">I4s", image, place)
-        (checksum,) = struct.unpack_from(">I", image, place + 8 + size)
+        try:
+            size, kind = struct.unpack_from(">I4s", image, place)
+            (checksum,) = struct.unpack_from(">I", image, place + 8 + size)
+        except struct.error as error:
+            raise ValueError("it ends before its last chunk") from error
         yield kind, image[place + 8 : place + 8 + size], checksum
         place += 12 + size
 

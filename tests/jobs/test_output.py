@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_train_and_resume(files: Path, output: Output, monkeypatch: pytest.Monke
     for verb in ("train", "resume"):
         monkeypatch.setattr(f"multitask.{verb}", lambda *_, **__: Run(files / "finished"), raising=False)
         shown = output(verb, "this")
-        assert all(text in shown for text in ("pets_8", "pets_12", f"Next: multitask export {files}/finished"))
+        assert all(
+            text in shown for text in ("pets_8", "pets_12", f"Next: multitask export {quote(str(files / 'finished'))}")
+        )
         (line,) = (line for line in shown.splitlines() if "pets_8" in line)
         assert "top-5 %" in shown, "one of the tasks has more than five classes"
         assert line.split()[1:] == ["75.00", "0.9651"], "the other one has five"

@@ -147,7 +147,7 @@ def test_parts_without_content_say_so_or_are_left_out(tmp_path: Path) -> None:
     assert "trained on its validation images too" in noted
     assert "another one than the run began with" in noted
     lacking = replace(bare.answers, classes=(*bare.answers.classes, "a class without images"))
-    assert "No validation image belongs to a class without images." in written(
+    assert "None of these images belongs to a class without images." in written(
         make_run(replace(bare, answers=lacking)), tmp_path
     )
 

@@ -56,6 +56,11 @@ def test_a_changed_byte_is_an_error_and_never_another_picture(place: int, value:
         decode_png(bytes(changed))
 
 
+def test_a_png_that_is_cut_off_says_so_in_words() -> None:
+    with pytest.raises(RuntimeError, match=r"damaged or incomplete: it ends before its last chunk\.$"):
+        decode_png(KINDS["RGB"][:20])
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damage_under_right_checksums_is_one_kind_of_error_or_a_picture(data: st.DataObject) -> None:
