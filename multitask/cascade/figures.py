@@ -56,7 +56,8 @@ def headline(check: Check) -> str:
     text += "."
     if check.equal.model not in (check.reference.model, alone):
         text += (
-            f" Against '{check.equal.model}', the cheapest single model that is about as accurate or better, it takes "
+            f" Against '{check.equal.model}', the cheapest single model that is about as accurate or better, "
+        text += "it takes "
         )
         text += f"{_difference(check.saving_against_equal, check.unit)}."
     if check.images < ENOUGH_IMAGES:
