@@ -56,10 +56,9 @@ def headline(check: Check) -> str:
     text += "."
     if check.equal.model not in (check.reference.model, alone):
         text += (
-            f" Against '{check.equal.model}', the cheapest single model that is about as accurate or better, "
-        text += "it takes "
+            f" Against '{check.equal.model}', the cheapest single model that is about as accurate or better, it takes "
+            f"{_difference(check.saving_against_equal, check.unit)}."
         )
-        text += f"{_difference(check.saving_against_equal, check.unit)}."
     if check.images < ENOUGH_IMAGES:
         text += (
             f" These numbers are uncertain, because they are from {check.images} images. Check the cascade on "
