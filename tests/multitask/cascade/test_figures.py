@@ -49,8 +49,8 @@ def test_the_headline_states_gain_and_saving_with_their_intervals(checked: Check
     )
     assert headline(told) == (
         "The cascade answers 90.5 % (90.0 to 91.0) of 1,000 images rightly, -0.12 points (-0.30 to +0.06) against "
-        "model 'large', for 40.0 % fewer MACs (39.0 to 41.0). Against 'middle', the cheapest single model about as "
-        "accurate, it takes 10.0 % fewer MACs (8.0 to 12.0)."
+        "model 'large', for 40.0 % fewer MACs (39.0 to 41.0). Against 'middle', the cheapest single model that is "
+        "about as accurate or better, it takes 10.0 % fewer MACs (8.0 to 12.0)."
     )
 
 
